@@ -1,0 +1,122 @@
+"""Evaluating a closure that zorl cannot see into: θ has to be written, and is put back exactly.
+
+In floating point θ + ε − ε is not θ, unless the additions are exact. So float32 tensors are snapped once to a grid of
+multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²⁴ of the tensor's largest),
+and ε and the coefficients are kept to multiples of it: then every sum is exact. Half precision has no bits to spare for
+that, and Gaussian directions fit no grid: these tensors are copied, which takes their memory once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from zorl.directions import Distribution, Key, Step, key
+from zorl.interrupts import uninterrupted
+from zorl.kernels import kernel_for
+from zorl.parameters import ParameterSet
+from zorl.probe import Point
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Grid:
+    """A tensor's values are multiples of `spacing`; sums are exact while no |value| passes 2²⁴ · spacing."""
+
+    spacing: float
+    largest: float  # a bound on |w| now
+
+
+class InPlace:
+    """Moves θ itself to a point and back.
+
+    Args:
+        parameters: float32 tensors are snapped to their grid here and now (Rademacher directions alone).
+        distribution: of z.
+        reach: the largest |offset| that will be asked for: room for it is left in the grid.
+    """
+
+    def __init__(self, parameters: ParameterSet, distribution: Distribution, reach: float) -> None:
+        self.parameters = parameters
+        self.distribution = distribution
+        self.reach = reach
+        self._grids: dict[str, _Grid] = {}
+        if distribution == "rademacher":
+            for name, tensor in parameters.items():
+                if tensor.dtype == torch.float32:
+                    self._grids[name] = _snap(tensor, reach)
+
+    @property
+    def copied(self) -> list[str]:
+        """Parameters that each evaluation copies, because no exact grid exists for them."""
+        return [name for name in self.parameters if name not in self._grids]
+
+    @torch.no_grad()
+    def evaluate(self, point: Point, forward: Callable[[], T]) -> T:
+        """`forward()` at the point; θ is bitwise what it was when this returns or raises.
+
+        Raises:
+            ValueError: the offset is larger than `reach`.
+        """
+        if abs(point.offset) > self.reach * (1 + 1e-6):
+            raise ValueError(f"offset {point.offset:g} is beyond the reach {self.reach:g} that the grid has room for")
+        if point.offset == 0.0:
+            return forward()
+        copies = {name: self.parameters[name].clone() for name in self.copied}
+        moved: list[tuple[Tensor, Key, float]] = []
+        try:
+            for name, tensor in self.parameters.items():
+                stream = key(point.seed, name)
+                with uninterrupted():
+                    if name in copies:
+                        out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                        kernel_for(tensor).perturb(tensor, stream, point.offset, self.distribution, out)
+                        tensor.copy_(out)
+                    else:
+                        offset = _nearest_multiple(point.offset, self._grids[name].spacing)
+                        kernel_for(tensor).add(tensor, [stream], [offset], self.distribution)
+                        moved.append((tensor, stream, offset))
+            return forward()
+        finally:
+            with uninterrupted():
+                for name, copy in copies.items():
+                    self.parameters[name].copy_(copy)
+                for tensor, stream, offset in moved:
+                    kernel_for(tensor).add(tensor, [stream], [-offset], self.distribution)
+
+    @torch.no_grad()
+    def add(self, steps: Sequence[Step]) -> None:
+        """θ ← θ + Σ cᵢ·z(seedᵢ) on the grid. A coefficient is rounded to a neighbouring multiple at random, by bits of
+        (seed, name), so that its mean is kept however small it is."""
+        for name, tensor in self.parameters.items():
+            for step in steps:
+                stream, c = key(step.seed, name), step.coefficient
+                grid = self._grids.get(name)
+                if grid is not None:
+                    if grid.largest + abs(c) + self.reach >= grid.spacing * 2.0**24:
+                        grid = self._grids[name] = _snap(tensor, self.reach + abs(c))
+                    c = math.floor(c / grid.spacing + stream.rounding0 * 2.0**-32) * grid.spacing
+                    grid.largest += abs(c)
+                kernel_for(tensor).add(tensor, [stream], [c], self.distribution)
+
+
+def _snap(tensor: Tensor, room: float) -> _Grid:
+    """Rounds a float32 tensor to multiples of a power of two: 2⁻²³ of what its values and `room` need."""
+    largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+    spacing = 2.0 ** (math.ceil(math.log2(largest + 2.0 * room)) - 23)
+    flat = tensor.detach()
+    # Exact but for the rounding that is meant; + 0 turns −0 into 0, which adding and subtracting could not bring back.
+    flat.copy_(torch.round(flat / spacing) * spacing + 0.0)
+    return _Grid(spacing, largest + spacing)
+
+
+def _nearest_multiple(value: float, spacing: float) -> float:
+    """As a multiple of `spacing`, never zero for a value that is not: a perturbation must perturb."""
+    multiple = round(abs(value) / spacing) or 1
+    return math.copysign(multiple * spacing, value)

@@ -1,0 +1,100 @@
+"""The reference kernel: plain torch on any device. Other kernels are tested against it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zorl.directions import Distribution, Key, half_normal_table
+
+_BLOCK = 1 << 18  # elements worked on at once: bounds the memory of the int64 and float64 temporaries
+_MASK = 0xFFFFFFFF
+# dtype -> (explicit mantissa bits, exponent of the smallest normal number)
+_FORMATS = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
+
+
+def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distribution: Distribution) -> None:
+    """θ ← θ + Σ cᵢ·z(keyᵢ), in place, in order, one rounding each (float32: nearest; half precision: stochastic)."""
+    flat = theta.detach().reshape(-1)  # a copy where theta is not contiguous
+    for start in range(0, flat.numel(), _BLOCK):
+        block = flat[start : start + _BLOCK]
+        index = torch.arange(start, start + block.numel(), device=theta.device)
+        for key, coefficient in zip(keys, coefficients, strict=True):
+            if coefficient == 0.0:
+                continue
+            change = sample(index, key, distribution) * coefficient
+            if theta.dtype == torch.float32:
+                block += change
+            else:
+                block.copy_(_round_stochastically(block.double() + change.double(), theta.dtype, index, key))
+    if flat.data_ptr() != theta.data_ptr():
+        theta.detach().copy_(flat.view(theta.shape))
+
+
+def perturb(
+    theta: Tensor, key: Key, offset: float, distribution: Distribution, out: Tensor, rows: Tensor | None = None
+) -> None:
+    """out ← θ + offset·z(key), rounded to nearest; θ is only read.
+
+    Args:
+        theta: the parameter, any shape.
+        out: contiguous, of theta's dtype and device; theta's shape, or `(len(rows), *theta.shape[1:])`.
+        rows: optional indices into theta's first dimension, shape `(n,)`, int64.
+    """
+    if rows is not None:
+        width = theta[0].numel()
+        index = (rows[:, None] * width + torch.arange(width, device=theta.device)).reshape(-1)
+        source = theta.detach()[rows].reshape(-1)
+    else:
+        index = torch.arange(theta.numel(), device=theta.device)
+        source = theta.detach().reshape(-1)
+    flat = out.view(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        if offset == 0.0:
+            flat[block] = source[block]
+        else:
+            flat[block] = source[block].float() + sample(index[block], key, distribution) * offset
+
+
+def sample(index: Tensor, key: Key, distribution: Distribution) -> Tensor:
+    """z at the given flat element indices (int64, any shape), float32: ±1, or a Gaussian by quantile table."""
+    if distribution == "rademacher":  # one bit an element, 32 elements a hash
+        return ((_hash(index >> 5, key.z0, key.z1) >> (index & 31)) & 1).float() * 2 - 1
+    word = _hash(index >> 1, key.z0, key.z1) >> ((index & 1) * 16)  # 16 bits an element: sign and quantile
+    magnitude = half_normal_table().to(index.device)[word & 0x7FFF]
+    return torch.where((word >> 15) & 1 == 1, magnitude, -magnitude)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words with low bias (C. Wellons' lowbias32), on int64 tensors that hold them."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def _hash(counter: Tensor, key0: int, key1: int) -> Tensor:
+    return _mix((_mix((counter ^ key0) & _MASK) + key1) & _MASK)
+
+
+def _round_stochastically(value: Tensor, dtype: torch.dtype, index: Tensor, key: Key) -> Tensor:
+    """Rounds float64 `value` up with probability equal to its distance from the neighbour below, so the mean is exact.
+
+    The spacing of `dtype` at the value is a power of two taken from the exponent bits; scaling by it is exact, so no
+    step but the last depends on rounding, and integer and float64 arithmetic give the same bits everywhere.
+    """
+    mantissa, smallest = _FORMATS[dtype]
+    exponent = ((value.view(torch.int64) >> 52) & 0x7FF) - 1023
+    spacing = exponent.clamp(min=smallest) - mantissa
+    scaled = value * _power_of_two(-spacing)
+    below = scaled.floor()
+    threshold = _hash(index, key.rounding0, key.rounding1).double() * 2.0**-32
+    rounded = below + (scaled - below > threshold)
+    return (rounded * _power_of_two(spacing)).to(dtype)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float64, from its bits: `pow` is not exact on every device."""
+    return ((exponent + 1023) << 52).view(torch.float64)

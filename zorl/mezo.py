@@ -1,0 +1,243 @@
+"""MeZO: ask where to look, tell what was found, step.
+
+`ask` and `tell` are the optimizer; answers may come minutes later and from anywhere. `step(closure)` wraps them for code
+that has a loss at hand. On the outside MeZO is a `torch.optim.Optimizer`, so that learning-rate schedulers work on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zorl.directions import DISTRIBUTIONS, Distribution, Step
+from zorl.epsilon import Epsilon
+from zorl.estimators import SPSA
+from zorl.in_place import InPlace
+from zorl.interrupts import uninterrupted
+from zorl.parameters import ParameterSet
+from zorl.probe import Answers, Probe, Scores
+from zorl.schedules import Directions
+from zorl.trajectory import SCHEMA, Record, Trajectory, check_header, check_parameters, direction_seed, steps_of
+from zorl.updates import UpdateName, bfloat16, update_rule
+
+
+class MeZO(torch.optim.Optimizer):
+    """Tunes parameters with forward passes alone (Malladi et al. 2023, Algorithms 1 and 2).
+
+    Args:
+        named_parameters: as from `model.named_parameters()`; each must be float32, bfloat16 or float16.
+        lr: learning rate. With `update="sgd"` it multiplies the projected gradient; with `"normalized"` it is the typical
+            change of a weight in one step.
+        epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
+            find a difference.
+        n_spsa: directions a step: a number, or a schedule such as `"1-8/1000"`.
+        distribution: of z, `"rademacher"` (±1) or `"gaussian"` (the paper's).
+        update: `"sgd"` (the paper's) or `"normalized"`.
+        seed: the master seed, from which every direction follows.
+        informative_target: for `epsilon="auto"`.
+        trajectory: a file to log to. Where it exists the run is resumed: the parameters must hold the base weights, and
+            are brought to where the log ends.
+        header: what else to write into the trajectory's header (JSON values), and to compare on resuming.
+
+    Raises:
+        ValueError: an argument is out of range, or a parameter holds NaN.
+        TrajectoryError: the trajectory is damaged, in use, or of another model or other settings.
+
+    Example::
+
+        optimizer = zorl.MeZO(model.named_parameters(), lr=1e-6, epsilon=1e-3)
+        loss = optimizer.step(closure)  # closure() -> float, called at both sides under no_grad
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr: float = 1e-6,
+        epsilon: float | Literal["auto"] = "auto",
+        *,
+        n_spsa: int | str = 1,
+        distribution: Distribution = "rademacher",
+        update: UpdateName = "sgd",
+        seed: int = 0,
+        informative_target: float = 0.8,
+        trajectory: str | Path | None = None,
+        header: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not (math.isfinite(lr) and lr > 0.0):
+            raise ValueError(f"lr must be a positive number, got {lr!r}")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution={distribution!r}; choose one of {', '.join(map(repr, DISTRIBUTIONS))}")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed must be in 0 … 2⁶³−1, got {seed}")
+        named = list(named_parameters)
+        if any(not isinstance(item, tuple) for item in named):
+            raise ValueError("MeZO needs (name, parameter) pairs: pass model.named_parameters(), not model.parameters()")
+        self.parameters = ParameterSet(named)
+        super().__init__(list(self.parameters.items()), {"lr": lr})
+        self.distribution = distribution
+        self.seed = seed
+        self.directions = Directions.parse(n_spsa)
+        self.estimator = SPSA()
+        self.rule = update_rule(update)
+        self.epsilon = Epsilon(epsilon, self.parameters.dtypes, target=informative_target)
+        self.steps = 0
+        self.forwards = 0  # evaluations of a point: two for each direction asked
+        self.informative = self.tied = self.abstained = 0  # directions so far
+        self.recent: deque[float] = deque(maxlen=100)  # |g| > 0 of the last directions with an opinion, as 1.0 or 0.0
+        self._probes = 0
+        self._open: Probe | None = None
+        self._pending: list[Step] = []
+        self._in_place: InPlace | None = None
+        self.trajectory: Trajectory | None = None
+        self.truncated: str | None = None  # what resuming cut off a damaged end
+        self._header = {
+            "schema": SCHEMA,
+            "seed": seed,
+            "distribution": distribution,
+            "n_spsa": str(self.directions),
+            "epsilon": epsilon,
+            "informative_target": informative_target,
+            "update": update,
+            **(header or {}),
+        }
+        self._path = None if trajectory is None else Path(trajectory)
+        if self._path is not None:
+            # Of the base weights: resuming or replaying on others would give neither run.
+            self._header.setdefault("base_sha256", self.parameters.sha256())
+            if self._path.exists():
+                self._resume(self._path)
+
+    # --- the core ---------------------------------------------------------------------------------------------------
+
+    def ask(self) -> Probe:
+        """The next question. Asking again before telling replaces the open one, with fresh directions."""
+        n = self.directions.at(self.steps)
+        seeds = tuple(direction_seed(self.seed, self.steps, i) for i in range(n))
+        points = self.estimator.points(seeds, self.epsilon.value)
+        self._open = Probe(self._probes, self.steps, self.epsilon.value, seeds, points)
+        self._probes += 1
+        return self._open
+
+    def tell(self, probe_id: int, answers: Answers) -> Record:
+        """Takes the answers to the open probe, commits the step to the trajectory, and leaves θ for `step` to move.
+
+        Raises:
+            ValueError: that probe is not open, or the answers do not fit it.
+            OSError: the trajectory could not be written; nothing has changed.
+        """
+        probe = self._open
+        if probe is None or probe.id != probe_id:
+            raise ValueError(f"probe {probe_id} is not open" + ("" if probe is None else f"; probe {probe.id} is"))
+        if self._pending:
+            raise ValueError("the last step was told but not applied: call step() first")
+        measured = self.estimator.project(answers, len(probe.seeds), probe.epsilon)
+        # What is decided from is what is written down, so that a replayed log decides the same.
+        projected = tuple(bfloat16(g) for g in measured)
+        coefficients = tuple(self.rule.coefficients(projected, self.param_groups[0]["lr"]))
+        record = Record(projected, coefficients)
+        with uninterrupted():
+            if self._path is not None:
+                self._log().append(record)
+            self._open = None
+            self.forwards += len(probe.points)
+            self._pending = [Step(s, c) for s, c in zip(probe.seeds, coefficients, strict=True)]
+            self._observe(record)
+        return record
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
+        """Applies what was told. With a closure it asks, evaluates and tells first, writing θ and restoring it exactly.
+
+        Args:
+            closure: returns the loss (a float, or a tensor with one element; NaN abstains). It is called at θ+εz and
+                θ−εz for each direction, must see the same data each time, and needs no backward.
+
+        Returns:
+            With a closure the mean loss over the evaluated points.
+        """
+        loss = None
+        if closure is not None:
+            in_place = self._closure_evaluator()
+            probe = self.ask()
+            losses = [float(in_place.evaluate(point, closure)) for point in probe.points]
+            if any(math.isinf(value) for value in losses):
+                raise ValueError(f"the closure returned {losses}: an infinite loss cannot be compared; return NaN to abstain")
+            self.tell(probe.id, Scores.of_losses(losses))
+            loss = sum(losses) / len(losses)
+        with uninterrupted():
+            self._apply(self._pending)
+            self._pending = []
+        return loss
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def informative_share(self) -> float:
+        """The share of directions that found a difference, of all that were answered (NaN before the first)."""
+        answered = self.informative + self.tied
+        return self.informative / answered if answered else math.nan
+
+    @property
+    def recent_informative_share(self) -> float:
+        """The same over the last hundred answered directions."""
+        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    def close(self) -> None:
+        """Syncs and closes the trajectory."""
+        if self.trajectory is not None:
+            self.trajectory.close()
+
+    def _observe(self, record: Record) -> None:
+        """Everything that follows from a committed step, live and in replay alike."""
+        self.rule.observe(record.projected)
+        self.epsilon.observe(record.projected)
+        for g in record.projected:
+            if math.isnan(g):
+                self.abstained += 1
+            else:
+                self.informative += g != 0.0
+                self.tied += g == 0.0
+                self.recent.append(float(g != 0.0))
+        self.steps += 1
+
+    def _apply(self, steps: list[Step]) -> None:
+        if self._in_place is not None:
+            self._in_place.add(steps)
+        else:
+            self.parameters.add(steps, self.distribution)
+
+    def _closure_evaluator(self) -> InPlace:
+        if self._in_place is None:
+            if self.steps:
+                raise ValueError("this run began with ask and tell; a closure writes θ on another grid, so it cannot go on with one")
+            self._in_place = InPlace(self.parameters, self.distribution, self.epsilon.largest)
+        return self._in_place
+
+    def _log(self) -> Trajectory:
+        assert self._path is not None
+        if self.trajectory is None:
+            described = {"in_place": self._in_place is not None, "parameters": self.parameters.describe()}
+            self.trajectory = Trajectory.create(self._path, {**self._header, **described})
+        return self.trajectory
+
+    def _resume(self, path: Path) -> None:
+        self.trajectory, self.truncated = Trajectory.resume(path)
+        recorded = self.trajectory.header
+        try:
+            check_parameters(recorded, self.parameters)
+            check_header(recorded, self._header)
+        except ValueError:
+            self.trajectory.close()
+            raise
+        if recorded["in_place"]:
+            self._closure_evaluator()
+        for record in self.trajectory.records:
+            self._observe(record)
+            self.forwards += 2 * len(record.projected)
+        self._apply(steps_of(recorded, self.trajectory.records))

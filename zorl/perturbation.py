@@ -1,0 +1,243 @@
+"""Evaluating a model at θ + offset·z without writing θ. The only code that knows how.
+
+Adding ε·z and subtracting it again does not restore θ in floating point (at ε = 1e-3, half of all float32 elements
+differ afterwards). So θ is only read here: just before a module runs, its parameters at the point are written into a
+scratch buffer that the next module reuses, and the module computes with those.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zorl.directions import Distribution, key
+from zorl.kernels import kernel_for
+from zorl.parameters import ParameterSet
+from zorl.probe import Point
+
+T = TypeVar("T")
+# Parameters up to this many bytes in all are perturbed once an evaluation rather than once a forward: it spares tiny
+# models the hooks, and generation a pass a token, for memory that no one notices.
+HELD_BYTES = 8 << 20
+
+
+class Evaluator(Protocol):
+    """Runs forwards at points around θ."""
+
+    @property
+    def module(self) -> Any:
+        """What a forward must call: a model that shares every tensor with the user's, in eval mode."""
+
+    def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
+        """The result of `forward()` with `module` at the point.
+
+        Args:
+            forward: calls `module`; it may be called twice, so it must have no other effect.
+            head_rows: vocabulary rows, shape `(n,)`, int64: the output embedding computes these alone, in this order,
+                so that logits have shape `(..., n)`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a module of the replica keeps one tuned parameter."""
+
+    module: nn.Module
+    attribute: str
+    name: str  # canonical
+    parameter: Tensor
+
+
+class Scratch:
+    """Evaluates a model module by module through a scratch buffer. θ stays bitwise what it is, whatever happens.
+
+    The hooks live on a replica: a copy of the module tree that shares all tensors with the model, so the model itself is
+    neither hooked nor switched to eval mode, and other threads may read or run it meanwhile.
+
+    Args:
+        model: any module; frozen parameters are used as they are.
+        parameters: the tuned ones, taken from this model.
+        distribution: of z.
+
+    Raises:
+        TypeError: the model holds a recurrent layer, which keeps its weights where hooks cannot reach them.
+    """
+
+    def __init__(self, model: nn.Module, parameters: ParameterSet, distribution: Distribution = "rademacher") -> None:
+        self.parameters = parameters
+        self.distribution = distribution
+        self.module: Any = _replica(model)
+        names = {id(tensor): name for name, tensor in parameters.items()}
+        self._slots: dict[nn.Module, list[_Slot]] = {}
+        for module in self.module.modules():
+            slots = [_Slot(module, a, names[id(p)], p) for a, p in module._parameters.items() if id(p) in names]
+            if slots and isinstance(module, nn.RNNBase):
+                raise TypeError(f"{type(module).__name__} cannot be perturbed module by module; use zorl.MeZO with a closure")
+            if slots:
+                self._slots[module] = slots
+        self._held = self._small_parameters()
+        self._head = _output_embedding(self.module)
+        for module in {*self._slots, *([self._head] if self._head is not None else [])}:
+            module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            module.register_forward_hook(self._leave, always_call=True)
+        self._point: Point | None = None
+        self._head_rows: Tensor | None = None
+        self._reached: set[str] | None = set(self._held)  # None once a forward has shown that hooks reach the rest
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._replaced: list[list[tuple[nn.Module, str, Any]]] = []  # a frame for each module being run, innermost last
+
+    def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
+        """See `Evaluator.evaluate`."""
+        result = self._run(point, forward, head_rows)
+        if self._reached is not None and point.offset != 0.0:
+            unreached = set(self.parameters) - self._reached
+            self._reached = None
+            if unreached:  # a parent module reads a child's weights without calling it: keep these for the whole forward
+                self._held |= unreached
+                result = self._run(point, forward, head_rows)
+        return result
+
+    @torch.no_grad()
+    def _run(self, point: Point, forward: Callable[[], T], head_rows: Tensor | None) -> T:
+        self._point, self._head_rows = point, head_rows
+        self._replaced.append([])
+        try:
+            if point.offset != 0.0:
+                kept: dict[str, Tensor] = {}
+                for slot in (slot for slots in self._slots.values() for slot in slots if slot.name in self._held):
+                    if slot.name not in kept:
+                        kept[slot.name] = torch.empty_like(slot.parameter, memory_format=torch.contiguous_format)
+                        self._perturb(slot, kept[slot.name])
+                    self._replace(slot.module, slot.attribute, kept[slot.name])
+            return forward()
+        finally:
+            while self._replaced:
+                self._restore()
+            self._point = self._head_rows = None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a module runs: put its parameters at the point in place, in a frame of their own."""
+        if self._point is None:
+            return None
+        self._replaced.append([])
+        rows = self._head_rows if module is self._head and type(module).forward is nn.Linear.forward else None
+        if rows is not None:
+            return self._enter_head(module, rows)
+        if self._point.offset == 0.0:
+            return None
+        slots = [slot for slot in self._slots.get(module, ()) if slot.name not in self._held]
+        if self._reached is not None:
+            self._reached.update(slot.name for slot in slots)
+        if len(slots) == 1 and _gathers_rows(module, args, kwargs):
+            return self._enter_embedding(module, slots[0], args, kwargs)
+        views = self._allocate([(tuple(slot.parameter.shape), slot.parameter) for slot in slots])
+        for slot, view in zip(slots, views, strict=True):
+            self._perturb(slot, view)
+            self._replace(module, slot.attribute, view)
+        return None
+
+    def _enter_embedding(self, module: Any, slot: _Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An embedding perturbs the rows that are looked up, not its whole table."""
+        indices = args[0] if args else kwargs["input"]
+        flat = indices.reshape(-1)
+        (view,) = self._allocate([((flat.numel(), slot.parameter.shape[1]), slot.parameter)])
+        self._perturb(slot, view, rows=flat)
+        self._replace(module, slot.attribute, view)
+        self._replaced[-1].append((module, "padding_idx", module.padding_idx))
+        module.padding_idx = None  # it speaks of rows of the table, and matters in a backward pass alone
+        return (torch.arange(flat.numel(), device=flat.device).view(indices.shape),), {}
+
+    def _enter_head(self, module: nn.Module, rows: Tensor) -> None:
+        """The output embedding computes only the asked rows of the vocabulary."""
+        assert self._point is not None
+        tuned = {slot.attribute: slot for slot in self._slots.get(module, ())}
+        if self._reached is not None:
+            self._reached.update(slot.name for slot in tuned.values())
+        moved = [slot for slot in tuned.values() if slot.name not in self._held and self._point.offset != 0.0]
+        views = self._allocate([((len(rows), *slot.parameter.shape[1:]), slot.parameter) for slot in moved])
+        for slot, view in zip(moved, views, strict=True):
+            self._perturb(slot, view, rows=rows)
+            self._replace(module, slot.attribute, view)
+        for attribute, parameter in list(module._parameters.items()):
+            if parameter is not None and all(slot.attribute != attribute for slot in moved):
+                self._replace(module, attribute, parameter[rows])
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._point is None or len(self._replaced) < 2:
+            return None
+        depth = len(self._replaced)
+        self._restore()
+        if module is self._head and self._head_rows is not None and type(module).forward is not nn.Linear.forward:
+            return output.index_select(-1, self._head_rows)
+        if isinstance(output, Tensor) and self._in_scratch(output, depth):
+            return output.clone()  # the module returned its own parameter; the next module would overwrite it
+        return None
+
+    def _perturb(self, slot: _Slot, out: Tensor, rows: Tensor | None = None) -> None:
+        assert self._point is not None
+        parameter = slot.parameter
+        kernel_for(parameter).perturb(
+            parameter, key(self._point.seed, slot.name), self._point.offset, self.distribution, out, rows
+        )
+
+    def _replace(self, module: nn.Module, attribute: str, tensor: Tensor) -> None:
+        self._replaced[-1].append((module, attribute, module._parameters[attribute]))
+        module._parameters[attribute] = tensor  # type: ignore[assignment]  # a view, no leaf: nothing is differentiated
+
+    def _restore(self) -> None:
+        for module, attribute, original in reversed(self._replaced.pop()):
+            if attribute in module._parameters:
+                module._parameters[attribute] = original
+            else:
+                setattr(module, attribute, original)
+
+    def _allocate(self, wanted: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
+        """Views of the scratch buffer of this nesting depth: modules that run one after the other share it."""
+        views, used = [], dict.fromkeys(((like.dtype, like.device) for _, like in wanted), 0)
+        total = dict(used)
+        for shape, like in wanted:
+            total[like.dtype, like.device] += torch.Size(shape).numel()
+        for shape, like in wanted:
+            kind = (like.dtype, like.device)
+            place = (len(self._replaced), *kind)
+            if place not in self._buffers or self._buffers[place].numel() < total[kind]:
+                self._buffers[place] = torch.empty(total[kind], dtype=like.dtype, device=like.device)
+            n = torch.Size(shape).numel()
+            views.append(self._buffers[place][used[kind] : used[kind] + n].view(shape))
+            used[kind] += n
+        return views
+
+    def _in_scratch(self, tensor: Tensor, depth: int) -> bool:
+        buffer = self._buffers.get((depth, tensor.dtype, tensor.device))
+        return buffer is not None and tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+    def _small_parameters(self) -> set[str]:
+        """The smallest parameters, as many as fit `HELD_BYTES`."""
+        held, budget = set(), HELD_BYTES
+        for name, tensor in sorted(self.parameters.items(), key=lambda item: item[1].numel()):
+            budget -= tensor.numel() * tensor.element_size()
+            if budget < 0:
+                break
+            held.add(name)
+        return held
+
+
+def _replica(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with the model, in eval mode."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared).eval()
+
+
+def _output_embedding(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_output_embeddings", None)  # a transformers model with a language-model head, or not
+    return find() if find is not None else None
+
+
+def _gathers_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A plain look-up table. Subclasses may do arithmetic on the indices first (OPT's positions): they get the table."""
+    return type(module).forward is nn.Embedding.forward and module.max_norm is None and len(args) + len(kwargs) == 1

@@ -1,0 +1,1 @@
+"""Tasks that need no download: one file a task."""

@@ -1,0 +1,296 @@
+"""The log that is the checkpoint: (base weights, trajectory) → weights, bit for bit.
+
+A direction is a seed, and seeds follow from the master seed, so a step is known by two bfloat16 numbers a direction: the
+projected gradient that was measured (NaN: abstained, 0: a tie) and the coefficient that was applied. 20,000 steps take
+85 kB. Everything else — moments, ε, the informative share — is a pure function of these.
+
+File layout, all little-endian::
+
+    b"ZORL" · u32 n · n bytes of zlib-compressed JSON (the header) · u32 CRC-32 of all before
+    blocks of 16 steps: per direction bf16 g, bf16 c · u32 CRC-32, chained with the block before
+
+The last block may hold fewer steps; its checksum moves along as it grows. So a flipped bit anywhere is noticed, and a
+write that the power cut short costs the steps of its own block at most.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from zorl.directions import Step, derive_seed
+from zorl.parameters import ParameterSet
+from zorl.schedules import Directions
+
+SCHEMA = 1
+_MAGIC = b"ZORL"
+_STEPS_A_BLOCK = 16
+_U32 = struct.Struct("<I")
+
+
+class TrajectoryError(ValueError):
+    """A trajectory is damaged, or belongs to something else than what it is used with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One committed step: per direction the measured projected gradient and the applied coefficient (bfloat16 values)."""
+
+    projected: tuple[float, ...]
+    coefficients: tuple[float, ...]
+
+    def __bytes__(self) -> bytes:
+        pairs = torch.tensor([self.projected, self.coefficients], dtype=torch.float32).bfloat16().T.contiguous()
+        return pairs.view(torch.uint16).numpy().astype("<u2").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Record:
+        words = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
+        values = words.view(np.float32).tolist()
+        return cls(tuple(values[0::2]), tuple(values[1::2]))
+
+
+class Trajectory:
+    """A trajectory file open for appending. Only one at a time may be: a lock file beside it says so.
+
+    Use `create` or `resume`, and `read` for reading alone.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], records: list[Record], lock: FileLock) -> None:
+        self.path = path
+        self.header = header
+        self.records = records
+        self._lock = lock
+        self._file = open(path, "r+b", buffering=0)
+        head = _encode_header(header)
+        # The open block: where it starts, its steps so far, and the checksum that it continues.
+        self._start, self._open, self._chain = len(head), b"", _U32.unpack(head[-4:])[0]
+        self._open_steps = 0
+        for record in records:
+            self._take(bytes(record))
+
+    @classmethod
+    def create(cls, path: str | Path, header: Mapping[str, Any]) -> Trajectory:
+        """A new, empty trajectory.
+
+        Raises:
+            FileExistsError: there is a file already; resume it or remove it.
+            TrajectoryError: another run is writing it.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+        try:
+            with open(path, "xb") as file:
+                file.write(_encode_header(dict(header)))
+                file.flush()
+                os.fsync(file.fileno())
+            return cls(path, dict(header), [], lock)
+        except FileExistsError:
+            lock.release()
+            raise FileExistsError(f"{path} exists: resume that run, or remove the file to start anew") from None
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def resume(cls, path: str | Path) -> tuple[Trajectory, str | None]:
+        """The trajectory at `path`, cut back to its last intact step, and what was cut (None: nothing).
+
+        Raises:
+            TrajectoryError: the header is damaged, a block before the last is, or another run is writing it.
+        """
+        path = Path(path)
+        lock = _locked(path)
+        try:
+            header, records, damage, intact = _parse(path)
+            if damage is not None and not damage.tail:
+                raise TrajectoryError(str(damage))
+            trajectory = cls(path, header, records, lock)
+            os.truncate(path, intact)
+            return trajectory, None if damage is None else str(damage)
+        except BaseException:
+            lock.release()
+            raise
+
+    def append(self, record: Record) -> None:
+        """Commits a step. When this returns, a killed process has not lost it (`sync` holds against a power cut too).
+
+        Raises:
+            OSError: it could not be written, as on a full disk. The file is as it was, and the step is not committed.
+        """
+        before = (self._start, self._open, self._chain, self._open_steps)
+        position, old_checksum = self._start + len(self._open), self._checksum() if self._open_steps else b""
+        data = bytes(record)
+        self._take(data)
+        checksum = self._checksum() if self._open_steps else _U32.pack(self._chain)
+        try:
+            self._write(position, data + checksum)
+        except OSError as error:
+            self._start, self._open, self._chain, self._open_steps = before
+            self._write(position, old_checksum)  # over bytes that the file has already: needs no space
+            self._file.truncate(position + len(old_checksum))
+            raise OSError(
+                error.errno, f"{error.strerror}; step {len(self.records) + 1} is not committed, free space and resume",
+                str(self.path),
+            ) from error
+        self.records.append(record)
+
+    def sync(self) -> None:
+        """Returns once every appended step is on the disk itself."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs, closes and unlocks. Closing twice is harmless."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+            self._lock.release()
+
+    def _write(self, position: int, data: bytes) -> None:
+        self._file.seek(position)
+        if self._file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _take(self, data: bytes) -> None:
+        self._open += data
+        self._open_steps += 1
+        if self._open_steps == _STEPS_A_BLOCK:
+            self._start += len(self._open) + 4
+            self._chain = zlib.crc32(self._open, self._chain)
+            self._open, self._open_steps = b"", 0
+
+    def _checksum(self) -> bytes:
+        return _U32.pack(zlib.crc32(self._open, self._chain))
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Where a file stops making sense."""
+
+    path: Path
+    intact_steps: int
+    tail: bool  # in the last block, where a write that was cut short leaves it
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: what follows step {self.intact_steps} fails its checksum "
+            f"({'a write was cut short, or a bit flipped' if self.tail else 'a bit flipped, or it was edited'}); "
+            f"the first {self.intact_steps} steps are intact"
+        )
+
+
+def read(path: str | Path, until: int | None = None) -> tuple[dict[str, Any], list[Record]]:
+    """The header and the first `until` steps (None: all).
+
+    Raises:
+        TrajectoryError: it is no trajectory, is damaged within these steps, or has fewer.
+    """
+    header, records, damage, _ = _parse(Path(path))
+    if damage is not None and (until is None or until > len(records)):
+        raise TrajectoryError(f"{damage}: replay them with --until {len(records)}, or resume the run to redo the rest")
+    if until is not None and not 0 <= until <= len(records):
+        raise TrajectoryError(f"{path} holds {len(records)} steps, so it cannot be replayed until step {until}")
+    return header, records[:until]
+
+
+def replay(header: Mapping[str, Any], records: Sequence[Record], parameters: ParameterSet) -> None:
+    """Applies the steps to `parameters`, which hold the base weights: afterwards they are the trained ones, bit for bit.
+
+    Raises:
+        TrajectoryError: the parameters are not the ones that the trajectory was recorded with.
+    """
+    check_parameters(header, parameters)
+    parameters.add(steps_of(header, records), header["distribution"])
+
+
+def steps_of(header: Mapping[str, Any], records: Sequence[Record], first: int = 0) -> list[Step]:
+    """The directions and coefficients of records that start at step `first`, in the order in which they were applied."""
+    return [
+        Step(direction_seed(header["seed"], step, i), c)
+        for step, record in enumerate(records, first)
+        for i, c in enumerate(record.coefficients)
+    ]
+
+
+def direction_seed(master: int, step: int, index: int) -> int:
+    """The seed of a step's direction: all follow from the run's master seed."""
+    return derive_seed(master, "direction", step, index)
+
+
+def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> None:
+    """Raises TrajectoryError naming the first parameters that differ in name, shape or dtype."""
+    recorded = {name: (list(shape), dtype) for name, shape, dtype in header["parameters"]}
+    found = {name: (shape, dtype) for name, shape, dtype in parameters.describe()}
+    for what, names in (("lacks", recorded.keys() - found.keys()), ("also has", found.keys() - recorded.keys())):
+        if names:
+            raise TrajectoryError(f"the model {what} {len(names)} of the trajectory's parameters, such as {min(names)!r}")
+    for name, (shape, dtype) in recorded.items():
+        if found[name] != (shape, dtype):
+            raise TrajectoryError(
+                f"parameter {name!r} is {found[name][1]} of shape {found[name][0]}, the trajectory's is {dtype} of shape {shape}"
+            )
+
+
+def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises TrajectoryError naming the settings in which a run differs from the one that it wants to continue."""
+    different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
+    if different:
+        found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
+        raise TrajectoryError(f"the trajectory was recorded with other settings: {found}")
+
+
+def _encode_header(header: dict[str, Any]) -> bytes:
+    packed = zlib.compress(json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), 9)
+    data = _MAGIC + _U32.pack(len(packed)) + packed
+    return data + _U32.pack(zlib.crc32(data))
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int]:
+    """Header, intact records, damage, and the number of bytes up to the end of the intact records."""
+    data = path.read_bytes()
+    if data[:4] != _MAGIC:
+        raise TrajectoryError(f"{path} is not a zorl trajectory: it does not start with {_MAGIC!r}")
+    size = _U32.unpack(data[4:8])[0] if len(data) >= 8 else len(data)
+    end = 8 + size + 4
+    if len(data) < end or zlib.crc32(data[: end - 4]) != _U32.unpack(data[end - 4 : end])[0]:
+        raise TrajectoryError(f"{path}: the header is damaged (its checksum does not match); nothing can be replayed")
+    header = json.loads(zlib.decompress(data[8 : end - 4]))
+    if header.get("schema") != SCHEMA:
+        raise TrajectoryError(f"{path} has schema {header.get('schema')}, this version of zorl reads schema {SCHEMA}")
+    directions = Directions.parse(header["n_spsa"])
+    records: list[Record] = []
+    position, chain = end, _U32.unpack(data[end - 4 : end])[0]
+    while position < len(data):
+        sizes = [4 * directions.at(len(records) + i) for i in range(_STEPS_A_BLOCK)]
+        last = len(data) - position < sum(sizes) + 4
+        count = next((k for k in range(1, _STEPS_A_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0) if last else len(sizes)
+        stop = position + sum(sizes[:count])
+        if not count or zlib.crc32(data[position:stop], chain) != _U32.unpack(data[stop : stop + 4])[0]:
+            return header, records, Damage(path, len(records), last or stop + 4 == len(data)), position
+        chain = _U32.unpack(data[stop : stop + 4])[0]
+        for step_size in sizes[:count]:
+            records.append(Record.from_bytes(data[position : position + step_size]))
+            position += step_size
+        position += 4
+    return header, records, None, position
+
+
+def _locked(path: Path) -> FileLock:
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrajectoryError(f"another run is writing {path}; stop it, or choose another output folder") from None
+    return lock
