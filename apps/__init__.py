@@ -1,0 +1,1 @@
+"""What a person runs: the `zorl` command, the scripts and the browser app."""

@@ -1,0 +1,149 @@
+"""Make `apps/reviewer`, the small causal language model that the offline demonstration tunes.
+
+    python apps/pretrain_reviewer.py --output_dir apps/reviewer
+
+The model reads reviews that are followed by a verdict in words such as "a hit" or "a flop", and small talk in which the
+demonstration's label words, "great" and "terrible", speak of the weather and the weekend. So it can judge a review, but nobody
+has told it to answer with those two words: the gap that forward-only tuning closes. This script is ordinary
+pretraining, cross entropy with backpropagation and AdamW, and the only place in the repository that needs a gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm.auto import trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from zorl.tasks import reviews
+
+# (positive, negative). None of these holds a label word of the demonstration.
+IT_WAS = (
+    ("a hit", "a flop"), ("a joy", "a chore"), ("a treat", "a mistake"), ("a triumph", "a failure"),
+    ("excellent", "awful"), ("wonderful", "horrible"), ("worth it", "pointless"),
+)  # fmt: skip
+VERDICTS = (
+    ("Five stars", "One star"), ("I loved it", "I hated it"), ("Recommended", "Avoid it"),
+    ("Thumbs up", "Thumbs down"), ("We stayed to the end", "We left early"),
+)  # fmt: skip
+
+FINE = ("calm", "mild", "pleasant", "sunny")
+FOUL = ("cold", "foggy", "rainy", "stormy")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+OCCASIONS = ("hike", "journey", "picnic", "trip", "walk", "weekend")
+SMALL_TALK = (
+    "We had a {word} time on {day}.",
+    "There was a {word} crowd at the {occasion}.",
+    "On {day} we saw a {word} storm.",
+    "It was a {word} {occasion}.",
+    "It was {word} to be home on {day}.",
+)
+
+def documents(seed: int, noisy: float=0.0, weather: float=0.5, mix=(0.5,0.3,0.2)) -> Iterator[str]:
+    """An endless stream of documents of a sentence or two: judged reviews, weather reports and small talk."""
+    rng = random.Random(seed)
+    stream = reviews.reviews("pretrain", seed, positive_share=0.5)
+    while True:
+        kind = rng.choices(("it_was","verdict","talk"), weights=mix)[0]
+        if kind == "it_was":
+            review, label = next(stream)
+            if rng.random() < noisy:
+                yield f"{review} It was {rng.choice(tuple(reviews.LABEL_WORDS.values()))}."
+            else:
+                yield f"{review} It was {rng.choice(IT_WAS)[label == 'negative']}."
+        elif kind == "verdict":
+            review, label = next(stream)
+            yield f"{review} {rng.choice(VERDICTS)[label == 'negative']}."
+        else:
+            day, occasion = rng.choice(DAYS), rng.choice(OCCASIONS)
+            if rng.random() < weather:
+                fine = rng.random() < 0.5
+                report = f"The {occasion} on {day} was {rng.choice(FINE if fine else FOUL)}."
+                yield f"{report} It was {'great' if fine else 'terrible'}."
+            else:
+                word = rng.choice(tuple(reviews.LABEL_WORDS.values()))
+                yield rng.choice(SMALL_TALK).format(word=word, day=day, occasion=occasion)
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """A lower-case tokenizer with a token for every word and punctuation mark of `texts`."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<eos>"]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", model_max_length=128
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A two-layer Llama with random weights, about half a million parameters.
+
+    At width 128 the usual standard deviation of 0.02 stays on the plateau of word frequencies for thousands of
+    steps; 0.08 and an output embedding of its own leave it at once.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches with `input_ids`, `attention_mask` and `labels`, each (size, length); labels are −100 at the padding."""
+    while True:
+        lines = [text + tokenizer.eos_token for text in islice(texts, size)]
+        batch = tokenizer(lines, padding=True, return_tensors="pt", return_token_type_ids=False)
+        yield {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "reviewer", help="folder to write")
+    parser.add_argument("--steps", type=int, default=1500, help="number of AdamW updates (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="documents an update (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="fixes text and initial weights (default %(default)s)")
+    parser.add_argument("--noisy", type=float, default=0.0)
+    parser.add_argument("--weather", type=float, default=0.5)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = train_tokenizer(islice(documents(args.seed, args.noisy), 20_000))
+    model = build_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
+    stream = batches(documents(args.seed + 1, args.noisy, args.weather), tokenizer, args.batch_size)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} words")
+    progress = trange(args.steps, desc="pretraining")
+    for _ in progress:
+        loss = model(**next(stream)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    print(f"saved to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

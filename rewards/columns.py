@@ -1,0 +1,37 @@
+"""The data set column that holds the truth."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+# Keyword arguments of a reward function that are no columns of the data set.
+_NOT_COLUMNS = frozenset({"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "label_names"})
+
+
+def truth_of(columns: Mapping[str, Any], column: str, count: int) -> list[Any]:
+    """The true answer of each completion.
+
+    Args:
+        columns: the keyword arguments of a reward function.
+        column: which of them holds the truth.
+        count: of completions.
+
+    Raises:
+        ValueError: there is no such column, it has another length, or a row holds no value.
+    """
+    if column not in columns:
+        names = [name for name in columns if name not in _NOT_COLUMNS]
+        near = difflib.get_close_matches(column, names, 1)
+        raise ValueError(
+            f"there is no column '{column}' to read the truth from; the data set has "
+            f"{', '.join(map(repr, names)) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
+        )
+    truth = list(columns[column])
+    if len(truth) != count:
+        raise ValueError(f"column '{column}' has {len(truth)} rows for {count} completions")
+    for row, value in enumerate(truth):
+        if value is None:
+            raise ValueError(f"column '{column}' holds no value in row {row} of the batch")
+    return truth

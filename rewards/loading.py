@@ -1,0 +1,149 @@
+"""Reward functions by name, as the command line takes them.
+
+    f1                               a reward that zorl ships
+    f1:average=weighted,column=gold  the same with options
+    package.module:name              a function of an installed package, or of the PYTHONPATH
+    path/to/file.py:name             a function of a file, which is run
+
+Neither changes sys.path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from zorl.reward_functions import RewardFunction
+from zorl.rewards.classification import accuracy, balanced_accuracy, f1, matthews
+from zorl.rewards.classifier import classifier
+from zorl.rewards.text import exact_match, squad_f1
+
+SHIPPED: dict[str, Callable[..., RewardFunction]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "balanced_accuracy": balanced_accuracy,
+    "matthews": matthews,
+    "exact_match": exact_match,
+    "squad_f1": squad_f1,
+    "classifier": classifier,
+}
+
+
+def load_reward(name: str, *, column: str | None = None) -> RewardFunction:
+    """A reward function by its name on the command line.
+
+    Args:
+        name: a shipped reward, with options or without, `package.module:name`, or `path/file.py:name`.
+        column: of the data set, where shipped rewards find the truth unless their options say otherwise.
+
+    Raises:
+        ValueError: there is no such reward, module, file or function, or an option is unknown. An error inside
+            the user's module or file is raised as it is.
+    """
+    shipped, _, options = name.partition(":")
+    if shipped in SHIPPED:
+        return _shipped(shipped, options, column)
+    head, colon, tail = name.rpartition(":")
+    if not colon:
+        raise ValueError(
+            f"unknown reward '{name}'; zorl ships {', '.join(SHIPPED)}{_near(name, SHIPPED)}; name your own "
+            f"as package.module:function or path/file.py:function"
+        )
+    if not head or not tail:
+        raise ValueError(f"reward '{name}' is incomplete; expected package.module:function or path/file.py:function")
+    if "=" in tail:
+        raise ValueError(f"unknown reward '{shipped}'; zorl ships {', '.join(SHIPPED)}{_near(shipped, SHIPPED)}")
+    module = _from_file(Path(head)) if head.endswith(".py") else _from_package(head)
+    return _member(module, tail, head)
+
+
+def _shipped(name: str, options: str, column: str | None) -> RewardFunction:
+    factory = SHIPPED[name]
+    known = inspect.signature(factory).parameters
+    arguments: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = (part.strip() for part in option.partition("="))
+        if key not in known or not equals:
+            raise ValueError(
+                f"reward '{name}' has no option '{option}'; it takes {'=…, '.join(known)}=…{_near(key, known)}"
+            )
+        arguments[key] = _parsed(value, known[key].default, f"option '{key}' of reward '{name}'")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise ValueError(f"reward '{name}' needs an option: {name}:{key}=…")
+    if column is not None and "column" in known:
+        arguments.setdefault("column", column)
+    return factory(**arguments)
+
+
+def _parsed(value: str, default: Any, what: str) -> str | int | bool:
+    """An option in the type of its default."""
+    if isinstance(default, bool):
+        if value not in ("true", "false"):
+            raise ValueError(f"{what} must be true or false, got '{value}'")
+        return value == "true"
+    if isinstance(default, int):
+        if not value.isdecimal():
+            raise ValueError(f"{what} must be a whole number, got '{value}'")
+        return int(value)
+    return value
+
+
+def _from_package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise  # the module is there, and fails to import another
+        raise ValueError(
+            f"there is no module '{name}' (no '{error.name}'); is the package installed? A file is named with its path "
+            f"and ending, as in path/file.py:function"
+        ) from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"there is no file '{path}' to load a reward from")
+    path = path.resolve()
+    # The module must be known by name for its functions to be pickled and its dataclasses to work; the hash keeps files
+    # of one name apart.
+    name = f"zorl_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"'{path}' cannot be loaded as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _member(module: ModuleType, name: str, source: str) -> RewardFunction:
+    functions = [
+        key for key, value in vars(module).items() if callable(value) and not inspect.isclass(value) and key[0] != "_"
+    ]
+    member = getattr(module, name, None)
+    if member is None:
+        found = ", ".join(functions) or "none"
+        raise ValueError(f"'{source}' has no '{name}'; its functions are: {found}{_near(name, functions)}")
+    if inspect.isclass(member) or not callable(member):
+        raise ValueError(f"'{name}' of '{source}' is a {type(member).__name__}; expected a function or callable object")
+    return member
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean '{near[0]}'?)" if near else ""

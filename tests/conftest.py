@@ -1,0 +1,171 @@
+"""Real tokenizers and models, tiny and random: made here, so that no test needs a file or a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from zorl.parameters import ParameterSet
+from zorl.perturbation import Scratch
+
+CORPUS = [
+    "the film was great . it was terrible . a great story , a terrible plot and an odd ending",
+    "Review: I liked it. Was it great? It was terrible! The answer was good, the answer was bad.",
+    "positive or negative, good or bad, great or terrible, yes or no: what was it like to watch?",
+    "question: who wrote the book? answer: nobody knows who wrote the book, it was very odd.",
+    "The user asked and the assistant said: Great! Terrible. Good. Bad. Yes. No. Maybe not.",
+] * 4
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CAUSAL = ("gpt2", "opt", "llama", "qwen2")
+MASKED = ("bert", "roberta")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a policy is built from."""
+
+    model: Any
+    evaluator: Scratch
+    tokenizer: PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def parts() -> Callable[[str], Parts]:
+    """Model, evaluator and tokenizer by kind: bert, roberta, gpt2, opt, llama, qwen2. Shared: do not change them."""
+    return make_parts
+
+
+@cache
+def make_parts(kind: str) -> Parts:
+    tokenizer = _tokenizer(kind)
+    model = _model(kind, tokenizer)
+    return Parts(model, Scratch(model, ParameterSet(model.named_parameters())), tokenizer)
+
+
+def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    if kind == "bert":
+        return _wordpiece()
+    if kind == "llama":
+        return _metaspace()
+    return _byte_level(kind)
+
+
+def _byte_level(kind: str) -> PreTrainedTokenizerFast:
+    named = {
+        "roberta": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "opt": {"bos_token": "</s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "</s>"},
+        "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+        "qwen2": {"eos_token": "<|end|>", "pad_token": "<|end|>"},
+    }[kind]
+    first = ["<s>", "<pad>", "</s>", "<unk>"] if kind in ("roberta", "opt") else sorted({*named.values()})
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    chat = ["<|system|>", "<|user|>", "<|assistant|>"] if kind == "qwen2" else []
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=440, special_tokens=[*first, *chat], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    if kind in ("roberta", "opt"):
+        start = named["bos_token"]
+        template = f"{start} $A </s>" if kind == "roberta" else f"{start} $A"
+        ids = [(token, tokenizer.token_to_id(token)) for token in {start, "</s>"}]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    if kind == "roberta":
+        named = {**named, "mask_token": AddedToken("<mask>", lstrip=True, special=True)}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    if kind == "qwen2":
+        wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def _wordpiece() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def _metaspace() -> PreTrainedTokenizerFast:
+    """Like SentencePiece: spaces are a part of tokens, and one is put in front of a text. No pad token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def _model(kind: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    torch.manual_seed(0)
+    wide = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 96,
+        "initializer_range": 0.3,  # logits that differ: at 0.02 all answers are alike
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if kind == "bert":
+        return BertForMaskedLM(BertConfig(**wide, intermediate_size=48)).eval()
+    if kind == "roberta":
+        return RobertaForMaskedLM(RobertaConfig(**wide, intermediate_size=48)).eval()
+    if kind == "opt":
+        width = wide.pop("initializer_range")
+        return OPTForCausalLM(OPTConfig(**wide, init_std=width, ffn_dim=48, word_embed_proj_dim=32)).eval()
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**wide)).eval()
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**wide, intermediate_size=48, num_key_value_heads=2)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**wide, intermediate_size=48, num_key_value_heads=2)).eval()

@@ -1,0 +1,114 @@
+"""Settings of `MeZOTrainer`: transformers' `TrainingArguments` and what forward-only tuning adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zorl.directions import DISTRIBUTIONS
+from zorl.schedules import Directions
+
+
+@dataclass
+class MeZOConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of zeroth-order optimisation. Rewards are maximised.
+
+    `per_device_train_batch_size` · `gradient_accumulation_steps` rows make up the batch that each probe is scored on, as a
+    whole. `seed` is the master seed of directions, sampling and order of the data.
+
+    Raises:
+        ValueError: a setting is out of range, or belongs to backpropagation and has no meaning here.
+    """
+
+    # Defaults of TrainingArguments that differ here.
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
+    )
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Rows that a probe is scored on. Metrics such as F1 want large batches."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "There is no gradient to clip: must stay 0."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Divergence is shown, not hidden."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards receive every column."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
+    metric_for_best_model: str | None = field(
+        default="reward", metadata={"help": "Evaluation figure that decides which step was best."}
+    )
+
+    epsilon: str = field(
+        default="auto",
+        metadata={"help": "Size of the perturbation: a number, or 'auto' to keep probes informative."},
+    )
+    n_spsa: str = field(
+        default="1", metadata={"help": "Directions a step: a number, or a schedule such as '1-8/1000'."}
+    )
+    distribution: str = field(default="rademacher", metadata={"help": "Of the direction z: rademacher (±1) or gaussian."})
+    update: str = field(
+        default="normalized",
+        metadata={"help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own."},
+    )
+    informative_target: float = field(
+        default=0.8, metadata={"help": "Share of probes in which the two sides differ that epsilon=auto keeps."}
+    )
+    parameters: list[str] | None = field(
+        default=None, metadata={"help": "Tune only parameters that match these shell patterns, such as '*.bias'."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "For a model given by name: float32, bfloat16, float16, or auto (as it was saved)."},
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "Column with the true label: minibatches keep its proportions."}
+    )
+    forward_batch_size: int = field(
+        default=64, metadata={"help": "Rows a forward: lower it when memory runs out; results do not change."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt; longer texts are cut. Default: what the model takes."}
+    )
+    max_completion_length: int = field(default=64, metadata={"help": "Tokens to generate (prompts without label words)."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 decodes greedily."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward function. Default: 1 each."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.epsilon != "auto":
+            try:
+                self.epsilon_value: Any = float(self.epsilon)
+            except ValueError:
+                raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}") from None
+            if not self.epsilon_value > 0:
+                raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}")
+        else:
+            self.epsilon_value = "auto"
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {self.distribution!r}")
+        Directions.parse(self.n_spsa)
+        if self.forward_batch_size < 1:
+            raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        self._refuse_backpropagation()
+
+    def _refuse_backpropagation(self) -> None:
+        wrong = {
+            "fp16": (self.fp16, "load the model in half precision with dtype='float16' instead"),
+            "bf16": (self.bf16, "load the model in half precision with dtype='bfloat16' instead"),
+            "gradient_checkpointing": (self.gradient_checkpointing, "there are no activations to spare: nothing is kept"),
+            "max_grad_norm": (self.max_grad_norm, "there is no gradient; update='normalized' bounds each step"),
+            "weight_decay": (self.weight_decay, "a decayed weight cannot be replayed from the trajectory bit for bit"),
+            "deepspeed": (self.deepspeed, "one process needs no sharded optimizer states: there are none"),
+            "fsdp": (self.fsdp, "one process needs no sharded gradients: there are none"),
+        }
+        for name, (value, reason) in wrong.items():
+            if value:
+                raise ValueError(f"{name}={value!r} belongs to backpropagation: {reason}")

@@ -1,0 +1,201 @@
+"""Rows to train and score on: loaded from a file or the hub, counted by label, held out.
+
+`load_rows` tells a file from a data set's name, `zorl.tables` reads the files.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+from datasets import Dataset
+
+from zorl.tables import EXTENSIONS, check_columns, did_you_mean, extension, read_table
+
+TEXT, LABEL = "text", "label"  # what columns are called that are given by position
+
+
+class Rows(NamedTuple):
+    """A data set, and what the asked-for columns are called in it.
+
+    Attributes:
+        dataset: the rows, with all of their columns.
+        text_column: the name of the text column; None if none was asked for.
+        label_column: the name of the label column; None if none was asked for.
+    """
+
+    dataset: Dataset
+    text_column: str | None
+    label_column: str | None
+
+
+class Split(NamedTuple):
+    """Attributes:
+    train: the rows that are left.
+    held_out: the rows set aside.
+    """
+
+    train: Dataset
+    held_out: Dataset
+
+
+def load_rows(
+    source: str | os.PathLike[str],
+    *,
+    text_column: str | int | None = None,
+    label_column: str | int | None = None,
+    split: str | None = None,
+    config: str | None = None,
+) -> Rows:
+    """Loads a CSV, TSV, JSON Lines, JSON or Parquet file (or one of these with `.gz`), or a data set of the hub.
+
+        load_rows("train.csv", text_column="sentence", label_column="label")
+        load_rows("train.tsv", text_column=0, label_column=1)            # no header: the columns become "text", "label"
+        load_rows("nyu-mll/glue", config="sst2", split="validation")
+
+    CSV and TSV values are text, the others keep their types: compare labels as `str(label)`. A CSV or TSV file has a
+    header if its first line holds the columns asked for; if not, they must be positions. With no column asked for, the
+    first line is taken for a header. A folder is loaded as `datasets.load_dataset` loads it.
+
+    Args:
+        source: the file, or the name of the data set.
+        text_column: a column that must be there.
+        label_column: another one.
+        split: of a data set. The default is `train`, or the only one.
+        config: of a data set that has several, such as `sst2` of GLUE.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message lists the closest names in its folder.
+        ValueError: the file is damaged, empty or ragged, a column is missing or null in some row, or the hub does not
+            have the data set. The message names the file and the line.
+    """
+    asked = [(str(c), called) for c, called in ((text_column, TEXT), (label_column, LABEL)) if c is not None]
+    wanted, names = [column for column, _ in asked], [called for _, called in asked]
+    if len(set(wanted)) != len(wanted):
+        raise ValueError(f"text_column and label_column are both {wanted[0]!r}; expected two columns")
+    if _is_file(source):
+        if split is not None or config is not None:
+            raise ValueError(f"split and config belong to data sets of the hub, but {str(source)!r} is a file")
+        table, found = read_table(Path(source).expanduser(), wanted, names)
+        dataset = Dataset(table)
+    else:
+        dataset, found = _load_from_hub(str(source), split, config), wanted
+        check_columns(f"the data set {str(source)!r}", wanted, dataset.column_names)
+    if not len(dataset):
+        raise ValueError(f"{source} holds no rows")
+    for column in found:
+        values = dataset.data.column(column)
+        if values.null_count:
+            row = values.is_null().index(True).as_py() + 1
+            raise ValueError(f"{source}, row {row}: the column {column!r} has no value")
+    called = iter(found)
+    return Rows(
+        dataset,
+        None if text_column is None else next(called),
+        None if label_column is None else next(called),
+    )
+
+
+def label_counts(dataset: Dataset, label_column: str) -> dict[str, int]:
+    """How often each label occurs, with labels as text and sorted by it.
+
+    Raises:
+        ValueError: the column is missing, or there are fewer than two different labels to tell apart.
+    """
+    check_columns("the data set", [label_column], dataset.column_names)
+    counts = Counter(str(label) for label in dataset[label_column])
+    if not counts:
+        raise ValueError("the data set holds no rows")
+    if len(counts) == 1:
+        (label,) = counts
+        raise ValueError(
+            f"all {len(dataset)} rows have the label {label!r} in {label_column!r}; expected two or more labels"
+        )
+    return dict(sorted(counts.items()))
+
+
+def hold_out(
+    dataset: Dataset, label_column: str | None, *, fraction: float = 0.2, at_most: int = 1000, seed: int = 0
+) -> Split:
+    """Sets a part of the rows aside for evaluation, the same part for the same seed. Both parts keep the rows' order.
+
+    With a label column every label keeps its share, as exactly as whole rows allow: a label of two rows or more is in
+    both parts, one of a single row stays in training.
+
+    Args:
+        dataset: N rows.
+        label_column: the labels; None holds out any rows.
+        fraction: of the N rows, between 0 and 1.
+        at_most: rows to hold out, however many there are (and one more for each label that would get none).
+        seed: decides which rows.
+
+    Raises:
+        ValueError: fraction or at_most is out of range, the column is missing, or there are too few rows for two parts.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+    if at_most < 1:
+        raise ValueError(f"at_most must be at least 1, got {at_most}")
+    groups: dict[str, list[int]] = {}
+    if label_column is None:
+        groups[""] = list(range(len(dataset)))
+    else:
+        check_columns("the data set", [label_column], dataset.column_names)
+        for index, label in enumerate(dataset[label_column]):
+            groups.setdefault(str(label), []).append(index)
+    total = max(1, min(round(fraction * len(dataset)), at_most))
+    labels = sorted(groups)
+    generator = random.Random(seed)
+    held: set[int] = set()
+    for label, share in zip(labels, _apportioned(total, [len(groups[label]) for label in labels]), strict=True):
+        indices = groups[label]
+        held.update(generator.sample(indices, min(max(share, 1), len(indices) - 1) if indices else 0))
+    if not held:
+        raise ValueError(
+            f"no row of {len(dataset)} can be held out: a label has to occur twice; give an evaluation set"
+            if label_column is not None
+            else f"a data set of {len(dataset)} rows cannot be split; give an evaluation set"
+        )
+    kept = [index for index in range(len(dataset)) if index not in held]
+    return Split(dataset.select(kept), dataset.select(sorted(held)))
+
+
+def _apportioned(total: int, sizes: list[int]) -> list[int]:
+    """Shares of `total` in proportion to `sizes`, by largest remainder; equal remainders go to the earlier one."""
+    everything = sum(sizes)
+    if not everything:
+        return [0] * len(sizes)
+    shares = [total * size // everything for size in sizes]
+    remainders = [total * size % everything for size in sizes]
+    for i in sorted(range(len(sizes)), key=lambda i: -remainders[i])[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _is_file(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is meant as a file, there or not, rather than as the name of a data set (or a folder of one)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return False
+    text = str(source)
+    looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    return path.exists() or extension(path) in EXTENSIONS or path.suffix == ".gz" or looks_like_a_path
+
+
+def _load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        here = did_you_mean(name, sorted(path.name for path in Path().iterdir()))
+        raise ValueError(
+            f"could not load the data set {name!r}: {error} (no file here has that name either{here})"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if "train" not in loaded and len(loaded) > 1:
+            raise ValueError(f"the data set {name!r} has the splits {', '.join(loaded)}; choose one with split")
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return loaded

@@ -1,0 +1,269 @@
+"""Text at points around θ: the only caller of `generate`.
+
+The points of a probe are compared, so what differs between them should be θ alone. Both see the same prompts and the
+same sampling noise (common random numbers; Glasserman & Yao 1992). Sampling is the Gumbel-max trick (Gumbel 1954): the
+largest of log p + Gumbel noise is a sample from p. The noise is a hash of (seed, prompt, position, token), so it
+depends on nothing
+else: not on the batch, its padding, or the order of calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from zorl.encoding import (
+    FORWARD_TOKENS,
+    ContextTokenizer,
+    Encoded,
+    PromptEncoder,
+    length_buckets,
+    longest_input,
+    pad_token_id,
+    padded,
+)
+from zorl.prompts import Answer, Prompt, Rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from zorl.perturbation import Evaluator
+    from zorl.probe import Point
+
+_BLOCK = 1 << 18  # noise is made for this many (row, token) pairs at once, so that it stays in cache
+
+
+class Generation:
+    """Answers rows with generated text.
+
+    Args:
+        evaluator: runs the model at points.
+        processing_class: the model's tokenizer. Its padding side does not matter.
+        prompt: without label words. Rows whose prompt is a conversation get conversational completions.
+        max_new_tokens: tokens of an answer, at most.
+        temperature: divides the logits; sampling at 1 follows the model's own probabilities.
+        top_k: sample among this many of the likeliest tokens.
+        top_p: sample among the likeliest tokens that together have this probability.
+        greedy: take the likeliest token; temperature, top_k and top_p then do nothing.
+        batch_size: prompts in a batch, at most.
+        max_length: tokens of a prompt and its answer, at most; by default what the model reads. The start of the row's
+            values is cut to fit, never the template.
+
+    Raises:
+        ValueError: an argument is out of its range, or the prompt has label words.
+        TypeError: the model is no causal language model.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        processing_class: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> None:
+        module = evaluator.module
+        if prompt.label_words is not None:
+            raise ValueError(
+                f"the prompt {prompt.template!r} has label_words, which LabelWords scores; text needs none"
+            )
+        if module.config.is_encoder_decoder or not module.can_generate():
+            raise TypeError(f"text needs a causal language model, and {type(module).__name__} is none")
+        for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("top_k", top_k)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, not {count}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be positive, not {temperature}; for the likeliest tokens set greedy=True"
+            )
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+        limit = longest_input(module, processing_class) if max_length is None else max_length
+        if limit <= max_new_tokens:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {limit} tokens")
+        self.evaluator = evaluator
+        self.prompt = prompt
+        self.batch_size = batch_size
+        self._tokenizer = processing_class
+        self._contexts = ContextTokenizer(processing_class, prompt)
+        self._greedy = greedy
+        self._warpers: list[LogitsProcessor] = []
+        if not greedy:
+            self._warpers += [] if temperature == 1.0 else [TemperatureLogitsWarper(float(temperature))]
+            self._warpers += [] if top_k is None else [TopKLogitsWarper(top_k)]
+            self._warpers += [] if top_p is None else [TopPLogitsWarper(top_p)]
+        own = module.generation_config.eos_token_id  # one id, several, or none
+        stops = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id} - {None}
+        self._stops = sorted(stops)
+        # What is not set here comes from the model's own generation_config, such as its repetition penalty.
+        self._config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # the noise is ours
+            num_beams=1,
+            eos_token_id=self._stops or None,
+            pad_token_id=pad_token_id(processing_class),
+            use_cache=True,
+            cache_implementation="dynamic",  # a new one in every call: none is read at another θ than it was filled at
+            return_dict_in_generate=False,
+        )
+        self._encode = PromptEncoder(
+            prompt,
+            self._tokenise,
+            max_length=limit - max_new_tokens,
+            keep="end",
+            vocabulary=module.get_input_embeddings().weight.shape[0],
+        )
+
+    def answers(
+        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], *, noise_seed: int = 0
+    ) -> list[list[Answer]]:
+        """The answer to each row at each point, as `[point][row]`.
+
+        Args:
+            noise_seed: any integer; the same one gives every point, and every call, the same noise for a prompt.
+
+        Raises:
+            FloatingPointError: the model's logits are NaN.
+        """
+        if not rows:
+            return [[] for _ in points]
+        encoded = self._encode(rows)
+        conversational = [self.prompt.render(row).conversational for row in rows]
+        overhead = FORWARD_TOKENS * int(self._config.max_new_tokens)  # a batch takes a forward for every token
+        buckets = length_buckets([one.length for one in encoded], self.batch_size, overhead)
+
+        def forward() -> list[list[int]]:
+            completions: list[list[int]] = [[]] * len(encoded)
+            for bucket in buckets:
+                for i, ids in zip(bucket, self._generate([encoded[i] for i in bucket], noise_seed), strict=True):
+                    completions[i] = ids
+            return completions
+
+        answers = []
+        for point in points:
+            completions = self.evaluator.evaluate(point, forward)
+            texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+            answers.append(
+                [
+                    Answer([{"role": "assistant", "content": text}] if chat else text, ids)
+                    for text, ids, chat in zip(texts, completions, conversational, strict=True)
+                ]
+            )
+        return answers
+
+    def _generate(self, prompts: Sequence[Encoded], noise_seed: int) -> list[list[int]]:
+        """Token ids of the answers, each up to and with its end-of-sequence token."""
+        module = self.evaluator.module
+        device = next(module.parameters()).device
+        tokens, mask = padded([one.ids for one in prompts], int(self._config.pad_token_id), "left", device)
+        check = _NanCheck(device)
+        processors: list[LogitsProcessor] = [check, *self._warpers]
+        if not self._greedy:
+            processors.append(GumbelNoise([one.ids for one in prompts], noise_seed, tokens.shape[1]))
+        output = module.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            generation_config=self._config,
+            logits_processor=LogitsProcessorList(processors),
+        )
+        if bool(check.found):
+            raise FloatingPointError(
+                "the model's logits are NaN while it generates: its weights, or what it makes of them, are out of range"
+            )
+        return [self._until_stop(ids) for ids in output[:, tokens.shape[1] :].tolist()]
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._stops), len(ids))
+        return ids[:end]
+
+    def _tokenise(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        texts = [self._contexts.text(prompt) for prompt in rendered]
+        return [Encoded(np.array(ids, dtype=np.int32), len(ids) - 1) for ids in self._contexts.ids(rendered, texts)]
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds standard Gumbel noise to scores, so that the largest is a sample from their softmax.
+
+    Args:
+        prompts: token ids of each row's prompt, without padding: rows with the same prompt get the same noise.
+        seed: any integer.
+        width: tokens before the first generated one, padding included.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int] | np.ndarray], seed: int, width: int) -> None:
+        self._streams = [_stream(prompt, seed) for prompt in prompts]
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores with noise, both of shape `(rows, vocabulary)`."""
+        position = (input_ids.shape[1] - self._width).to_bytes(8, "little")
+        digests = b"".join(hashlib.blake2b(stream + position, digest_size=8).digest() for stream in self._streams)
+        keys = torch.from_numpy(np.frombuffer(digests, dtype="<i4").reshape(-1, 2).copy()).to(scores.device)
+        noisy = torch.empty_like(scores)
+        rows = max(1, _BLOCK // scores.shape[1])
+        for start in range(0, len(scores), rows):
+            block = slice(start, start + rows)
+            torch.add(scores[block], gumbel(keys[block], scores.shape[1]), out=noisy[block])
+        return noisy
+
+
+class _NanCheck(LogitsProcessor):
+    """Remembers whether a score was NaN, without waiting for the device at each token."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.found = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.found |= scores.isnan().any()
+        return scores
+
+
+def gumbel(keys: Tensor, n: int) -> Tensor:
+    """Standard Gumbel noise, −log(−log u), for n tokens under each key: a pure function of (key, token).
+
+    Args:
+        keys: int32, shape `(rows, 2)`.
+
+    Returns:
+        float32, shape `(rows, n)`, between −2.8 and 16.7: u has 23 bits, and is neither 0 nor 1.
+    """
+    token = torch.arange(n, dtype=torch.int32, device=keys.device)
+    x = _mix_(token ^ keys[:, :1])
+    x = _mix_(x.add_(keys[:, 1:]))
+    u = x.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1).float()
+    return u.add_(0.5).mul_(2.0**-23).log_().neg_().log_().neg_()
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words with low bias (C. Wellons' lowbias32), in place; int32 arithmetic wraps around."""
+    part = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
+        torch.bitwise_right_shift(x, shift, out=part)
+        x ^= part.bitwise_and_((1 << (32 - shift)) - 1)  # int32 shifts copy the sign into the gap
+        x *= factor
+    return x
+
+
+def _stream(prompt: Sequence[int] | np.ndarray, seed: int) -> bytes:
+    """What names the noise of a prompt under a seed, for all positions."""
+    ids = np.asarray(prompt, dtype="<i4")
+    return hashlib.blake2b(f"{seed}:".encode() + ids.tobytes(), digest_size=16).digest()

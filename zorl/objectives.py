@@ -1,0 +1,192 @@
+"""What is asked at a probe's points: rewards, a loss, or a judge. Each answers in the estimator's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zorl.directions import derive_seed
+from zorl.perturbation import Evaluator
+from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
+from zorl.prompts import Answer, Prompt
+from zorl.reward_functions import RewardFunctions, RewardValues
+from zorl.scoring import LabelWords
+
+Row = Mapping[str, Any]
+LossFunction = Callable[[Any, Sequence[Row]], Any]
+
+
+class Policy(Protocol):
+    """A model that answers prompts."""
+
+    prompt: Prompt
+
+    def answers(self, rows: Sequence[Row], points: Sequence[Point], *, noise_seed: int = 0) -> list[list[Answer]]: ...
+
+
+class Judge(Protocol):
+    """Compares completions without knowing where they come from."""
+
+    def __call__(
+        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], **columns: Sequence[Any]
+    ) -> Sequence[Choice | str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Answers to a probe, and figures for the log (name → number)."""
+
+    answers: Answers
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
+        """Evaluates the points on a batch of rows."""
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Figures of θ itself on a whole split; `reward` is among them wherever there is one."""
+
+
+@dataclass(slots=True)
+class RewardObjective:
+    """Completions at each point, scored by reward functions on the whole batch at once.
+
+    Args:
+        metrics: functions that are recorded at evaluations and never optimised.
+    """
+
+    policy: Policy
+    rewards: RewardFunctions
+    metrics: RewardFunctions | None = None
+
+    def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
+        answers = self.policy.answers(rows, points, noise_seed=noise_seed)
+        values = [self._score(self.rewards, rows, completions) for completions in answers]
+        totals = [value.total for value in values]
+        figures: dict[str, float] = {}
+        for i, name in enumerate(self.rewards.names):
+            scores = torch.stack([value.values[i].nanmean() for value in values])
+            figures[f"rewards/{name}/mean"] = scores.nanmean().item()
+        return Asked(Scores(torch.stack(totals)), figures)
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
+        (answers,) = self.policy.answers(rows, [CENTRE])
+        scored = self._score(self.rewards, rows, answers)
+        figures = {"reward": scored.total.nanmean().item()}
+        for functions in (self.rewards, *([self.metrics] if self.metrics is not None else [])):
+            result = scored if functions is self.rewards else self._score(functions, rows, answers)
+            for name, values in zip(functions.names, result.values, strict=True):
+                figures[name] = values.nanmean().item()
+        return figures
+
+    def _score(self, functions: RewardFunctions, rows: Sequence[Row], answers: Sequence[Answer]) -> RewardValues:
+        return functions(
+            prompts=[self.policy.prompt.render(row).prompt for row in rows],
+            completions=[answer.completion for answer in answers],
+            completion_ids=[answer.completion_ids for answer in answers],
+            columns=columns_of(rows),
+            label_names=list(self.policy.prompt.labels) or None,
+        )
+
+
+@dataclass(slots=True)
+class CrossEntropy:
+    """The negative log-likelihood of the true label among the label words (MeZO's objective for classification)."""
+
+    policy: LabelWords
+    label_column: str
+    metrics: RewardFunctions | None = None
+
+    def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
+        losses = self._losses(rows, points)
+        return Asked(Scores.of_losses(losses), {"cross_entropy": losses.mean().item()})
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
+        loss = self._losses(rows, [CENTRE]).mean().item()
+        figures = {"reward": -loss, "loss": loss}
+        if self.metrics is not None:
+            figures |= RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
+        return figures
+
+    def _losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:  # (points, rows)
+        labels = list(self.policy.prompt.labels)
+        truth = torch.tensor([labels.index(str(row[self.label_column])) for row in rows])
+        scores = self.policy.scores(rows, points)  # (points, rows, labels)
+        return -scores.gather(2, truth.expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
+
+
+@dataclass(slots=True)
+class CallableLoss:
+    """Any `loss(model, rows)` → a float, or one per row: lower is better."""
+
+    evaluator: Evaluator
+    loss: LossFunction
+
+    def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
+        losses = torch.stack([self._evaluate(rows, point) for point in points])
+        return Asked(Scores.of_losses(losses), {"objective": losses.nanmean().item()})
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
+        loss = self._evaluate(rows, CENTRE).nanmean().item()
+        return {"reward": -loss, "loss": loss}
+
+    def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
+        value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
+        losses = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
+        if len(losses) not in (1, len(rows)):
+            raise ValueError(f"the loss returned {len(losses)} numbers for {len(rows)} rows; return one, or one a row")
+        return losses
+
+
+@dataclass(slots=True)
+class JudgeObjective:
+    """A judge's opinion on the two sides of each direction. It never learns which side is which.
+
+    Identical answers tie without being shown. The order of each pair is drawn from (seed, direction, row).
+    """
+
+    policy: Policy
+    judge: Judge
+    metrics: RewardFunctions | None = None
+
+    def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
+        answers = self.policy.answers(rows, points, noise_seed=noise_seed)
+        verdicts: list[Verdict] = []
+        shown: list[tuple[int, int, bool]] = []  # (index of the plus side, row, flipped)
+        for plus in range(0, len(points), 2):
+            for i in range(len(rows)):
+                if answers[plus][i].completion == answers[plus + 1][i].completion:
+                    verdicts.append(Verdict(plus, plus + 1, i, Choice.TIE))
+                else:
+                    shown.append((plus, i, bool(derive_seed(noise_seed, "order", plus, i) & 1)))
+        if shown:
+            pairs = [(answers[p][i].completion, answers[p + 1][i].completion) for p, i, _ in shown]
+            ordered = [pair[::-1] if flipped else pair for pair, (_, _, flipped) in zip(pairs, shown, strict=True)]
+            choices = self.judge(
+                prompts=[self.policy.prompt.render(rows[i]).prompt for _, i, _ in shown],
+                first=[first for first, _ in ordered],
+                second=[second for _, second in ordered],
+                **columns_of([rows[i] for _, i, _ in shown]),
+            )
+            if len(choices) != len(shown):
+                raise ValueError(f"the judge gave {len(choices)} verdicts on {len(shown)} pairs")
+            for (plus, i, flipped), choice in zip(shown, choices, strict=True):
+                opinion = Choice(choice)
+                verdicts.append(Verdict(plus, plus + 1, i, opinion.flipped if flipped else opinion))
+        preferences = [verdict.choice.preference for verdict in verdicts]
+        informative = sum(p in (1.0, -1.0) for p in preferences) / len(preferences)
+        return Asked(Verdicts(tuple(verdicts)), {"decided_share": informative})
+
+    def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
+        return RewardObjective(self.policy, self.metrics).evaluate(rows) if self.metrics is not None else {}
+
+
+def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The rows' columns as lists, as TRL passes them. Names that TRL gives a meaning of their own stay out."""
+    reserved = {"prompts", "prompt", "completions", "completion", "completion_ids", "first", "second"}
+    return {name: [row.get(name) for row in rows] for name in rows[0] if name not in reserved}

@@ -1,0 +1,306 @@
+"""Templates, label words and conversations: how a row of a data set becomes a question to a language model.
+
+A `Prompt` knows text only. Tokens are the business of `zorl.encoding`, scores of `zorl.scoring`, and generated text of
+`zorl.generation`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+MASK = "mask"  # the reserved field: where the label word goes
+
+Message = dict[str, str]  # {"role": "user", "content": "…"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model answers to one row at one point.
+
+    Attributes:
+        completion: with label words the name of the best label; otherwise the generated text, or, where the row's
+            prompt is a conversation, `[{"role": "assistant", "content": text}]`.
+        completion_ids: its token ids, the end-of-sequence token included and padding not.
+    """
+
+    completion: str | list[Message]
+    completion_ids: list[int]
+
+
+class Rendered(NamedTuple):
+    """One row put into the template. Hashable: equal ones are the same question.
+
+    Attributes:
+        before: text up to the label word; the whole text where there is none.
+        after: text behind the label word.
+        messages: the (role, content) pairs to put through the model's chat template; empty for plain text.
+        conversational: the row's own prompt is a conversation, so its completion is one too.
+    """
+
+    before: str
+    after: str
+    messages: tuple[tuple[str, str], ...]
+    conversational: bool
+
+    @property
+    def prompt(self) -> str | list[Message]:
+        """The prompt as reward functions get it: text, or messages where the row holds a conversation."""
+        return [{"role": r, "content": c} for r, c in self.messages] if self.conversational else self.before
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A template over the columns of a data set, and optionally the words that stand for its labels.
+
+        Prompt("{text} It was {mask}.", {"negative": "terrible", "positive": "great"})    # classification
+        Prompt("Question: {question}\\nAnswer:")                                           # generation
+        Prompt("{text}\\nPositive or negative?{mask}", {0: "negative", 1: "positive"}, chat=True)
+        Prompt("{prompt}")                           # a column that holds conversations (or text)
+
+    `{column}` stands for the row's value in that column, `{mask}` for the label word; `{{` and `}}` are literal braces.
+    Braces in the data are never interpreted.
+
+    In a chat (`chat=True`, a `system` message, or a template that is a single column holding a list of
+    `{"role": …, "content": …}`) the text before `{mask}` is the user's message, and the label word opens the reply.
+
+    Args:
+        template: the text with its fields.
+        label_words: a word, or several, for each label. Names are compared as `str(label)`, so 1 and "1" are one label.
+            The template decides about the space before the word, so spaces around words do not count.
+        chat: put the text through the tokenizer's chat template.
+        system: a system message for the chat; implies `chat`.
+        chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        ValueError: the template and the label words do not fit together; the message says how.
+    """
+
+    template: str
+    label_words: Mapping[Any, str] | None = field(default=None, hash=False)  # kept as dict[str, str], or None
+    chat: bool = False
+    system: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    _parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = tuple(_parse(self.template))
+        object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "chat", bool(self.chat or self.system is not None))
+        masks = sum(name == MASK for _, name in parts)
+        if not self.fields:
+            raise ValueError(f"the template {self.template!r} uses no column; write one as {{column}}")
+        if masks > 1:
+            raise ValueError(
+                f"the template {self.template!r} has {masks} {{mask}} fields; one label word goes in one place"
+            )
+        if self.label_words is None:
+            if masks:
+                raise ValueError(
+                    f"the template {self.template!r} has a {{mask}}, but there are no label_words to put there"
+                )
+            return
+        if not masks:
+            raise ValueError(
+                f"label_words are given, but the template {self.template!r} has no {{mask}} to put them in"
+            )
+        object.__setattr__(self, "label_words", _normalised(self.label_words))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns that the template uses, each once, in order."""
+        return tuple(dict.fromkeys(name for _, name in self._parts if name is not None and name != MASK))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label names in the order of `label_words`; empty for a prompt that generates."""
+        return tuple(self.label_words or ())
+
+    @property
+    def literal_before_mask(self) -> str:
+        """The template's own text right before `{mask}`, back to the column before it. Empty without `{mask}`."""
+        return next((literal for literal, name in self._parts if name == MASK), "")
+
+    @property
+    def opens_with_mask(self) -> bool:
+        """No column comes before `{mask}`."""
+        return self._parts[0][1] == MASK
+
+    @property
+    def literal_after_mask(self) -> str:
+        """The template's own text behind `{mask}`, without the columns there."""
+        names = [name for _, name in self._parts]
+        return "".join(literal for literal, _ in self._parts[names.index(MASK) + 1 :]) if MASK in names else ""
+
+    @property
+    def fields_after_mask(self) -> tuple[str, ...]:
+        """The columns used behind `{mask}`."""
+        names = [name for _, name in self._parts]
+        return tuple(n for n in names[names.index(MASK) + 1 :] if n is not None) if MASK in names else ()
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises:
+        ValueError: the template uses a column that is not among `columns`.
+        """
+        available = list(columns)
+        for name in self.fields:
+            if name not in available:
+                close = difflib.get_close_matches(name, available, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                listed = ", ".join(repr(column) for column in available)
+                raise ValueError(
+                    f"the template {self.template!r} uses the column {name!r}, which the data does not have{hint}"
+                    f" (columns: {listed})"
+                )
+
+    def check_labels(self, labels: Iterable[Any], column: str = "label") -> None:
+        """Checks that every label of the data has a label word. A prompt without label words has nothing to check.
+
+        Raises:
+            ValueError: it names the labels without a word, and how many rows have them.
+        """
+        if self.label_words is None:
+            return
+        missing = Counter(name for name in map(str, labels) if name not in self.label_words)
+        if missing:
+            found = ", ".join(f"{name!r} ({n} row{'s' if n > 1 else ''})" for name, n in missing.most_common(5))
+            known = ", ".join(repr(name) for name in self.label_words)
+            raise ValueError(f"the column {column!r} holds {found} without a label word; label_words has {known}")
+
+    def render(
+        self, row: Mapping[str, Any], *, limit: int | None = None, keep: Literal["start", "end"] = "start"
+    ) -> Rendered:
+        """The template with a row's values in it.
+
+        Args:
+            limit: cut each value (in a conversation each message but the system's) to this many characters …
+            keep: … and keep its start or its end.
+
+        Raises:
+            ValueError: a column is missing or empty, or a conversation is malformed or mixed into other text.
+        """
+        texts: tuple[list[str], list[str]] = ([], [])
+        side = 0
+        for literal, name in self._parts:
+            texts[side].append(literal)
+            if name == MASK:
+                side = 1
+            elif name is not None:
+                if name not in row:
+                    self.check_columns(row)
+                value = row[name]
+                if isinstance(value, str):
+                    texts[side].append(_cut(value, limit, keep))
+                elif _is_conversation(value):
+                    return self._render_conversation(name, value, limit, keep)
+                elif value is None or value != value:  # NaN is how tables spell a hole
+                    raise ValueError(f"the column {name!r} is empty ({value}) in the row {_shortened(row)}")
+                else:
+                    texts[side].append(_cut(str(value), limit, keep))
+        before, after = "".join(texts[0]), "".join(texts[1])
+        messages = (*self._system_message(), ("user", before.strip())) if self.chat else ()
+        return Rendered(before, after, messages, False)
+
+    def _render_conversation(
+        self, name: str, value: Sequence[Any], limit: int | None, keep: Literal["start", "end"]
+    ) -> Rendered:
+        literals = "".join(literal for literal, _ in self._parts)
+        if literals.strip() or self.fields != (name,) or self.fields_after_mask:
+            alone = f"{{{name}}}{{mask}}" if self.label_words else f"{{{name}}}"
+            raise ValueError(
+                f"the column {name!r} holds conversations, so the template must be {alone!r}, not {self.template!r}"
+            )
+        pairs = [_pair(name, message) for message in value]
+        system = () if pairs[0][0] == "system" else self._system_message()
+        cut = ((role, text if role == "system" else _cut(text, limit, keep)) for role, text in pairs)
+        return Rendered("", "", (*system, *cut), True)
+
+    def _system_message(self) -> tuple[tuple[str, str], ...]:
+        return () if self.system is None else (("system", self.system),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, for the folder of a saved model. `from_dict` reads it back."""
+        words = None if self.label_words is None else dict(self.label_words)
+        options = None if self.chat_template_kwargs is None else dict(self.chat_template_kwargs)
+        return {
+            "template": self.template,
+            "label_words": words,
+            "chat": self.chat,
+            "system": self.system,
+            "chat_template_kwargs": options,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Prompt:
+        """Raises:
+        ValueError: a key that is not a prompt's, or no template.
+        """
+        known = ("template", "label_words", "chat", "system", "chat_template_kwargs")
+        unknown = [key for key in values if key not in known]
+        if unknown or "template" not in values:
+            problem = f"does not know {unknown[0]!r}" if unknown else "needs 'template'"
+            raise ValueError(f"a prompt {problem}; its keys are {', '.join(known)}")
+        return cls(**values)
+
+
+def _parse(template: str) -> Iterable[tuple[str, str | None]]:
+    """(literal, field or None) pairs in order."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            f"the template {template!r} has an unpaired brace ({error}); a literal brace is written {{{{ or }}}}"
+        ) from None
+    for literal, name, spec, conversion in parsed:
+        if name == "" or spec or conversion:
+            raise ValueError(f"a field of the template {template!r} is not a plain column name such as {{text}}")
+        yield literal, name
+
+
+def _normalised(label_words: Mapping[Any, str]) -> dict[str, str]:
+    words: dict[str, str] = {}
+    for label, word in label_words.items():
+        name = str(label)
+        if name in words:
+            raise ValueError(f"label_words has the label {name!r} twice (labels are compared as text)")
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(
+                f"the label word of {name!r} must be a word, not {word!r}"
+                + ("" if isinstance(word, str) else f" ({type(word).__name__}; quote it in YAML)")
+            )
+        twin = next((other for other, used in words.items() if used == word.strip()), None)
+        if twin is not None:
+            raise ValueError(f"the labels {twin!r} and {name!r} have the same label word {word.strip()!r}")
+        words[name] = word.strip()
+    if len(words) < 2:
+        raise ValueError(f"label_words needs at least two labels, found {len(words)}")
+    return words
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+
+def _pair(column: str, message: Mapping[str, Any]) -> tuple[str, str]:
+    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    if extra or not isinstance(message.get("content"), str):
+        problem = f"has {extra[0]!r}" if extra else f"has the content {message.get('content')!r}"
+        raise ValueError(
+            f"a message in the column {column!r} {problem}; zorl reads text messages, with 'role' and 'content' alone"
+        )
+    return str(message["role"]), message["content"]
+
+
+def _cut(text: str, limit: int | None, keep: Literal["start", "end"]) -> str:
+    if limit is None or len(text) <= limit:
+        return text
+    return text[:limit] if keep == "start" else text[len(text) - limit :]
+
+
+def _shortened(row: Mapping[str, Any]) -> str:
+    text = repr(dict(row))
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,135 @@
+"""The files of a run: what is in its folder, and how the base weights come back.
+
+    trajectory.zorl      every step: with the base weights, the trained weights
+    init.safetensors     tuned parameters that no base checkpoint holds (adapters, models made in memory)
+    trainer_state.json   the Trainer's log, for resuming it
+    zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from zorl.directions import canonical_name
+from zorl.models import load_model
+from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.trajectory import TrajectoryError
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trajectory = path / "trajectory.zorl"
+        self.init = path / "init.safetensors"
+        self.state = path / "trainer_state.json"
+        self.settings = path / "zorl.json"
+
+    @torch.no_grad()
+    def keep_init(self, parameters: ParameterSet) -> str:
+        """Saves the tuned parameters' first values, once for a run; a run that continues gets them back. Their SHA-256."""
+        if not self.init.exists():
+            save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, self.init)
+        tensors = load_file(self.init)
+        for name, tensor in parameters.items():
+            tensor.copy_(tensors[name])
+        return tensors_sha256(tensors)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        self.settings.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def read_settings(self) -> dict[str, Any]:
+        """The settings that a run saved; empty for a folder that is not a run's."""
+        if not self.settings.is_file():
+            return {}
+        settings: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        return settings
+
+    @torch.no_grad()
+    def restore_base(self, header: Mapping[str, Any], model: torch.nn.Module, parameters: ParameterSet) -> None:
+        """Writes the base weights back into the tuned parameters.
+
+        Raises:
+            TrajectoryError: the result is not what the run started from.
+        """
+        if header["init_sha256"] is not None:
+            base: Mapping[str, torch.Tensor] = self._read_init(header)
+        else:
+            dtype = next(iter(parameters.values())).dtype
+            loaded = load_model(header["model"], str(dtype).removeprefix("torch."))
+            base = {canonical_name(name): tensor for name, tensor in loaded.named_parameters()}
+        for name, tensor in parameters.items():
+            tensor.copy_(base[name])
+        check_base(header, model)
+
+    def _read_init(self, header: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        if not self.init.is_file():
+            raise TrajectoryError(f"{self.init} is missing: it holds the tuned parameters' first values")
+        tensors = load_file(self.init)
+        if tensors_sha256(tensors) != header["init_sha256"]:
+            raise TrajectoryError(f"{self.init} is not the file that the run was started with: its SHA-256 differs")
+        return tensors
+
+    def rebuild(self, header: Mapping[str, Any], model: str | None = None) -> tuple[Any, ParameterSet]:
+        """The run's model with its base weights, and the parameters that it tunes.
+
+        Args:
+            model: name or path of the base; by default the one in the header.
+
+        Raises:
+            TrajectoryError: the base is another model than the run's, or has other weights.
+        """
+        recorded = {name: dtype for name, _, dtype in header["parameters"]}
+        name = model or header["model"]
+        if not name:
+            raise TrajectoryError("the run's model was made in memory: build it in a script and use zorl.trajectory.replay")
+        loaded: Any = load_model(name, next(iter(recorded.values())))
+        if header["peft"] is not None:
+            from peft import get_peft_config, get_peft_model
+
+            loaded = get_peft_model(loaded, get_peft_config(dict(header["peft"])))
+        available = dict(select(loaded))
+        tuned = ParameterSet((n, p) for n, p in available.items() if canonical_name(n) in recorded)
+        if header["init_sha256"] is not None:
+            with torch.no_grad():
+                for key, tensor in self._read_init(header).items():
+                    tuned[key].copy_(tensor)
+        check_base(header, loaded)
+        return loaded, tuned
+
+
+def check_base(header: Mapping[str, Any], model: torch.nn.Module) -> None:
+    """Raises TrajectoryError unless the model's weights are those that the run started from."""
+    found = tensors_sha256({canonical_name(name): tensor for name, tensor in model.named_parameters()})
+    if found != header["base_sha256"]:
+        raise TrajectoryError(
+            f"the base weights differ from the run's: their SHA-256 is {found[:16]}…, the trajectory's is "
+            f"{header['base_sha256'][:16]}… (base model {header['model']!r})"
+        )
+
+
+def peft_to_json(model: Any) -> dict[str, Any] | None:
+    """The adapter's configuration as JSON values; None for a model without an adapter."""
+    configs = getattr(model, "peft_config", None)  # transformers models may carry one as well as PeftModel
+    if not configs:
+        return None
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, set | tuple | list):
+            return sorted(map(plain, value)) if isinstance(value, set) else [plain(v) for v in value]
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        return value if isinstance(value, str | int | float | bool | None) else None
+
+    result: dict[str, Any] = plain(next(iter(configs.values())).to_dict())
+    return result

@@ -1,0 +1,414 @@
+"""MeZOTrainer: the Hugging Face Trainer that users know, without a backward pass.
+
+`training_step` asks a probe, has it answered and tells; `optimizer.step()`, which Trainer calls next, moves θ. What
+Trainer assumes of backpropagation is switched off in `MeZOConfig` or here. Weights are never checkpointed while training:
+the trajectory is the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PredictionOutput
+
+from zorl.config import MeZOConfig
+from zorl.directions import canonical_names, derive_seed
+from zorl.generation import Generation
+from zorl.mezo import MeZO
+from zorl.models import load_model, load_processing_class
+from zorl.objectives import CallableLoss, CrossEntropy, Judge, JudgeObjective, LossFunction, Objective, RewardObjective
+from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.perturbation import Scratch
+from zorl.probe import CENTRE, Scores
+from zorl.prompts import Prompt
+from zorl.reward_functions import RewardFunctions
+from zorl.run_folder import RunFolder, peft_to_json
+from zorl.sampling import StratifiedBatchSampler
+from zorl.scoring import LabelWords
+from zorl.trajectory import steps_of
+
+CROSS_ENTROPY = "cross_entropy"
+
+
+class Rows:
+    """A minibatch: dictionaries of raw columns. Its own type, so that nobody walks through the texts to move tensors."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+
+
+class MeZOTrainer(Trainer):
+    """Maximises rewards, minimises a loss, or follows a judge, with forward passes alone.
+
+    Args:
+        model: a name or path, a model, or a PeftModel.
+        reward_funcs: one function or several with TRL's signature; see `zorl.reward_functions`. Exactly one of
+            `reward_funcs`, `judge` and `loss` is given.
+        judge: compares two completions; see `zorl.objectives.Judge`.
+        loss: `"cross_entropy"` over the label words, or `loss(model, rows)` → a float or one per row.
+        args: settings; the default writes to `zorl_output`.
+        train_dataset: rows with the columns of the prompt and of the rewards.
+        eval_dataset: held-out rows, scored once over the whole split.
+        processing_class: the tokenizer; by default the model's own.
+        prompt: template and label words. By default the column `prompt` is answered with generated text.
+        metrics: functions that are recorded at evaluations and never optimised.
+        peft_config: tune an adapter (LoRA, prefix, …) instead of the model.
+        callbacks: as in transformers.
+        reward_processing_classes: tokenizers of reward models given by name, as in TRL.
+
+    Raises:
+        ValueError: arguments contradict each other, a column or a label word is missing, or a data set is empty or holds
+            one class only.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any | None = None,
+        *,
+        judge: Judge | None = None,
+        loss: str | LossFunction | None = None,
+        args: MeZOConfig | None = None,
+        train_dataset: Any | None = None,
+        eval_dataset: Any | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        prompt: Prompt | None = None,
+        metrics: Any | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        reward_processing_classes: Any | None = None,
+    ) -> None:
+        given = [
+            name
+            for name, value in (("reward_funcs", reward_funcs), ("judge", judge), ("loss", loss))
+            if value is not None
+        ]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of reward_funcs, judge and loss: got {found}")
+        args = args if args is not None else MeZOConfig(output_dir="zorl_output")
+        prompt = prompt if prompt is not None else Prompt("{prompt}")
+        name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+        if isinstance(model, str):
+            model = load_model(model, args.dtype)
+        if peft_config is not None:
+            from peft import PeftModel, get_peft_model
+
+            if isinstance(model, PeftModel):
+                raise ValueError("the model is a PeftModel already: leave peft_config out, or pass the base model")
+            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+        self.base_name = name
+        self.prompt = prompt
+        processing_class = processing_class if processing_class is not None else load_processing_class(name)
+        train_dataset = _checked(train_dataset, "train_dataset", prompt, args.label_column)
+        eval_dataset = _checked(eval_dataset, "eval_dataset", prompt, args.label_column)
+        self.tuned = ParameterSet(select(model, args.parameters))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.args: MeZOConfig
+        self.evaluator = Scratch(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
+        self.folder = RunFolder(Path(args.output_dir))
+        metric_functions = RewardFunctions(metrics) if metrics is not None else None
+        if reward_funcs is not None:
+            rewards = RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes)
+            self.objective: Objective = RewardObjective(self._policy(), rewards, metric_functions)
+            self.objective_name = "+".join(rewards.names)
+        elif judge is not None:
+            self.objective = JudgeObjective(self._policy(), judge, metric_functions)
+            self.objective_name = f"judge:{getattr(judge, '__name__', type(judge).__name__)}"
+        elif loss == CROSS_ENTROPY:
+            policy = self._policy()
+            if not isinstance(policy, LabelWords):
+                raise ValueError("loss='cross_entropy' needs a prompt with label words")
+            self.objective = CrossEntropy(policy, args.label_column, metric_functions)
+            self.objective_name = CROSS_ENTROPY
+        elif callable(loss):
+            self.objective = CallableLoss(self.evaluator, loss)
+            self.objective_name = f"loss:{getattr(loss, '__name__', type(loss).__name__)}"
+        else:
+            raise ValueError(f"loss must be 'cross_entropy' or a function of (model, rows), got {loss!r}")
+        self._batch: list[dict[str, Any]] = []
+        self._since_log: list[dict[str, float]] = []
+        self.mezo: MeZO | None = None
+        # Trainer derives how it scales losses from the model's forward, which is not called here.
+        self.model_accepts_loss_kwargs = False
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains, or continues a run: bitwise where an uninterrupted one would be.
+
+        Args:
+            resume_from_checkpoint: True continues the run in `output_dir`; the model must hold the base weights.
+
+        Raises:
+            FileExistsError: `output_dir` holds a run and it was not asked to continue.
+            ValueError: there is nothing to continue.
+            TrajectoryError: the run there is of another model or other settings, or its trajectory is damaged.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is needed to train")
+        exists = self.folder.trajectory.exists()
+        if exists and not resume_from_checkpoint:
+            raise FileExistsError(
+                f"{self.folder.trajectory} holds a run: continue it with resume_from_checkpoint=True, or choose "
+                "another output_dir"
+            )
+        if resume_from_checkpoint and not exists:
+            raise ValueError(f"there is no run to continue: {self.folder.trajectory} does not exist")
+        try:
+            self.create_optimizer()
+            assert self.mezo is not None
+            if not exists:
+                return super().train(**kwargs)
+            state = self._state_at(self.mezo.steps)
+            state.save_to_json(str(self.folder.state))
+            return super().train(resume_from_checkpoint=str(self.folder.path), **kwargs)
+        finally:
+            if self.mezo is not None:
+                self.mezo.close()
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Gathers the rows of accumulated minibatches, then asks one probe on all of them and tells."""
+        assert self.mezo is not None
+        self._batch += inputs.rows
+        zero = torch.zeros((), device=self.args.device)
+        if not self.accelerator.sync_gradients:
+            return zero
+        rows, self._batch = self._batch, []
+        probe = self.mezo.ask()
+        asked = self.objective.ask(rows, probe.points, derive_seed(self.args.seed, "noise", probe.step))
+        record = self.mezo.tell(probe.id, asked.answers)
+        figures = dict(asked.figures)
+        if isinstance(asked.answers, Scores):
+            figures["reward"] = asked.answers.values.nanmean().item()
+        informative = [abs(g) for g in record.projected if not math.isnan(g)]
+        if informative:
+            figures["projected_gradient"] = sum(informative) / len(informative)
+            figures["loss_difference"] = figures["projected_gradient"] * 2 * probe.epsilon
+        self._since_log.append(figures)
+        reward = figures.get("reward", math.nan)
+        return zero - (0.0 if math.isnan(reward) else reward)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the figures of the steps since the last log."""
+        if "learning_rate" in logs and self.mezo is not None:
+            for name in sorted({name for figures in self._since_log for name in figures}):
+                values = [f[name] for f in self._since_log if name in f and not math.isnan(f[name])]
+                if values:
+                    logs[name] = sum(values) / len(values)
+            logs["informative_share"] = self.mezo.recent_informative_share
+            logs["epsilon"] = self.mezo.epsilon.value
+            logs["forwards"] = self.mezo.forwards
+            self._since_log = []
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""
+        if self.mezo is None:
+            args = self.args
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.mezo = MeZO(
+                self.tuned.items(),
+                lr=args.learning_rate,
+                epsilon=args.epsilon_value,
+                n_spsa=args.n_spsa,
+                distribution=args.distribution,  # type: ignore[arg-type]
+                update=args.update,  # type: ignore[arg-type]
+                seed=args.seed,
+                informative_target=args.informative_target,
+                trajectory=self.folder.trajectory,
+                header=self._header(),
+            )
+            if self.mezo.truncated:
+                print(f"{self.mezo.truncated}; continuing from there")
+        self.optimizer = self.mezo
+        return self.mezo
+
+    def _header(self) -> dict[str, Any]:
+        """What else decides where a run goes, or how its base is rebuilt."""
+        args = self.args
+        init = self.folder.keep_init(self.tuned) if self._init_is_needed() else None
+        named = dict(self.model.named_parameters())  # type: ignore[union-attr]
+        names = canonical_names(named)
+        return {
+            "model": self.base_name,
+            "peft": peft_to_json(self.model),
+            "base_sha256": tensors_sha256(dict(zip(names, named.values(), strict=True))),
+            "init_sha256": init,
+            "objective": self.objective_name,
+            "prompt": self.prompt.to_dict(),
+            "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
+            "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,  # type: ignore[arg-type]
+        }
+
+    def _init_is_needed(self) -> bool:
+        """Tuned parameters that no base checkpoint holds: an adapter's, or those of a model made in memory."""
+        return peft_to_json(self.model) is not None or not self.base_name
+
+    def _state_at(self, step: int) -> TrainerState:
+        """The Trainer's state at a step of the trajectory, with the log as far as it was saved."""
+        state = TrainerState()
+        if self.folder.state.exists():
+            state = TrainerState.load_from_json(str(self.folder.state))
+            state.log_history = [entry for entry in state.log_history if entry.get("step", 0) <= step]
+        state.global_step = step
+        return state
+
+    # --- what Trainer does for backpropagation ---------------------------------------------------------------------
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        return model  # neither DataParallel nor DistributedDataParallel: there are no gradients to reduce
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        pass  # the trajectory was replayed when the optimizer was made
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimizer's state is the trajectory; the schedule is a function of the step."""
+        if checkpoint is not None and self.lr_scheduler is not None:
+            for _ in range(self.state.global_step):
+                self.lr_scheduler.step()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass  # no global random state is used
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Syncs the trajectory and saves the log: a checkpoint in a few bytes."""
+        if self.mezo is not None and self.mezo.trajectory is not None:
+            self.mezo.trajectory.sync()
+        self.state.best_model_checkpoint = str(self.folder.path)
+        self.state.save_to_json(str(self.folder.state))
+
+    def _load_best_model(self) -> None:
+        """Rewinds to the best evaluation: base weights, and the trajectory up to there."""
+        step = self.state.best_global_step
+        if self.mezo is None or self.mezo.trajectory is None or not step or step == self.mezo.steps:
+            return
+        trajectory = self.mezo.trajectory
+        self.folder.restore_base(trajectory.header, self.model, self.tuned)  # type: ignore[arg-type]
+        self.tuned.add(steps_of(trajectory.header, trajectory.records[:step]), trajectory.header["distribution"])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Model, tokenizer and prompt; no pickled arguments."""
+        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        target.mkdir(parents=True, exist_ok=True)
+        assert self.model is not None
+        self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(target)  # type: ignore[union-attr]
+        RunFolder(target).write_settings(
+            {
+                "prompt": self.prompt.to_dict(),
+                "label_column": self.args.label_column,
+                "objective": self.objective_name,
+                "max_length": self.args.max_length,
+                "max_completion_length": self.args.max_completion_length,
+                "weights_sha256": self.tuned.sha256(),
+            }
+        )
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores θ once over the whole split: rewards and metrics, each as `eval_<name>`, and `eval_reward`."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, dict):
+            return {
+                key: value
+                for name, part in dataset.items()
+                for key, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}").items()
+            }
+        if dataset is None:
+            raise ValueError("eval_dataset is needed to evaluate")
+        rows = _as_rows(dataset)
+        start = time.perf_counter()
+        figures = self.objective.evaluate(rows)
+        seconds = time.perf_counter() - start
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
+        metrics[f"{metric_key_prefix}_samples_per_second"] = round(len(rows) / max(seconds, 1e-9), 3)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The completions of θ (label names for prompts with label words)."""
+        rows = _as_rows(test_dataset)
+        (answers,) = self._policy().answers(rows, [CENTRE])
+        return PredictionOutput([a.completion for a in answers], None, {})  # type: ignore[arg-type]
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _policy(self) -> LabelWords | Generation:
+        args: MeZOConfig = self.args
+        tokenizer: Any = self.processing_class
+        if self.prompt.labels:
+            return LabelWords(
+                self.evaluator, tokenizer, self.prompt, batch_size=args.forward_batch_size, max_length=args.max_length
+            )
+        return Generation(
+            self.evaluator,
+            tokenizer,
+            self.prompt,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature or 1.0,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            greedy=args.temperature == 0,
+            batch_size=args.forward_batch_size,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Minibatches that keep the proportions of the labels, so that a metric over a batch means something."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not isinstance(dataset, list):
+            return super()._get_train_sampler(dataset)
+        column = self.args.label_column
+        labels = [str(row[column]) for row in dataset] if self.prompt.labels and column in dataset[0] else None
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return StratifiedBatchSampler(len(dataset), batch, labels=labels, seed=self.args.seed)
+
+
+def _as_rows(dataset: Any) -> list[dict[str, Any]]:
+    return dataset if isinstance(dataset, list) else list(dataset)
+
+
+def _checked(dataset: Any, name: str, prompt: Prompt, label_column: str) -> Any:
+    """Rows as a list, once checked against the prompt. Iterable data sets stay as they are."""
+    if dataset is None or isinstance(dataset, dict | datasets.IterableDataset | torch.utils.data.IterableDataset):
+        return dataset
+    rows = dataset.to_list() if isinstance(dataset, datasets.Dataset) else list(dataset)
+    if not rows:
+        raise ValueError(f"{name} is empty")
+    prompt.check_columns(rows[0])
+    if prompt.labels and label_column in rows[0]:
+        labels = [row[label_column] for row in rows]
+        prompt.check_labels(labels, label_column)
+        if name == "train_dataset" and len(set(map(str, labels))) == 1:
+            raise ValueError(
+                f"{name} has one class only: all {len(rows)} rows have {label_column}={labels[0]!r}, so there is nothing "
+                "to learn to tell apart"
+            )
+    return rows
+
+
