@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,10 +140,13 @@ def _member(module: ModuleType, name: str, source: str) -> RewardFunction:
         found = ", ".join(functions) or "none"
         raise ValueError(f"'{source}' has no '{name}'; its functions are: {found}{_near(name, functions)}")
     if inspect.isclass(member) or not callable(member):
-        raise ValueError(f"'{name}' of '{source}' is a {type(member).__name__}; expected a function or callable object")
+        raise ValueError(
+            f"'{name}' of '{source}' is of type {type(member).__name__}; expected a function or callable object"
+        )
     return member
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
+def _near(name: str, known: Collection[str]) -> str:
+    """A hint at what may have been meant: a similar name, or one that is a part of it, as f1 is of macro_f1."""
+    near = difflib.get_close_matches(name, known, 1) or [key for key in known if len(key) > 1 and key in name]
     return f" (did you mean '{near[0]}'?)" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from zorl.directions import derive_seed
 from zorl.perturbation import Evaluator
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
 from zorl.prompts import Answer, Prompt
-from zorl.reward_functions import RewardFunctions, RewardValues
+from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
 from zorl.scoring import LabelWords
 
 Row = Mapping[str, Any]
@@ -67,12 +68,13 @@ class RewardObjective:
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
         answers = self.policy.answers(rows, points, noise_seed=noise_seed)
         values = [self._score(self.rewards, rows, completions) for completions in answers]
-        totals = [value.total for value in values]
         figures: dict[str, float] = {}
-        for i, name in enumerate(self.rewards.names):
-            scores = torch.stack([value.values[i].nanmean() for value in values])
-            figures[f"rewards/{name}/mean"] = scores.nanmean().item()
-        return Asked(Scores(torch.stack(totals)), figures)
+        for name in self.rewards.names:
+            means = torch.tensor([value.means()[name] for value in values])
+            figures[f"rewards/{name}/mean"] = means.nanmean().item()
+        for name in {name for value in values for name in value.metrics}:
+            figures[name] = statistics.fmean(number for value in values for number in value.metrics.get(name, []))
+        return Asked(Scores(stack_totals(values)), figures)
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         (answers,) = self.policy.answers(rows, [CENTRE])
@@ -80,8 +82,7 @@ class RewardObjective:
         figures = {"reward": scored.total.nanmean().item()}
         for functions in (self.rewards, *([self.metrics] if self.metrics is not None else [])):
             result = scored if functions is self.rewards else self._score(functions, rows, answers)
-            for name, values in zip(functions.names, result.values, strict=True):
-                figures[name] = values.nanmean().item()
+            figures |= result.means()
         return figures
 
     def _score(self, functions: RewardFunctions, rows: Sequence[Row], answers: Sequence[Answer]) -> RewardValues:
@@ -171,7 +172,7 @@ class JudgeObjective:
                 prompts=[self.policy.prompt.render(rows[i]).prompt for _, i, _ in shown],
                 first=[first for first, _ in ordered],
                 second=[second for _, second in ordered],
-                **columns_of([rows[i] for _, i, _ in shown]),
+                **{name: column for name, column in columns_of([rows[i] for _, i, _ in shown]).items() if name != "prompt"},
             )
             if len(choices) != len(shown):
                 raise ValueError(f"the judge gave {len(choices)} verdicts on {len(shown)} pairs")
@@ -187,6 +188,5 @@ class JudgeObjective:
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The rows' columns as lists, as TRL passes them. Names that TRL gives a meaning of their own stay out."""
-    reserved = {"prompts", "prompt", "completions", "completion", "completion_ids", "first", "second"}
-    return {name: [row.get(name) for row in rows] for name in rows[0] if name not in reserved}
+    """The rows' columns as lists, as TRL passes them."""
+    return {name: [row.get(name) for row in rows] for name in rows[0]}

@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,8 @@ class RewardFunctions:
         try:
             for name, func, arguments in zip(self.names, self.funcs, accepted, strict=True):
                 try:
-                    outputs.append(func(**arguments))
+                    output = func(**arguments)
+                    outputs.append(list(output) if isinstance(output, Iterator) else output)
                 except Exception as error:
                     raise _failure(name, error, keywords) from error
         except BaseException:
@@ -273,7 +274,10 @@ def _number(name: str, value: Any, where: str) -> float:
         value = value.item()
     if not isinstance(value, numbers.Real | np.bool_):
         raise RewardError(f"reward function '{name}' returned {_short(value)} {where}; expected a number or None")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if math.isnan(number):
         raise RewardError(f"reward function '{name}' returned NaN {where}; return None where it is not applicable")
     if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:

@@ -7,9 +7,10 @@ the trajectory is the checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from zorl.probe import CENTRE, Scores
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunctions
 from zorl.run_folder import RunFolder, peft_to_json
-from zorl.sampling import StratifiedBatchSampler
+from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import steps_of
 
@@ -205,6 +206,13 @@ class MeZOTrainer(Trainer):
         self._since_log.append(figures)
         reward = figures.get("reward", math.nan)
         return zero - (0.0 if math.isnan(reward) else reward)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The minibatches of one step. There are no tokens to count, because no loss is averaged over them."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # Trainer's formula counts a backward pass; `forwards` in the log is what a run costs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the figures of the steps since the last log."""
@@ -386,7 +394,7 @@ class MeZOTrainer(Trainer):
         column = self.args.label_column
         labels = [str(row[column]) for row in dataset] if self.prompt.labels and column in dataset[0] else None
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return StratifiedBatchSampler(len(dataset), batch, labels=labels, seed=self.args.seed)
+        return StratifiedSampler(len(dataset), batch, labels=labels, seed=self.args.seed)
 
 
 def _as_rows(dataset: Any) -> list[dict[str, Any]]:
