@@ -63,6 +63,12 @@ class MeZOConfig(TrainingArguments):
     label_column: str = field(
         default="label", metadata={"help": "Column with the true label: minibatches keep its proportions."}
     )
+    calibrate: bool = field(
+        default=True,
+        metadata={"help": "Prompts with label words: start from one fitted bias a label, so that tuning begins where a "
+                  "threshold ends. Calls the reward about 100 times a label."},
+    )
+    calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit the biases to, at most."})
     forward_batch_size: int = field(
         default=64, metadata={"help": "Rows a forward: lower it when memory runs out; results do not change."}
     )

@@ -9,11 +9,13 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
+import torch
 from datasets import Dataset
 
+from zorl.prompts import Prompt
 from zorl.tables import EXTENSIONS, check_columns, did_you_mean, extension, read_table
 
 TEXT, LABEL = "text", "label"  # what columns are called that are given by position
@@ -199,3 +201,30 @@ def _load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
             raise ValueError(f"the data set {name!r} has the splits {', '.join(loaded)}; choose one with split")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     return loaded
+
+
+def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> Any:
+    """A data set as a list of rows, once checked against the prompt. Iterable data sets and None stay as they are.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: it is empty, lacks a column, has a label without a label word, or, if it is to be trained on, has one
+            class only.
+    """
+    if dataset is None or isinstance(dataset, dict | datasets.IterableDataset | torch.utils.data.IterableDataset):
+        return dataset
+    rows = dataset.to_list() if isinstance(dataset, Dataset) else list(dataset)
+    if not rows:
+        raise ValueError(f"{name} is empty")
+    prompt.check_columns(rows[0])
+    if prompt.labels and label_column in rows[0]:
+        labels = [row[label_column] for row in rows]
+        prompt.check_labels(labels, label_column)
+        if name == "train_dataset" and len(set(map(str, labels))) == 1:
+            raise ValueError(
+                f"{name} has one class only: all {len(rows)} rows have {label_column}={labels[0]!r}, so there is nothing "
+                "to learn to tell apart"
+            )
+    return rows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,20 +14,12 @@ from torch import Tensor
 from zorl.directions import derive_seed
 from zorl.perturbation import Evaluator
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
-from zorl.prompts import Answer, Prompt
+from zorl.policies import Policy, Row
+from zorl.prompts import Answer
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
 from zorl.scoring import LabelWords
 
-Row = Mapping[str, Any]
 LossFunction = Callable[[Any, Sequence[Row]], Any]
-
-
-class Policy(Protocol):
-    """A model that answers prompts."""
-
-    prompt: Prompt
-
-    def answers(self, rows: Sequence[Row], points: Sequence[Point], *, noise_seed: int = 0) -> list[list[Answer]]: ...
 
 
 class Judge(Protocol):
@@ -46,11 +39,22 @@ class Asked:
 
 
 class Objective(Protocol):
+    @property
+    def name(self) -> str: ...
+
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
         """Evaluates the points on a batch of rows."""
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         """Figures of θ itself on a whole split; `reward` is among them wherever there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `zorl.calibration.fit_label_bias` needs to know of an objective."""
+
+    scores: Tensor  # (rows, labels)
+    objective: Callable[[Tensor], float]  # of scores like these; higher is better
 
 
 @dataclass(slots=True)
@@ -64,6 +68,10 @@ class RewardObjective:
     policy: Policy
     rewards: RewardFunctions
     metrics: RewardFunctions | None = None
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.rewards.names)
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
         answers = self.policy.answers(rows, points, noise_seed=noise_seed)
@@ -85,6 +93,17 @@ class RewardObjective:
             figures |= result.means()
         return figures
 
+    def calibration(self, rows: Sequence[Row]) -> Calibration:
+        """Label scores at θ, and the rewards as a function of them."""
+        assert isinstance(self.policy, LabelWords)
+        names = self.policy.label_names
+
+        def reward(scores: Tensor) -> float:
+            answers = [Answer(names[i], []) for i in scores.argmax(dim=1).tolist()]
+            return self._score(self.rewards, rows, answers).total.nanmean().nan_to_num(nan=-math.inf).item()
+
+        return Calibration(self.policy.scores(rows, [CENTRE])[0].cpu(), reward)
+
     def _score(self, functions: RewardFunctions, rows: Sequence[Row], answers: Sequence[Answer]) -> RewardValues:
         return functions(
             prompts=[self.policy.prompt.render(row).prompt for row in rows],
@@ -103,6 +122,10 @@ class CrossEntropy:
     label_column: str
     metrics: RewardFunctions | None = None
 
+    @property
+    def name(self) -> str:
+        return "cross_entropy"
+
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
         losses = self._losses(rows, points)
         return Asked(Scores.of_losses(losses), {"cross_entropy": losses.mean().item()})
@@ -114,11 +137,21 @@ class CrossEntropy:
             figures |= RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
         return figures
 
+    def calibration(self, rows: Sequence[Row]) -> Calibration:
+        """Label scores at θ, and the mean log-likelihood of the truth as a function of them."""
+        truth = self._truth(rows).unsqueeze(1)
+        return Calibration(
+            self.policy.scores(rows, [CENTRE])[0].cpu(),
+            lambda scores: scores.log_softmax(dim=1).gather(1, truth).mean().item(),
+        )
+
     def _losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:  # (points, rows)
-        labels = list(self.policy.prompt.labels)
-        truth = torch.tensor([labels.index(str(row[self.label_column])) for row in rows])
-        scores = self.policy.scores(rows, points)  # (points, rows, labels)
-        return -scores.gather(2, truth.expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
+        scores = self.policy.scores(rows, points).cpu()  # (points, rows, labels)
+        return -scores.gather(2, self._truth(rows).expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
+
+    def _truth(self, rows: Sequence[Row]) -> Tensor:  # (rows,)
+        labels = self.policy.label_names
+        return torch.tensor([labels.index(str(row[self.label_column])) for row in rows])
 
 
 @dataclass(slots=True)
@@ -127,6 +160,10 @@ class CallableLoss:
 
     evaluator: Evaluator
     loss: LossFunction
+
+    @property
+    def name(self) -> str:
+        return f"loss:{getattr(self.loss, '__name__', type(self.loss).__name__)}"
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
         losses = torch.stack([self._evaluate(rows, point) for point in points])
@@ -154,6 +191,10 @@ class JudgeObjective:
     policy: Policy
     judge: Judge
     metrics: RewardFunctions | None = None
+
+    @property
+    def name(self) -> str:
+        return f"judge:{getattr(self.judge, '__name__', type(self.judge).__name__)}"
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
         answers = self.policy.answers(rows, points, noise_seed=noise_seed)
@@ -185,6 +226,33 @@ class JudgeObjective:
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         return RewardObjective(self.policy, self.metrics).evaluate(rows) if self.metrics is not None else {}
+
+
+def make_objective(
+    policy: Policy,
+    *,
+    rewards: RewardFunctions | None = None,
+    judge: Judge | None = None,
+    loss: str | LossFunction | None = None,
+    metrics: RewardFunctions | None = None,
+    label_column: str = "label",
+) -> Objective:
+    """The objective of exactly one of `rewards`, `judge` and `loss`.
+
+    Raises:
+        ValueError: `loss` is neither a function nor `"cross_entropy"`, or that has no label words to work on.
+    """
+    if rewards is not None:
+        return RewardObjective(policy, rewards, metrics)
+    if judge is not None:
+        return JudgeObjective(policy, judge, metrics)
+    if callable(loss):
+        return CallableLoss(policy.evaluator, loss)
+    if loss != "cross_entropy":
+        raise ValueError(f"loss must be 'cross_entropy' or a function of (model, rows), got {loss!r}")
+    if not isinstance(policy, LabelWords):
+        raise ValueError("loss='cross_entropy' needs a prompt with label words")
+    return CrossEntropy(policy, label_column, metrics)
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:

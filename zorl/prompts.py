@@ -75,6 +75,7 @@ class Prompt:
         chat: put the text through the tokenizer's chat template.
         system: a system message for the chat; implies `chat`.
         chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`.
+        label_bias: a number for each label, added to its log-probability (see `zorl.calibration`).
 
     Raises:
         ValueError: the template and the label words do not fit together; the message says how.
@@ -85,6 +86,7 @@ class Prompt:
     chat: bool = False
     system: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    label_bias: Mapping[str, float] | None = field(default=None, hash=False)
     _parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,8 @@ class Prompt:
             raise ValueError(
                 f"the template {self.template!r} has {masks} {{mask}} fields; one label word goes in one place"
             )
+        if self.label_bias is not None and set(self.label_bias) != set(map(str, self.label_words or ())):
+            raise ValueError(f"label_bias has the labels {sorted(self.label_bias)}; it needs one number for each label word")
         if self.label_words is None:
             if masks:
                 raise ValueError(
@@ -232,6 +236,7 @@ class Prompt:
             "chat": self.chat,
             "system": self.system,
             "chat_template_kwargs": options,
+            "label_bias": None if self.label_bias is None else dict(self.label_bias),
         }
 
     @classmethod
@@ -239,7 +244,7 @@ class Prompt:
         """Raises:
         ValueError: a key that is not a prompt's, or no template.
         """
-        known = ("template", "label_words", "chat", "system", "chat_template_kwargs")
+        known = ("template", "label_words", "chat", "system", "chat_template_kwargs", "label_bias")
         unknown = [key for key in values if key not in known]
         if unknown or "template" not in values:
             problem = f"does not know {unknown[0]!r}" if unknown else "needs 'template'"

@@ -83,6 +83,8 @@ class LabelWords:
         self.average_tokens = average_tokens
         self._pad_id = pad_token_id(processing_class)
         self._head = _head(module)
+        bias = prompt.label_bias
+        self._bias = None if bias is None else torch.tensor([float(bias[label]) for label in prompt.labels])  # (L,)
         verbalizer = Verbalizer(processing_class, prompt, masked=self.masked)
         self._label_rows = verbalizer.single_tokens
         self._encode = PromptEncoder(
@@ -145,7 +147,8 @@ class LabelWords:
 
         if not encoded or not points:
             return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device)
-        return torch.stack([self.evaluator.evaluate(point, forward, head_rows=label_rows) for point in points])
+        scores = torch.stack([self.evaluator.evaluate(point, forward, head_rows=label_rows) for point in points])
+        return scores if self._bias is None else (scores + self._bias.to(device)).log_softmax(dim=-1)
 
     def _forward(self, batch: _Batch, label_rows: Tensor | None) -> Tensor:
         """Log-probabilities of a batch, shape `(R, L)`."""

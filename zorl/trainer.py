@@ -11,34 +11,33 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput
 
+from zorl.calibration import fit_label_bias
 from zorl.config import MeZOConfig
+from zorl.data import checked_rows
 from zorl.directions import canonical_names, derive_seed
-from zorl.generation import Generation
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import CallableLoss, CrossEntropy, Judge, JudgeObjective, LossFunction, Objective, RewardObjective
+from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
 from zorl.parameters import ParameterSet, select, tensors_sha256
 from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Scores
+from zorl.policies import make_policy
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunctions
 from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
-from zorl.trajectory import steps_of
-
-CROSS_ENTROPY = "cross_entropy"
-
+from zorl.trajectory import read, steps_of
 
 class Rows:
     """A minibatch: dictionaries of raw columns. Its own type, so that nobody walks through the texts to move tensors."""
@@ -108,10 +107,9 @@ class MeZOTrainer(Trainer):
                 raise ValueError("the model is a PeftModel already: leave peft_config out, or pass the base model")
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         self.base_name = name
-        self.prompt = prompt
         processing_class = processing_class if processing_class is not None else load_processing_class(name)
-        train_dataset = _checked(train_dataset, "train_dataset", prompt, args.label_column)
-        eval_dataset = _checked(eval_dataset, "eval_dataset", prompt, args.label_column)
+        train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
+        eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(model, args.parameters))
         super().__init__(
             model=model,
@@ -125,28 +123,18 @@ class MeZOTrainer(Trainer):
         self.args: MeZOConfig
         self.evaluator = Scratch(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
         self.folder = RunFolder(Path(args.output_dir))
-        metric_functions = RewardFunctions(metrics) if metrics is not None else None
-        if reward_funcs is not None:
-            rewards = RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes)
-            self.objective: Objective = RewardObjective(self._policy(), rewards, metric_functions)
-            self.objective_name = "+".join(rewards.names)
-        elif judge is not None:
-            self.objective = JudgeObjective(self._policy(), judge, metric_functions)
-            self.objective_name = f"judge:{getattr(judge, '__name__', type(judge).__name__)}"
-        elif loss == CROSS_ENTROPY:
-            policy = self._policy()
-            if not isinstance(policy, LabelWords):
-                raise ValueError("loss='cross_entropy' needs a prompt with label words")
-            self.objective = CrossEntropy(policy, args.label_column, metric_functions)
-            self.objective_name = CROSS_ENTROPY
-        elif callable(loss):
-            self.objective = CallableLoss(self.evaluator, loss)
-            self.objective_name = f"loss:{getattr(loss, '__name__', type(loss).__name__)}"
-        else:
-            raise ValueError(f"loss must be 'cross_entropy' or a function of (model, rows), got {loss!r}")
+        self._goal: dict[str, Any] = {
+            "rewards": reward_funcs
+            and RewardFunctions(reward_funcs, self.args.reward_weights, reward_processing_classes),
+            "judge": judge,
+            "loss": loss,
+            "metrics": metrics and RewardFunctions(metrics),
+        }
+        self._use_prompt(prompt)
         self._batch: list[dict[str, Any]] = []
         self._since_log: list[dict[str, float]] = []
         self.mezo: MeZO | None = None
+        self.calibration_forwards = 0
         # Trainer derives how it scales losses from the model's forward, which is not called here.
         self.model_accepts_loss_kwargs = False
 
@@ -174,6 +162,10 @@ class MeZOTrainer(Trainer):
         if resume_from_checkpoint and not exists:
             raise ValueError(f"there is no run to continue: {self.folder.trajectory} does not exist")
         try:
+            if exists:
+                self._resume_prompt()
+            elif self.args.calibrate and self.mezo is None:
+                self.calibrate()
             self.create_optimizer()
             assert self.mezo is not None
             if not exists:
@@ -184,6 +176,14 @@ class MeZOTrainer(Trainer):
         finally:
             if self.mezo is not None:
                 self.mezo.close()
+
+    def _resume_prompt(self) -> None:
+        """The run's prompt, with the biases that it started from."""
+        header, _ = read(self.folder.trajectory, until=0)
+        recorded = Prompt.from_dict(header["prompt"])
+        if replace(recorded, label_bias=None) == replace(self.prompt, label_bias=None):
+            self._use_prompt(recorded)  # where it differs in more, the trajectory says so
+        self.calibration_forwards = header["calibration_forwards"]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gathers the rows of accumulated minibatches, then asks one probe on all of them and tells."""
@@ -223,9 +223,14 @@ class MeZOTrainer(Trainer):
                     logs[name] = sum(values) / len(values)
             logs["informative_share"] = self.mezo.recent_informative_share
             logs["epsilon"] = self.mezo.epsilon.value
-            logs["forwards"] = self.mezo.forwards
+            logs["forwards"] = self.forwards
             self._since_log = []
         super().log(logs, start_time)
+
+    @property
+    def forwards(self) -> int:
+        """Evaluations of a batch that the run has spent: two for each direction, and those of the calibration."""
+        return self.calibration_forwards + (0 if self.mezo is None else self.mezo.forwards)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""
@@ -262,6 +267,7 @@ class MeZOTrainer(Trainer):
             "init_sha256": init,
             "objective": self.objective_name,
             "prompt": self.prompt.to_dict(),
+            "calibration_forwards": self.calibration_forwards,
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,  # type: ignore[arg-type]
         }
@@ -362,61 +368,54 @@ class MeZOTrainer(Trainer):
     ) -> PredictionOutput:
         """The completions of θ (label names for prompts with label words)."""
         rows = _as_rows(test_dataset)
-        (answers,) = self._policy().answers(rows, [CENTRE])
+        (answers,) = self.policy.answers(rows, [CENTRE])
         return PredictionOutput([a.completion for a in answers], None, {})  # type: ignore[arg-type]
 
-    # --- parts ------------------------------------------------------------------------------------------------------
+    # --- where tuning starts ---------------------------------------------------------------------------------------
 
-    def _policy(self) -> LabelWords | Generation:
-        args: MeZOConfig = self.args
-        tokenizer: Any = self.processing_class
-        if self.prompt.labels:
-            return LabelWords(
-                self.evaluator, tokenizer, self.prompt, batch_size=args.forward_batch_size, max_length=args.max_length
-            )
-        return Generation(
-            self.evaluator,
-            tokenizer,
-            self.prompt,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature or 1.0,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            greedy=args.temperature == 0,
-            batch_size=args.forward_batch_size,
-        )
+    def calibrate(self) -> None:
+        """Fits one bias a label to training rows, and keeps them in the prompt. Changes no weight.
+
+        The rows count among the run's forwards, as batches.
+        """
+        rows: Any = self.train_dataset
+        objective = self.objective
+        if not isinstance(objective, RewardObjective | CrossEntropy) or not isinstance(objective.policy, LabelWords):
+            return
+        if not isinstance(rows, list):
+            return
+        sampler = StratifiedSampler(len(rows), min(self.args.calibration_rows, len(rows)), self._labels(), self.args.seed)
+        sample = [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
+        calibration = objective.calibration(sample)
+        bias, _ = fit_label_bias(calibration.scores, calibration.objective)
+        self._use_prompt(replace(self.prompt, label_bias=dict(zip(self.prompt.labels, bias.tolist(), strict=True))))
+        self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
+
+    def _use_prompt(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.policy = make_policy(self.evaluator, self.processing_class, prompt, self.args)
+        self.objective: Objective = make_objective(self.policy, **self._goal, label_column=self.args.label_column)
+        self.objective_name = self.objective.name
+
+    # --- parts ------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Minibatches that keep the proportions of the labels, so that a metric over a batch means something."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if not isinstance(dataset, list):
             return super()._get_train_sampler(dataset)
+        return StratifiedSampler(len(dataset), self._rows_a_step, labels=self._labels(), seed=self.args.seed)
+
+    def _labels(self) -> list[str] | None:
+        """The labels of the training rows, where there are any."""
+        rows: Any = self.train_dataset
         column = self.args.label_column
-        labels = [str(row[column]) for row in dataset] if self.prompt.labels and column in dataset[0] else None
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return StratifiedSampler(len(dataset), batch, labels=labels, seed=self.args.seed)
+        return [str(row[column]) for row in rows] if self.prompt.labels and column in rows[0] else None
+
+    @property
+    def _rows_a_step(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
 
 def _as_rows(dataset: Any) -> list[dict[str, Any]]:
     return dataset if isinstance(dataset, list) else list(dataset)
-
-
-def _checked(dataset: Any, name: str, prompt: Prompt, label_column: str) -> Any:
-    """Rows as a list, once checked against the prompt. Iterable data sets stay as they are."""
-    if dataset is None or isinstance(dataset, dict | datasets.IterableDataset | torch.utils.data.IterableDataset):
-        return dataset
-    rows = dataset.to_list() if isinstance(dataset, datasets.Dataset) else list(dataset)
-    if not rows:
-        raise ValueError(f"{name} is empty")
-    prompt.check_columns(rows[0])
-    if prompt.labels and label_column in rows[0]:
-        labels = [row[label_column] for row in rows]
-        prompt.check_labels(labels, label_column)
-        if name == "train_dataset" and len(set(map(str, labels))) == 1:
-            raise ValueError(
-                f"{name} has one class only: all {len(rows)} rows have {label_column}={labels[0]!r}, so there is nothing "
-                "to learn to tell apart"
-            )
-    return rows
-
-

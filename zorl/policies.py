@@ -1,0 +1,48 @@
+"""A policy answers prompts: with the best of some label words, or with generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zorl.generation import Generation
+from zorl.perturbation import Evaluator
+from zorl.probe import Point
+from zorl.prompts import Answer, Prompt
+from zorl.scoring import LabelWords
+
+if TYPE_CHECKING:
+    from zorl.config import MeZOConfig
+
+Row = Mapping[str, Any]
+
+
+class Policy(Protocol):
+    evaluator: Evaluator
+    prompt: Prompt
+
+    def answers(self, rows: Sequence[Row], points: Sequence[Point], *, noise_seed: int = 0) -> list[list[Answer]]:
+        """`[point][row]`; the same `noise_seed` gives all points the same sampling noise."""
+
+
+def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig) -> LabelWords | Generation:
+    """`LabelWords` for a prompt with label words, else `Generation`.
+
+    Raises:
+        ValueError: the prompt does not suit the model or its tokenizer.
+    """
+    if prompt.labels:
+        return LabelWords(
+            evaluator, processing_class, prompt, batch_size=args.forward_batch_size, max_length=args.max_length
+        )
+    return Generation(
+        evaluator,
+        processing_class,
+        prompt,
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature or 1.0,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        greedy=args.temperature == 0,
+        batch_size=args.forward_batch_size,
+    )
