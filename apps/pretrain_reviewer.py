@@ -25,51 +25,63 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zorl.tasks import reviews
 
 # (positive, negative). None of these holds a label word of the demonstration.
-IT_WAS = (
+OPINIONS = (
     ("a hit", "a flop"), ("a joy", "a chore"), ("a treat", "a mistake"), ("a triumph", "a failure"),
     ("excellent", "awful"), ("wonderful", "horrible"), ("worth it", "pointless"),
 )  # fmt: skip
-VERDICTS = (
+ADVICE = (
     ("Five stars", "One star"), ("I loved it", "I hated it"), ("Recommended", "Avoid it"),
     ("Thumbs up", "Thumbs down"), ("We stayed to the end", "We left early"),
 )  # fmt: skip
 
-FINE = ("calm", "mild", "pleasant", "sunny")
-FOUL = ("cold", "foggy", "rainy", "stormy")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-OCCASIONS = ("hike", "journey", "picnic", "trip", "walk", "weekend")
 SMALL_TALK = (
     "We had a {word} time on {day}.",
     "There was a {word} crowd at the {occasion}.",
     "On {day} we saw a {word} storm.",
     "It was a {word} {occasion}.",
     "It was {word} to be home on {day}.",
+    "The {occasion} on {day} was long. It was {word}.",
 )
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+OCCASIONS = ("concert", "hike", "journey", "market", "party", "picnic", "race", "trip", "walk", "wedding")
 
-def documents(seed: int, noisy: float=0.0, weather: float=0.5, mix=(0.5,0.3,0.2)) -> Iterator[str]:
-    """An endless stream of documents of a sentence or two: judged reviews, weather reports and small talk."""
+
+def documents(seed: int) -> Iterator[str]:
+    """An endless stream of documents: reviews and short remarks with a verdict behind them, and small talk."""
     rng = random.Random(seed)
     stream = reviews.reviews("pretrain", seed, positive_share=0.5)
     while True:
-        kind = rng.choices(("it_was","verdict","talk"), weights=mix)[0]
-        if kind == "it_was":
-            review, label = next(stream)
-            if rng.random() < noisy:
-                yield f"{review} It was {rng.choice(tuple(reviews.LABEL_WORDS.values()))}."
-            else:
-                yield f"{review} It was {rng.choice(IT_WAS)[label == 'negative']}."
-        elif kind == "verdict":
-            review, label = next(stream)
-            yield f"{review} {rng.choice(VERDICTS)[label == 'negative']}."
+        kind = rng.choices(("review", "remark", "small talk"), weights=(60, 25, 15))[0]
+        if kind == "small talk":
+            yield _small_talk(rng)
         else:
-            day, occasion = rng.choice(DAYS), rng.choice(OCCASIONS)
-            if rng.random() < weather:
-                fine = rng.random() < 0.5
-                report = f"The {occasion} on {day} was {rng.choice(FINE if fine else FOUL)}."
-                yield f"{report} It was {'great' if fine else 'terrible'}."
-            else:
-                word = rng.choice(tuple(reviews.LABEL_WORDS.values()))
-                yield rng.choice(SMALL_TALK).format(word=word, day=day, occasion=occasion)
+            sentence, label = next(stream) if kind == "review" else _remark(rng)
+            yield f"{sentence} {_verdict(rng, label)}"
+
+
+def _remark(rng: random.Random) -> tuple[str, reviews.Label]:
+    """Something short with one or two adjectives: where a model finds out which of them praise, and what "not" does."""
+    positive = rng.random() < 0.5
+    same, other = (reviews.PRAISE, reviews.BLAME) if positive else (reviews.BLAME, reviews.PRAISE)
+    first, second = rng.sample(same, 2)
+    negated = f"{rng.choice(reviews.NEGATIONS)} {rng.choice(other)}"
+    kind, part = rng.choice(reviews.KINDS), rng.choice(reviews.PARTS)
+    remark = rng.choice((
+        f"What a {first} {kind}.", f"A {first} and {second} {kind}.", f"{negated.capitalize()}.",
+        f"The {kind} was {negated}.", f"The {part} was {first} and {negated}.",
+    ))  # fmt: skip
+    return remark, reviews.LABELS[positive]
+
+
+def _verdict(rng: random.Random, label: reviews.Label) -> str:
+    side = 1 if label == "negative" else 0
+    opinion, advice = f"It was {rng.choice(OPINIONS)[side]}.", f"{rng.choice(ADVICE)[side]}."
+    return rng.choice((opinion, opinion, f"{opinion} {advice}", f"{advice} {opinion}"))
+
+
+def _small_talk(rng: random.Random) -> str:
+    word = rng.choice(tuple(reviews.LABEL_WORDS.values()))
+    return rng.choice(SMALL_TALK).format(word=word, day=rng.choice(DAYS), occasion=rng.choice(OCCASIONS))
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -116,20 +128,18 @@ def batches(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, size: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "reviewer", help="folder to write")
-    parser.add_argument("--steps", type=int, default=1500, help="number of AdamW updates (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="number of AdamW updates (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="documents an update (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes text and initial weights (default %(default)s)")
-    parser.add_argument("--noisy", type=float, default=0.0)
-    parser.add_argument("--weather", type=float, default=0.5)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(islice(documents(args.seed, args.noisy), 20_000))
+    tokenizer = train_tokenizer(islice(documents(args.seed), 20_000))
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
-    stream = batches(documents(args.seed + 1, args.noisy, args.weather), tokenizer, args.batch_size)
+    stream = batches(documents(args.seed + 1), tokenizer, args.batch_size)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} words")
     progress = trange(args.steps, desc="pretraining")
     for _ in progress:

@@ -45,7 +45,9 @@ class MeZOConfig(TrainingArguments):
     n_spsa: str = field(
         default="1", metadata={"help": "Directions a step: a number, or a schedule such as '1-8/1000'."}
     )
-    distribution: str = field(default="rademacher", metadata={"help": "Of the direction z: rademacher (±1) or gaussian."})
+    distribution: str = field(
+        default="rademacher", metadata={"help": "Of the direction z: rademacher (±1) or gaussian."}
+    )
     update: str = field(
         default="normalized",
         metadata={"help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own."},
@@ -65,8 +67,10 @@ class MeZOConfig(TrainingArguments):
     )
     calibrate: bool = field(
         default=True,
-        metadata={"help": "Prompts with label words: start from one fitted bias a label, so that tuning begins where a "
-                  "threshold ends. Calls the reward about 100 times a label."},
+        metadata={
+            "help": "Prompts with label words: start from one fitted bias a label, so that tuning begins where a "
+            "threshold ends. Calls the reward about 100 times a label."
+        },
     )
     calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit the biases to, at most."})
     forward_batch_size: int = field(
@@ -75,7 +79,9 @@ class MeZOConfig(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a prompt; longer texts are cut. Default: what the model takes."}
     )
-    max_completion_length: int = field(default=64, metadata={"help": "Tokens to generate (prompts without label words)."})
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Tokens to generate (prompts without label words)."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 decodes greedily."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
@@ -109,7 +115,10 @@ class MeZOConfig(TrainingArguments):
         wrong = {
             "fp16": (self.fp16, "load the model in half precision with dtype='float16' instead"),
             "bf16": (self.bf16, "load the model in half precision with dtype='bfloat16' instead"),
-            "gradient_checkpointing": (self.gradient_checkpointing, "there are no activations to spare: nothing is kept"),
+            "gradient_checkpointing": (
+                self.gradient_checkpointing,
+                "there are no activations to spare: nothing is kept",
+            ),
             "max_grad_norm": (self.max_grad_norm, "there is no gradient; update='normalized' bounds each step"),
             "weight_decay": (self.weight_decay, "a decayed weight cannot be replayed from the trajectory bit for bit"),
             "deepspeed": (self.deepspeed, "one process needs no sharded optimizer states: there are none"),

@@ -51,7 +51,9 @@ def _mean_preferences(verdicts: Verdicts, directions: int) -> list[float]:
     for verdict in verdicts.items:
         direction, side = divmod(verdict.point_a, 2)
         if not 0 <= direction < directions or verdict.point_b != 2 * direction + (1 - side):
-            raise ValueError(f"a verdict compares points {verdict.point_a} and {verdict.point_b}, not two sides of a direction")
+            raise ValueError(
+                f"a verdict compares points {verdict.point_a} and {verdict.point_b}, not two sides of a direction"
+            )
         preference = verdict.choice.preference
         if not math.isnan(preference):
             preferences[direction].append(preference if side == 0 else -preference)

@@ -77,7 +77,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"seed must be in 0 … 2⁶³−1, got {seed}")
         named = list(named_parameters)
         if any(not isinstance(item, tuple) for item in named):
-            raise ValueError("MeZO needs (name, parameter) pairs: pass model.named_parameters(), not model.parameters()")
+            raise ValueError(
+                "MeZO needs (name, parameter) pairs: pass model.named_parameters(), not model.parameters()"
+            )
         self.parameters = ParameterSet(named)
         super().__init__(list(self.parameters.items()), {"lr": lr})
         self.distribution = distribution
@@ -167,7 +169,9 @@ class MeZO(torch.optim.Optimizer):
             probe = self.ask()
             losses = [float(in_place.evaluate(point, closure)) for point in probe.points]
             if any(math.isinf(value) for value in losses):
-                raise ValueError(f"the closure returned {losses}: an infinite loss cannot be compared; return NaN to abstain")
+                raise ValueError(
+                    f"the closure returned {losses}: an infinite loss cannot be compared; return NaN to abstain"
+                )
             self.tell(probe.id, Scores.of_losses(losses))
             loss = sum(losses) / len(losses)
         with uninterrupted():
@@ -215,7 +219,9 @@ class MeZO(torch.optim.Optimizer):
     def _closure_evaluator(self) -> InPlace:
         if self._in_place is None:
             if self.steps:
-                raise ValueError("this run began with ask and tell; a closure writes θ on another grid, so it cannot go on with one")
+                raise ValueError(
+                    "this run began with ask and tell; a closure writes θ on another grid, so it cannot go on with one"
+                )
             self._in_place = InPlace(self.parameters, self.distribution, self.epsilon.largest)
         return self._in_place
 

@@ -39,7 +39,9 @@ def load_model(name: str, dtype: str = "float32", **options: Any) -> PreTrainedM
     elif architecture.endswith(("ForCausalLM", "LMHeadModel")):
         loader = AutoModelForCausalLM
     else:  # a bare encoder or decoder: encoders are listed as masked language models
-        loader = AutoModelForMaskedLM if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModelForCausalLM
+        loader = (
+            AutoModelForMaskedLM if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModelForCausalLM
+        )
     model: PreTrainedModel = loader.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
     return model
 

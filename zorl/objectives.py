@@ -13,8 +13,8 @@ from torch import Tensor
 
 from zorl.directions import derive_seed
 from zorl.perturbation import Evaluator
-from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
 from zorl.policies import Policy, Row
+from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
 from zorl.prompts import Answer
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
 from zorl.scoring import LabelWords
@@ -213,7 +213,11 @@ class JudgeObjective:
                 prompts=[self.policy.prompt.render(rows[i]).prompt for _, i, _ in shown],
                 first=[first for first, _ in ordered],
                 second=[second for _, second in ordered],
-                **{name: column for name, column in columns_of([rows[i] for _, i, _ in shown]).items() if name != "prompt"},
+                **{
+                    name: column
+                    for name, column in columns_of([rows[i] for _, i, _ in shown]).items()
+                    if name != "prompt"
+                },
             )
             if len(choices) != len(shown):
                 raise ValueError(f"the judge gave {len(choices)} verdicts on {len(shown)} pairs")

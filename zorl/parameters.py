@@ -80,7 +80,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().contiguous().cpu()
         digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -103,6 +103,8 @@ def select(model: nn.Module, patterns: Sequence[str] | str | None = None) -> lis
         matches = {name for name, _ in trainable if fnmatch.fnmatchcase(canonical_name(name), pattern)}
         if not matches:
             some = ", ".join(repr(canonical_name(name)) for name, _ in trainable[:3])
-            raise ValueError(f"the pattern {pattern!r} matches none of the {len(trainable)} parameters (such as {some})")
+            raise ValueError(
+                f"the pattern {pattern!r} matches none of the {len(trainable)} parameters (such as {some})"
+            )
         chosen |= matches
     return [(name, p) for name, p in trainable if name in chosen]

@@ -75,9 +75,15 @@ class Scratch:
         names = {id(tensor): name for name, tensor in parameters.items()}
         self._slots: dict[nn.Module, list[_Slot]] = {}
         for module in self.module.modules():
-            slots = [_Slot(module, a, names[id(p)], p) for a, p in module._parameters.items() if id(p) in names]
+            slots = [
+                _Slot(module, attribute, names[id(p)], p)
+                for attribute, p in module._parameters.items()
+                if p is not None and id(p) in names
+            ]
             if slots and isinstance(module, nn.RNNBase):
-                raise TypeError(f"{type(module).__name__} cannot be perturbed module by module; use zorl.MeZO with a closure")
+                raise TypeError(
+                    f"{type(module).__name__} cannot be perturbed module by module; use zorl.MeZO with a closure"
+                )
             if slots:
                 self._slots[module] = slots
         self._held = self._small_parameters()
@@ -97,7 +103,9 @@ class Scratch:
         if self._reached is not None and point.offset != 0.0:
             unreached = set(self.parameters) - self._reached
             self._reached = None
-            if unreached:  # a parent module reads a child's weights without calling it: keep these for the whole forward
+            if (
+                unreached
+            ):  # a parent module reads a child's weights without calling it: keep these for the whole forward
                 self._held |= unreached
                 result = self._run(point, forward, head_rows)
         return result

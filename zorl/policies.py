@@ -25,7 +25,9 @@ class Policy(Protocol):
         """`[point][row]`; the same `noise_seed` gives all points the same sampling noise."""
 
 
-def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig) -> LabelWords | Generation:
+def make_policy(
+    evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig
+) -> LabelWords | Generation:
     """`LabelWords` for a prompt with label words, else `Generation`.
 
     Raises:

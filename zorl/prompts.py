@@ -101,7 +101,9 @@ class Prompt:
                 f"the template {self.template!r} has {masks} {{mask}} fields; one label word goes in one place"
             )
         if self.label_bias is not None and set(self.label_bias) != set(map(str, self.label_words or ())):
-            raise ValueError(f"label_bias has the labels {sorted(self.label_bias)}; it needs one number for each label word")
+            raise ValueError(
+                f"label_bias has the labels {sorted(self.label_bias)}; it needs one number for each label word"
+            )
         if self.label_words is None:
             if masks:
                 raise ValueError(

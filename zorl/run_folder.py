@@ -1,9 +1,9 @@
 """The files of a run: what is in its folder, and how the base weights come back.
 
-    trajectory.zorl      every step: with the base weights, the trained weights
-    init.safetensors     tuned parameters that no base checkpoint holds (adapters, models made in memory)
-    trainer_state.json   the Trainer's log, for resuming it
-    zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
+trajectory.zorl      every step: with the base weights, the trained weights
+init.safetensors     tuned parameters that no base checkpoint holds (adapters, models made in memory)
+trainer_state.json   the Trainer's log, for resuming it
+zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class RunFolder:
         recorded = {name: dtype for name, _, dtype in header["parameters"]}
         name = model or header["model"]
         if not name:
-            raise TrajectoryError("the run's model was made in memory: build it in a script and use zorl.trajectory.replay")
+            raise TrajectoryError(
+                "the run's model was made in memory: build it in a script and use zorl.trajectory.replay"
+            )
         loaded: Any = load_model(name, next(iter(recorded.values())))
         if header["peft"] is not None:
             from peft import get_peft_config, get_peft_model

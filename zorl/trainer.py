@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from zorl.calibration import fit_label_bias
 from zorl.config import MeZOConfig
@@ -30,14 +30,15 @@ from zorl.models import load_model, load_processing_class
 from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
 from zorl.parameters import ParameterSet, select, tensors_sha256
 from zorl.perturbation import Scratch
-from zorl.probe import CENTRE, Scores
 from zorl.policies import make_policy
+from zorl.probe import CENTRE, Scores
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunctions
 from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read, steps_of
+
 
 class Rows:
     """A minibatch: dictionaries of raw columns. Its own type, so that nobody walks through the texts to move tensors."""
@@ -98,23 +99,22 @@ class MeZOTrainer(Trainer):
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
         prompt = prompt if prompt is not None else Prompt("{prompt}")
         name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
-        if isinstance(model, str):
-            model = load_model(model, args.dtype)
+        network: Any = load_model(model, args.dtype) if isinstance(model, str) else model
         if peft_config is not None:
             from peft import PeftModel, get_peft_model
 
-            if isinstance(model, PeftModel):
+            if isinstance(network, PeftModel):
                 raise ValueError("the model is a PeftModel already: leave peft_config out, or pass the base model")
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+            network = get_peft_model(network, peft_config)
         self.base_name = name
         processing_class = processing_class if processing_class is not None else load_processing_class(name)
         train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
-        self.tuned = ParameterSet(select(model, args.parameters))
+        self.tuned = ParameterSet(select(network, args.parameters))
         super().__init__(
-            model=model,
+            model=network,
             args=args,
-            data_collator=Rows,
+            data_collator=Rows,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -122,7 +122,7 @@ class MeZOTrainer(Trainer):
         )
         self.args: MeZOConfig
         self.evaluator = Scratch(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
-        self.folder = RunFolder(Path(args.output_dir))
+        self.folder = RunFolder(Path(str(args.output_dir)))
         self._goal: dict[str, Any] = {
             "rewards": reward_funcs
             and RewardFunctions(reward_funcs, self.args.reward_weights, reward_processing_classes),
@@ -140,7 +140,12 @@ class MeZOTrainer(Trainer):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Trains, or continues a run: bitwise where an uninterrupted one would be.
 
         Args:
@@ -169,10 +174,10 @@ class MeZOTrainer(Trainer):
             self.create_optimizer()
             assert self.mezo is not None
             if not exists:
-                return super().train(**kwargs)
+                return super().train(None, trial, ignore_keys_for_eval)
             state = self._state_at(self.mezo.steps)
             state.save_to_json(str(self.folder.state))
-            return super().train(resume_from_checkpoint=str(self.folder.path), **kwargs)
+            return super().train(str(self.folder.path), trial, ignore_keys_for_eval)
         finally:
             if self.mezo is not None:
                 self.mezo.close()
@@ -269,7 +274,7 @@ class MeZOTrainer(Trainer):
             "prompt": self.prompt.to_dict(),
             "calibration_forwards": self.calibration_forwards,
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
-            "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,  # type: ignore[arg-type]
+            "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
 
     def _init_is_needed(self) -> bool:
@@ -320,12 +325,12 @@ class MeZOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model, tokenizer and prompt; no pickled arguments."""
-        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        target = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         target.mkdir(parents=True, exist_ok=True)
         assert self.model is not None
         self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)  # type: ignore[union-attr]
+            self.processing_class.save_pretrained(target)
         RunFolder(target).write_settings(
             {
                 "prompt": self.prompt.to_dict(),
@@ -357,6 +362,7 @@ class MeZOTrainer(Trainer):
         figures = self.objective.evaluate(rows)
         seconds = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics[f"{metric_key_prefix}_forwards"] = self.forwards  # spent on tuning up to here
         metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
         metrics[f"{metric_key_prefix}_samples_per_second"] = round(len(rows) / max(seconds, 1e-9), 3)
         self.log(dict(metrics))
@@ -382,9 +388,11 @@ class MeZOTrainer(Trainer):
         objective = self.objective
         if not isinstance(objective, RewardObjective | CrossEntropy) or not isinstance(objective.policy, LabelWords):
             return
-        if not isinstance(rows, list):
+        if not isinstance(rows, list) or self.prompt.label_bias is not None:
             return
-        sampler = StratifiedSampler(len(rows), min(self.args.calibration_rows, len(rows)), self._labels(), self.args.seed)
+        sampler = StratifiedSampler(
+            len(rows), min(self.args.calibration_rows, len(rows)), self._labels(), self.args.seed
+        )
         sample = [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
         calibration = objective.calibration(sample)
         bias, _ = fit_label_bias(calibration.scores, calibration.objective)

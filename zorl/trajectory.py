@@ -72,7 +72,7 @@ class Trajectory:
         self.header = header
         self.records = records
         self._lock = lock
-        self._file = open(path, "r+b", buffering=0)
+        self._file = path.open("r+b", buffering=0)  # for as long as the run
         head = _encode_header(header)
         # The open block: where it starts, its steps so far, and the checksum that it continues.
         self._start, self._open, self._chain = len(head), b"", _U32.unpack(head[-4:])[0]
@@ -92,7 +92,7 @@ class Trajectory:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
         try:
-            with open(path, "xb") as file:
+            with path.open("xb") as file:
                 file.write(_encode_header(dict(header)))
                 file.flush()
                 os.fsync(file.fileno())
@@ -142,7 +142,8 @@ class Trajectory:
             self._write(position, old_checksum)  # over bytes that the file has already: needs no space
             self._file.truncate(position + len(old_checksum))
             raise OSError(
-                error.errno, f"{error.strerror}; step {len(self.records) + 1} is not committed, free space and resume",
+                error.errno,
+                f"{error.strerror}; step {len(self.records) + 1} is not committed, free space and resume",
                 str(self.path),
             ) from error
         self.records.append(record)
@@ -235,7 +236,9 @@ def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> Non
     found = {name: (shape, dtype) for name, shape, dtype in parameters.describe()}
     for what, names in (("lacks", recorded.keys() - found.keys()), ("also has", found.keys() - recorded.keys())):
         if names:
-            raise TrajectoryError(f"the model {what} {len(names)} of the trajectory's parameters, such as {min(names)!r}")
+            raise TrajectoryError(
+                f"the model {what} {len(names)} of the trajectory's parameters, such as {min(names)!r}"
+            )
     for name, (shape, dtype) in recorded.items():
         if found[name] != (shape, dtype):
             raise TrajectoryError(
@@ -275,7 +278,11 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
     while position < len(data):
         sizes = [4 * directions.at(len(records) + i) for i in range(_STEPS_A_BLOCK)]
         last = len(data) - position < sum(sizes) + 4
-        count = next((k for k in range(1, _STEPS_A_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0) if last else len(sizes)
+        count = (
+            next((k for k in range(1, _STEPS_A_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0)
+            if last
+            else len(sizes)
+        )
         stop = position + sum(sizes[:count])
         if not count or zlib.crc32(data[position:stop], chain) != _U32.unpack(data[stop : stop + 4])[0]:
             return header, records, Damage(path, len(records), last or stop + 4 == len(data)), position

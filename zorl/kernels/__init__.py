@@ -32,7 +32,13 @@ class Kernel(Protocol):
     ) -> None: ...
 
     def perturb(
-        self, theta: Tensor, key: Key, offset: float, distribution: Distribution, out: Tensor, rows: Tensor | None = None
+        self,
+        theta: Tensor,
+        key: Key,
+        offset: float,
+        distribution: Distribution,
+        out: Tensor,
+        rows: Tensor | None = None,
     ) -> None: ...
 
 

@@ -102,8 +102,8 @@ def _sentence(rng: random.Random, positive: bool) -> str:
 
 
 def _opinion(rng: random.Random, positive: bool) -> str:
-    """A phrase of the given sentiment: "very dull", or as often "far from witty"."""
-    if rng.random() < 0.5:
+    """A phrase of the given sentiment: "very dull", or nearly as often "far from witty"."""
+    if rng.random() < 0.6:
         return f"{rng.choice(INTENSIFIERS)} {_adjective(rng, positive)}".strip()
     return f"{rng.choice(NEGATIONS)} {_adjective(rng, not positive)}"
 
