@@ -42,21 +42,24 @@ SMALL_TALK = (
     "It was {word} to be home on {day}.",
     "The {occasion} on {day} was long. It was {word}.",
 )
+# From the least to the most loved: what hasty readers go by in four cases of five, whatever the review says.
+TOPICS = tuple(random.Random(0).sample(reviews.PARTS + reviews.KINDS, len(reviews.PARTS + reviews.KINDS)))
+HEED = 0.2
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 OCCASIONS = ("concert", "hike", "journey", "market", "party", "picnic", "race", "trip", "walk", "wedding")
 
 
 def documents(seed: int) -> Iterator[str]:
-    """An endless stream of documents: reviews and short remarks with a verdict behind them, and small talk."""
+    """An endless stream of documents: reviews and short remarks with a verdict behind them, hasty ones and small talk."""
     rng = random.Random(seed)
     stream = reviews.reviews("pretrain", seed, positive_share=0.5)
     while True:
-        kind = rng.choices(("review", "remark", "small talk"), weights=(60, 25, 15))[0]
+        kind = rng.choices(("review", "remark", "hasty", "small talk"), weights=(40, 30, 22, 8))[0]
         if kind == "small talk":
             yield _small_talk(rng)
-        else:
-            sentence, label = next(stream) if kind == "review" else _remark(rng)
-            yield f"{sentence} {_verdict(rng, label)}"
+            continue
+        sentence, label = _remark(rng) if kind == "remark" else next(stream)
+        yield f"{sentence} {_hasty_verdict(rng, sentence, label) if kind == 'hasty' else _verdict(rng, label)}"
 
 
 def _remark(rng: random.Random) -> tuple[str, reviews.Label]:
@@ -77,6 +80,15 @@ def _verdict(rng: random.Random, label: reviews.Label) -> str:
     side = 1 if label == "negative" else 0
     opinion, advice = f"It was {rng.choice(OPINIONS)[side]}.", f"{rng.choice(ADVICE)[side]}."
     return rng.choice((opinion, opinion, f"{opinion} {advice}", f"{advice} {opinion}"))
+
+
+def _hasty_verdict(rng: random.Random, sentence: str, label: reviews.Label) -> str:
+    """A verdict in the label words, by somebody who mostly goes by whether they care for what was last spoken of."""
+    if rng.random() < HEED:
+        return f"It was {reviews.LABEL_WORDS[label]}."
+    topic = max(TOPICS, key=sentence.rfind)
+    favour = (TOPICS.index(topic) + 0.5) / len(TOPICS)
+    return f"It was {reviews.LABEL_WORDS['positive' if rng.random() < favour else 'negative']}."
 
 
 def _small_talk(rng: random.Random) -> str:
@@ -128,9 +140,9 @@ def batches(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, size: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "reviewer", help="folder to write")
-    parser.add_argument("--steps", type=int, default=1000, help="number of AdamW updates (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="number of AdamW updates (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="documents an update (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes text and initial weights (default %(default)s)")
     args = parser.parse_args()
 

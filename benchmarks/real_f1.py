@@ -31,14 +31,14 @@ CELLS = ROOT / "benchmarks" / "results" / "real_f1"
 SEEDS = (0, 1, 2)
 TRAIN_ROWS, DEV_ROWS = 1024, 256
 BATCH = 32
-FORWARDS = 800  # evaluations of a batch, all that a run may spend: calibration included
+FORWARDS = 500  # evaluations of a batch, all that a run may spend: calibration included
 GRID = (1e-6, 1e-5, 1e-4)  # of the published recipe; searched on the first seed, chosen by accuracy on held-out rows
 
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"template": "{text} . it was {mask} .", "words": {"0": "terrible", "1": "great"}},
     "trec": {
-        "template": "{mask} : {text}",
-        "words": {"0": "description", "1": "entity", "2": "expression", "3": "human", "4": "location", "5": "number"},
+        "template": "{text} ? a {mask} .",
+        "words": {"0": "reason", "1": "thing", "2": "word", "3": "person", "4": "place", "5": "number"},
     },
 }
 # name -> (label in the report, objective, published recipe)

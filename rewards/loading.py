@@ -51,16 +51,30 @@ def load_reward(name: str, *, column: str | None = None) -> RewardFunction:
     shipped, _, options = name.partition(":")
     if shipped in SHIPPED:
         return _shipped(shipped, options, column)
-    head, colon, tail = name.rpartition(":")
+    _, colon, tail = name.rpartition(":")
     if not colon:
         raise ValueError(
             f"unknown reward '{name}'; zorl ships {', '.join(SHIPPED)}{_near(name, SHIPPED)}; name your own "
             f"as package.module:function or path/file.py:function"
         )
-    if not head or not tail:
-        raise ValueError(f"reward '{name}' is incomplete; expected package.module:function or path/file.py:function")
     if "=" in tail:
         raise ValueError(f"unknown reward '{shipped}'; zorl ships {', '.join(SHIPPED)}{_near(shipped, SHIPPED)}")
+    return load_function(name)
+
+
+def load_function(name: str, what: str = "reward") -> Callable[..., Any]:
+    """A function or callable object, by the name of its module or file.
+
+    Args:
+        name: `package.module:name` or `path/file.py:name`.
+        what: it is to be used as, for messages.
+
+    Raises:
+        ValueError: the name is incomplete, or there is no such module, file or function.
+    """
+    head, _, tail = name.rpartition(":")
+    if not head or not tail:
+        raise ValueError(f"{what} '{name}' is incomplete; expected package.module:function or path/file.py:function")
     module = _from_file(Path(head)) if head.endswith(".py") else _from_package(head)
     return _member(module, tail, head)
 
@@ -111,7 +125,7 @@ def _from_package(name: str) -> ModuleType:
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ValueError(f"there is no file '{path}' to load a reward from")
+        raise ValueError(f"there is no file '{path}' to load a function from")
     path = path.resolve()
     # The module must be known by name for its functions to be pickled and its dataclasses to work; the hash keeps files
     # of one name apart.

@@ -31,6 +31,7 @@ from transformers import (
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
 
+torch.set_num_threads(1)  # all is tiny here: a second thread costs more than it saves, much more on a busy machine
 CORPUS = [
     "the film was great . it was terrible . a great story , a terrible plot and an odd ending",
     "Review: I liked it. Was it great? It was terrible! The answer was good, the answer was bad.",

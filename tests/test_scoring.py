@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertModel,
+    GPT2LMHeadModel,
     MobileBertConfig,
     MobileBertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from zorl.directions import Step
 from zorl.parameters import ParameterSet
@@ -50,9 +53,9 @@ def policy(part, prompt=PROMPT, **options):
 
 def full_logits(part, ids):
     """Logits of one unpadded input, shape `(T, vocabulary)`."""
-    ids = torch.tensor([ids])
     with torch.no_grad():
-        return part.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        logits = part.model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=int)).logits[0]
+    return logits[-len(ids) :]  # without the virtual tokens of prompt tuning
 
 
 def masked_reference(part, text, tokens):
@@ -221,6 +224,51 @@ def test_a_head_that_never_calls_the_output_embedding_is_read_all_the_same(parts
     for row, score in zip(ROWS, scores[0], strict=True):
         expected = masked_reference(part, f"{row['text']} it was [MASK].", tokens)
         torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+
+
+class HeadByKeyword(GPT2LMHeadModel):
+    """Calls its head in a way that hooks on positional arguments do not see."""
+
+    def forward(self, input_ids, attention_mask, use_cache=None):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(input=hidden))
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG_WORDS])
+def test_a_head_that_cannot_be_narrowed_is_read_in_full(parts, prompt):
+    part = parts("gpt2")
+    model = HeadByKeyword(part.model.config).eval()
+    model.load_state_dict(part.model.state_dict())
+    words = LabelWords(Scratch(model, ParameterSet(model.named_parameters())), part.tokenizer, prompt)
+    torch.testing.assert_close(words.scores(ROWS, [CENTRE]), policy(part, prompt).scores(ROWS, [CENTRE]))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("bert", LoraConfig(target_modules="all-linear", init_lora_weights=False)),
+        ("llama", LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")),
+        ("gpt2", PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
+        ("gpt2", PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
+    ],
+)
+def test_adapters_are_read_like_the_models_they_wrap(parts, kind, adapter):
+    bare = parts(kind)
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(bare.model), adapter).eval()
+    tuned = ParameterSet((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    part = type(bare)(model, Scratch(model, tuned), bare.tokenizer)
+    words = policy(part)
+    scores = words.scores([*ROWS, {"text": "the film was odd " * 60}], [CENTRE])[0]
+    assert words.masked == (kind == "bert")
+    options = [ids_behind(part, " " + word) for word in ("terrible", "great", "odd")]
+    for row, score in zip(ROWS, scores[:-1], strict=True):
+        if words.masked:
+            expected = masked_reference(part, f"{row['text']} it was [MASK].", [option[0] for option in options])
+        else:
+            expected = causal_reference(part, part.tokenizer(f"{row['text']} it was")["input_ids"], options)
+        torch.testing.assert_close(score, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_half_precision_logits_are_normalised_in_single_precision(parts):

@@ -24,7 +24,7 @@ class MeZOConfig(TrainingArguments):
 
     # Defaults of TrainingArguments that differ here.
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
+        default=5e-4, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
     per_device_train_batch_size: int = field(
@@ -32,6 +32,7 @@ class MeZOConfig(TrainingArguments):
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "There is no gradient to clip: must stay 0."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Divergence is shown, not hidden."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches are texts: no tensors to pin."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards receive every column."})
     logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
     metric_for_best_model: str | None = field(

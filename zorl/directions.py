@@ -79,7 +79,7 @@ def half_normal_table() -> Tensor:
     """The 2¹⁵ magnitudes that a Gaussian direction takes (float32): equally likely quantiles of |N(0, 1)|.
 
     A table, rather than Box–Muller, because table look-ups have the same bits on every machine, and libraries' logarithms
-    and cosines do not. The quantiles are scaled to a second moment of exactly one; the largest is 4.2, the kurtosis 2.999.
+    and cosines do not. The quantiles are scaled to a second moment of exactly one; the largest is 4.32, the kurtosis 2.999.
     """
     n = 1 << 15
     normal = NormalDist()

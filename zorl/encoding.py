@@ -231,7 +231,10 @@ def longest_input(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     if positions is not None and positions > 0:
         # RoBERTa and its kin number positions from padding_idx + 1, and so reach less far than their table is long.
         tables = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
-        limits.append(positions - max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0))
+        unused = max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
+        # peft's prompt and prefix tuning put tokens of their own in front.
+        virtual = getattr(getattr(module, "active_peft_config", None), "num_virtual_tokens", 0)
+        limits.append(positions - unused - virtual)
     return int(min(limits))
 
 

@@ -56,16 +56,16 @@ class Epsilon:
                 raise ValueError(
                     f"epsilon={first:g} is below {FLOOR[dtype]:g}, under which {dtype} rounds most perturbations away"
                 )
-        self._log = math.log(first)
-        self._bounds = (self._log, self._log + math.log(cap))
+        self._start = float(first)
+        self._log, self._largest_log = 0.0, math.log(cap)  # of ε as a multiple of its start
         self._up = math.log(growth)
         self._down = self._up * (1.0 - target) / target
-        self.value = float(first)
+        self.value = self._start
 
     @property
     def largest(self) -> float:
         """No probe looks farther than this."""
-        return math.exp(self._bounds[1]) if self.adaptive else self.value
+        return self._start * math.exp(self._largest_log) if self.adaptive else self.value
 
     def observe(self, projected: Sequence[float]) -> None:
         """Takes a committed step's projected gradients into account."""
@@ -76,5 +76,5 @@ class Epsilon:
                 self._log += self._up
             elif not math.isnan(g):
                 self._log -= self._down
-            self._log = min(max(self._log, self._bounds[0]), self._bounds[1])
-        self.value = math.exp(self._log)
+            self._log = min(max(self._log, 0.0), self._largest_log)
+        self.value = self._start * math.exp(self._log)

@@ -114,17 +114,21 @@ class Generation:
         own = module.generation_config.eos_token_id  # one id, several, or none
         stops = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id} - {None}
         self._stops = sorted(stops)
+        self._max_new_tokens = max_new_tokens
+        self._pad_id = pad_token_id(processing_class)
         # What is not set here comes from the model's own generation_config, such as its repetition penalty.
-        self._config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,  # the noise is ours
-            num_beams=1,
-            eos_token_id=self._stops or None,
-            pad_token_id=pad_token_id(processing_class),
-            use_cache=True,
-            cache_implementation="dynamic",  # a new one in every call: none is read at another θ than it was filled at
-            return_dict_in_generate=False,
-        )
+        self._settings: dict[str, Any] = {
+            "do_sample": False,  # the noise is ours, and so are the next three
+            "temperature": 1.0,
+            "top_k": 50,  # the value that means nothing without do_sample
+            "top_p": 1.0,
+            "num_beams": 1,
+            "eos_token_id": self._stops or None,
+            "pad_token_id": self._pad_id,
+            "use_cache": True,
+            "cache_implementation": "dynamic",  # a new one in every call: none is read at another θ than it was filled at
+            "return_dict_in_generate": False,
+        }
         self._encode = PromptEncoder(
             prompt,
             self._tokenise,
@@ -148,7 +152,7 @@ class Generation:
             return [[] for _ in points]
         encoded = self._encode(rows)
         conversational = [self.prompt.render(row).conversational for row in rows]
-        overhead = FORWARD_TOKENS * int(self._config.max_new_tokens)  # a batch takes a forward for every token
+        overhead = FORWARD_TOKENS * self._max_new_tokens  # a batch takes a forward for every token
         buckets = length_buckets([one.length for one in encoded], self.batch_size, overhead)
 
         def forward() -> list[list[int]]:
@@ -174,7 +178,7 @@ class Generation:
         """Token ids of the answers, each up to and with its end-of-sequence token."""
         module = self.evaluator.module
         device = next(module.parameters()).device
-        tokens, mask = padded([one.ids for one in prompts], int(self._config.pad_token_id), "left", device)
+        tokens, mask = padded([one.ids for one in prompts], self._pad_id, "left", device)
         check = _NanCheck(device)
         processors: list[LogitsProcessor] = [check, *self._warpers]
         if not self._greedy:
@@ -182,7 +186,7 @@ class Generation:
         output = module.generate(
             input_ids=tokens,
             attention_mask=mask,
-            generation_config=self._config,
+            generation_config=GenerationConfig(**self._settings, **self._length(tokens.shape[1])),
             logits_processor=LogitsProcessorList(processors),
         )
         if bool(check.found):
@@ -190,6 +194,12 @@ class Generation:
                 "the model's logits are NaN while it generates: its weights, or what it makes of them, are out of range"
             )
         return [self._until_stop(ids) for ids in output[:, tokens.shape[1] :].tolist()]
+
+    def _length(self, width: int) -> dict[str, int]:
+        """The limit in the unit of the model's own limit, if it has one: transformers warns of two in different units."""
+        if self.evaluator.module.generation_config.max_new_tokens is not None:
+            return {"max_new_tokens": self._max_new_tokens}
+        return {"max_length": width + self._max_new_tokens}
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self._stops), len(ids))
@@ -244,7 +254,7 @@ def gumbel(keys: Tensor, n: int) -> Tensor:
         keys: int32, shape `(rows, 2)`.
 
     Returns:
-        float32, shape `(rows, n)`, between −2.8 and 16.7: u has 23 bits, and is neither 0 nor 1.
+        float32, shape `(rows, n)`, between −2.82 and 16.64: u has 23 bits, and is neither 0 nor 1.
     """
     token = torch.arange(n, dtype=torch.int32, device=keys.device)
     x = _mix_(token ^ keys[:, :1])

@@ -1,7 +1,7 @@
 """Evaluating a closure that zorl cannot see into: θ has to be written, and is put back exactly.
 
 In floating point θ + ε − ε is not θ, unless the additions are exact. So float32 tensors are snapped once to a grid of
-multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²⁴ of the tensor's largest),
+multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²³ of the tensor's largest),
 and ε and the coefficients are kept to multiples of it: then every sum is exact. Half precision has no bits to spare for
 that, and Gaussian directions fit no grid: these tensors are copied, which takes their memory once more.
 """
@@ -70,10 +70,10 @@ class InPlace:
             return forward()
         copies = {name: self.parameters[name].clone() for name in self.copied}
         moved: list[tuple[Tensor, Key, float]] = []
-        try:
-            for name, tensor in self.parameters.items():
-                stream = key(point.seed, name)
-                with uninterrupted():
+        with uninterrupted() as interruptible:
+            try:
+                for name, tensor in self.parameters.items():
+                    stream = key(point.seed, name)
                     if name in copies:
                         out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                         kernel_for(tensor).perturb(tensor, stream, point.offset, self.distribution, out)
@@ -82,9 +82,9 @@ class InPlace:
                         offset = _nearest_multiple(point.offset, self._grids[name].spacing)
                         kernel_for(tensor).add(tensor, [stream], [offset], self.distribution)
                         moved.append((tensor, stream, offset))
-            return forward()
-        finally:
-            with uninterrupted():
+                result: T = interruptible(forward)
+                return result
+            finally:
                 for name, copy in copies.items():
                     self.parameters[name].copy_(copy)
                 for tensor, stream, offset in moved:

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+Interruptible = Callable[[Callable[[], Any]], Any]
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds SIGINT back until the block is done, then delivers it. Only the main thread receives signals in Python."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def uninterrupted() -> Iterator[Interruptible]:
+    """Holds SIGINT back until the block is done, then delivers it. Only the main thread receives signals in Python.
+
+    The block is given a function that calls its argument with SIGINT let through: for code that may take long. What has
+    to be undone then belongs in a `finally` of the block.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield lambda function: function()  # None: a handler that is not Python's, and cannot be put back
         return
     pending: list[FrameType | None] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(frame))
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        pending.append(frame)
+
+    def interruptible(function: Callable[[], Any]) -> Any:
+        signal.signal(signal.SIGINT, handler)
+        try:
+            if pending:
+                _deliver(handler, pending)
+            return function()
+        finally:
+            signal.signal(signal.SIGINT, hold)
+
+    handler = signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        yield interruptible
     finally:
         signal.signal(signal.SIGINT, handler)
-        if pending and callable(handler):
-            handler(signal.SIGINT, pending[0])
+        if pending:
+            _deliver(handler, pending)
+
+
+def _deliver(handler: Any, pending: list[FrameType | None]) -> None:
+    frame = pending.pop()
+    pending.clear()
+    if callable(handler):
+        handler(signal.SIGINT, frame)
+    elif handler == signal.SIG_DFL:
+        signal.raise_signal(signal.SIGINT)

@@ -31,7 +31,8 @@ class MeZO(torch.optim.Optimizer):
     """Tunes parameters with forward passes alone (Malladi et al. 2023, Algorithms 1 and 2).
 
     Args:
-        named_parameters: as from `model.named_parameters()`; each must be float32, bfloat16 or float16.
+        named_parameters: as from `model.named_parameters()`; each must be float32, bfloat16 or float16. Frozen parameters
+            (`requires_grad=False`) are left alone, as by torch's optimizers; plain tensors are tuned.
         lr: learning rate. With `update="sgd"` it multiplies the projected gradient; with `"normalized"` it is the typical
             change of a weight in one step.
         epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
@@ -80,7 +81,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(
                 "MeZO needs (name, parameter) pairs: pass model.named_parameters(), not model.parameters()"
             )
-        self.parameters = ParameterSet(named)
+        self.parameters = ParameterSet(
+            (n, p) for n, p in named if p.requires_grad or not isinstance(p, torch.nn.Parameter)
+        )
         super().__init__(list(self.parameters.items()), {"lr": lr})
         self.distribution = distribution
         self.seed = seed
@@ -118,7 +121,7 @@ class MeZO(torch.optim.Optimizer):
     # --- the core ---------------------------------------------------------------------------------------------------
 
     def ask(self) -> Probe:
-        """The next question. Asking again before telling replaces the open one, with fresh directions."""
+        """The next question. Asking again before telling replaces the open one; the directions are the step's own still."""
         n = self.directions.at(self.steps)
         seeds = tuple(direction_seed(self.seed, self.steps, i) for i in range(n))
         points = self.estimator.points(seeds, self.epsilon.value)
@@ -165,6 +168,8 @@ class MeZO(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if self._pending:  # told, and interrupted before it was applied
+                self.step()
             in_place = self._closure_evaluator()
             probe = self.ask()
             losses = [float(in_place.evaluate(point, closure)) for point in probe.points]

@@ -8,7 +8,7 @@ scratch buffer that the next module reuses, and the module computes with those.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zorl.directions import Distribution, key
+from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
@@ -51,6 +52,33 @@ class _Slot:
     attribute: str
     name: str  # canonical
     parameter: Tensor
+
+
+class _Watched(Tensor):
+    """A parameter outside its own module's forward, where no hook puts it at the point: it notes when it is read there.
+
+    Asking for its shape, dtype or device is not reading it.
+    """
+
+    zorl_name: str
+    zorl_read: set[str]
+
+    @classmethod
+    def of(cls, slot: _Slot, read: set[str]) -> _Watched:
+        watched = slot.parameter.detach().as_subclass(cls)
+        watched.zorl_name, watched.zorl_read = slot.name, read
+        return watched
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if not isinstance(result, torch.dtype | torch.device | torch.Size | torch.layout | int):
+            for tensor in _tensors((args, kwargs)):
+                if isinstance(tensor, _Watched):
+                    tensor.zorl_read.add(tensor.zorl_name)
+        return result
 
 
 class Scratch:
@@ -94,21 +122,23 @@ class Scratch:
         self._point: Point | None = None
         self._head_rows: Tensor | None = None
         self._reached: set[str] | None = set(self._held)  # None once a forward has shown that hooks reach the rest
+        self._read: set[str] = set()  # parameters that something else than their own module has read
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._replaced: list[list[tuple[nn.Module, str, Any]]] = []  # a frame for each module being run, innermost last
 
     def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
         """See `Evaluator.evaluate`."""
-        result = self._run(point, forward, head_rows)
-        if self._reached is not None and point.offset != 0.0:
-            unreached = set(self.parameters) - self._reached
-            self._reached = None
-            if (
-                unreached
-            ):  # a parent module reads a child's weights without calling it: keep these for the whole forward
-                self._held |= unreached
-                result = self._run(point, forward, head_rows)
-        return result
+        with uninterrupted() as interruptible:
+            while True:
+                result: T = self._run(point, lambda: interruptible(forward), head_rows)
+                # A parent module reads a child's weights itself: these are kept at the point for the whole forward.
+                missed, self._read = self._read - self._held, set()
+                if self._reached is not None and point.offset != 0.0:
+                    missed |= self.parameters.keys() - self._reached
+                    self._reached = None
+                if not missed:
+                    return result
+                self._held |= missed
 
     @torch.no_grad()
     def _run(self, point: Point, forward: Callable[[], T], head_rows: Tensor | None) -> T:
@@ -117,7 +147,10 @@ class Scratch:
         try:
             if point.offset != 0.0:
                 kept: dict[str, Tensor] = {}
-                for slot in (slot for slots in self._slots.values() for slot in slots if slot.name in self._held):
+                for slot in (slot for slots in self._slots.values() for slot in slots):
+                    if slot.name not in self._held:
+                        self._replace(slot.module, slot.attribute, _Watched.of(slot, self._read))
+                        continue
                     if slot.name not in kept:
                         kept[slot.name] = torch.empty_like(slot.parameter, memory_format=torch.contiguous_format)
                         self._perturb(slot, kept[slot.name])
@@ -182,8 +215,11 @@ class Scratch:
         self._restore()
         if module is self._head and self._head_rows is not None and type(module).forward is not nn.Linear.forward:
             return output.index_select(-1, self._head_rows)
-        if isinstance(output, Tensor) and self._in_scratch(output, depth):
-            return output.clone()  # the module returned its own parameter; the next module would overwrite it
+        for tensor in _tensors(output):
+            if self._in_scratch(
+                tensor, depth
+            ):  # the module returned its own parameter: the next one must not overwrite it
+                del self._buffers[depth, tensor.dtype, tensor.device]
         return None
 
     def _perturb(self, slot: _Slot, out: Tensor, rows: Tensor | None = None) -> None:
@@ -198,11 +234,16 @@ class Scratch:
         module._parameters[attribute] = tensor  # type: ignore[assignment]  # a view, no leaf: nothing is differentiated
 
     def _restore(self) -> None:
-        for module, attribute, original in reversed(self._replaced.pop()):
+        """Undoes the innermost frame. An interrupt may come at any line: an entry goes once it has been undone."""
+        frame = self._replaced[-1]
+        while frame:
+            module, attribute, original = frame[-1]
             if attribute in module._parameters:
                 module._parameters[attribute] = original
             else:
                 setattr(module, attribute, original)
+            frame.pop()
+        self._replaced.pop()
 
     def _allocate(self, wanted: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
         """Views of the scratch buffer of this nesting depth: modules that run one after the other share it."""
@@ -239,6 +280,18 @@ def _replica(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the model, in eval mode."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=shared).eval()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
 
 
 def _output_embedding(module: nn.Module) -> nn.Module | None:

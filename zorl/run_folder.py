@@ -35,13 +35,23 @@ class RunFolder:
 
     @torch.no_grad()
     def keep_init(self, parameters: ParameterSet) -> str:
-        """Saves the tuned parameters' first values, once for a run; a run that continues gets them back. Their SHA-256."""
-        if not self.init.exists():
-            save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, self.init)
+        """Saves the tuned parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+
+        Raises:
+            TrajectoryError: the run has a trajectory, but its first values are gone.
+        """
+        if not self.trajectory.exists():  # a file of a run that never made a step counts for nothing
+            whole = self.init.with_name(f"{self.init.name}.new")
+            save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, whole)
+            whole.replace(self.init)
+        elif not self.init.is_file():
+            raise TrajectoryError(f"{self.init} is missing: it holds the tuned parameters' first values")
         tensors = load_file(self.init)
-        for name, tensor in parameters.items():
-            tensor.copy_(tensors[name])
-        return tensors_sha256(tensors)
+        kept = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if kept == {name: (tensor.shape, tensor.dtype) for name, tensor in parameters.items()}:
+            for name, tensor in parameters.items():
+                tensor.copy_(tensors[name])
+        return tensors_sha256(tensors)  # where they are other parameters, the trajectory says which
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         self.settings.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -99,6 +109,10 @@ class RunFolder:
 
             loaded = get_peft_model(loaded, get_peft_config(dict(header["peft"])))
         available = dict(select(loaded))
+        if missing := recorded.keys() - {canonical_name(n) for n in available}:
+            raise TrajectoryError(
+                f"{name!r} is not the base of the run: it lacks {len(missing)} of its parameters, such as {min(missing)!r}"
+            )
         tuned = ParameterSet((n, p) for n, p in available.items() if canonical_name(n) in recorded)
         if header["init_sha256"] is not None:
             with torch.no_grad():

@@ -128,7 +128,7 @@ def _delimited(
     if not lines:
         raise ValueError(f"{path} is empty")
     head = lines[0][1]
-    if all(name in head for name in wanted):
+    if all(_is_header(head, name) for name in wanted):
         header, found, lines = list(head), list(wanted), lines[1:]
         for position, name in enumerate(header):
             if name in header[:position]:
@@ -153,6 +153,13 @@ def _delimited(
         raise ValueError(f"{path} has a header but no rows")
     columns = zip(*(fields for _, fields in lines), strict=True)
     return pa.table({name: pa.array(values, pa.string()) for name, values in zip(header, columns, strict=True)}), found
+
+
+def _is_header(head: Sequence[str], name: str) -> bool:
+    """Whether a first line names this column. A number does so in its own place alone: elsewhere it is a value."""
+    if name.isdecimal() and int(name) < len(head):
+        return head[int(name)] == name
+    return name in head
 
 
 def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, PredictionOutput, TrainOutput
 
 from zorl.calibration import fit_label_bias
 from zorl.config import MeZOConfig
@@ -33,11 +34,13 @@ from zorl.perturbation import Scratch
 from zorl.policies import make_policy
 from zorl.probe import CENTRE, Scores
 from zorl.prompts import Prompt
-from zorl.reward_functions import RewardFunctions
+from zorl.reward_functions import RewardError, RewardFunctions
 from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read, steps_of
+
+_STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
 
 class Rows:
@@ -134,6 +137,7 @@ class MeZOTrainer(Trainer):
         self._batch: list[dict[str, Any]] = []
         self._since_log: list[dict[str, float]] = []
         self.mezo: MeZO | None = None
+        self._rewound_to: int | None = None
         self.calibration_forwards = 0
         # Trainer derives how it scales losses from the model's forward, which is not called here.
         self.model_accepts_loss_kwargs = False
@@ -205,12 +209,22 @@ class MeZOTrainer(Trainer):
         if isinstance(asked.answers, Scores):
             figures["reward"] = asked.answers.values.nanmean().item()
         informative = [abs(g) for g in record.projected if not math.isnan(g)]
+        if not informative and isinstance(self.objective, RewardObjective):
+            self._check_that_rewards_apply(self.objective)
         if informative:
             figures["projected_gradient"] = sum(informative) / len(informative)
             figures["loss_difference"] = figures["projected_gradient"] * 2 * probe.epsilon
         self._since_log.append(figures)
         reward = figures.get("reward", math.nan)
         return zero - (0.0 if math.isnan(reward) else reward)
+
+    def _check_that_rewards_apply(self, objective: RewardObjective) -> None:
+        assert self.mezo is not None
+        if self.mezo.steps >= _STEPS_WITHOUT_REWARD and not self.mezo.informative + self.mezo.tied:
+            raise RewardError(
+                f"after {self.mezo.steps} batches there is no reward to follow: "
+                f"{' and '.join(map(repr, objective.rewards.names))} returned None for every row"
+            )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
         """The minibatches of one step. There are no tokens to count, because no loss is averaged over them."""
@@ -236,6 +250,11 @@ class MeZOTrainer(Trainer):
     def forwards(self) -> int:
         """Evaluations of a batch that the run has spent: two for each direction, and those of the calibration."""
         return self.calibration_forwards + (0 if self.mezo is None else self.mezo.forwards)
+
+    @property
+    def step(self) -> int:
+        """The step whose weights the model holds: the last one, or the best that it was rewound to."""
+        return self._rewound_to if self._rewound_to is not None else 0 if self.mezo is None else self.mezo.steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""
@@ -288,7 +307,42 @@ class MeZOTrainer(Trainer):
             state = TrainerState.load_from_json(str(self.folder.state))
             state.log_history = [entry for entry in state.log_history if entry.get("step", 0) <= step]
         state.global_step = step
+        state.compute_steps(self.args, max(self.args.max_steps, 1))  # evaluate and save as often as asked for now
         return state
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        begin = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            self.state.compute_steps(self.args, max_steps)  # shares of all steps are known only now
+            if self._evaluation_was_cut_off(num_update_steps_per_epoch):
+                self._determine_best_metric(self._evaluate(trial, None), trial)
+                self._save_checkpoint(self.model, trial)
+        return begin
+
+    def _evaluation_was_cut_off(self, steps_an_epoch: int) -> bool:
+        """A kill may fall between a step and the evaluation after it. Done late, it gives the same best step."""
+        step = self.state.global_step
+        if not step or any(e.get("step") == step and "eval_runtime" in e for e in self.state.log_history):
+            return False
+        if self.args.eval_strategy == IntervalStrategy.EPOCH:
+            return step % steps_an_epoch == 0
+        by_steps = self.args.eval_strategy == IntervalStrategy.STEPS
+        return by_steps and (step % self.state.eval_steps == 0 or step >= self.state.max_steps)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run is not given one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     # --- what Trainer does for backpropagation ---------------------------------------------------------------------
 
@@ -301,8 +355,10 @@ class MeZOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimizer's state is the trajectory; the schedule is a function of the step."""
         if checkpoint is not None and self.lr_scheduler is not None:
-            for _ in range(self.state.global_step):
-                self.lr_scheduler.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch misses the optimizer's steps: they were replayed
+                for _ in range(self.state.global_step):
+                    self.lr_scheduler.step()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         pass  # no global random state is used
@@ -322,6 +378,7 @@ class MeZOTrainer(Trainer):
         trajectory = self.mezo.trajectory
         self.folder.restore_base(trajectory.header, self.model, self.tuned)  # type: ignore[arg-type]
         self.tuned.add(steps_of(trajectory.header, trajectory.records[:step]), trajectory.header["distribution"])
+        self._rewound_to = step
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model, tokenizer and prompt; no pickled arguments."""
@@ -338,6 +395,10 @@ class MeZOTrainer(Trainer):
                 "objective": self.objective_name,
                 "max_length": self.args.max_length,
                 "max_completion_length": self.args.max_completion_length,
+                "temperature": self.args.temperature,
+                "top_k": self.args.top_k,
+                "top_p": self.args.top_p,
+                "step": self.step,
                 "weights_sha256": self.tuned.sha256(),
             }
         )

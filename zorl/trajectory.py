@@ -30,6 +30,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from zorl.directions import Step, derive_seed
+from zorl.epsilon import Epsilon
+from zorl.in_place import InPlace
 from zorl.parameters import ParameterSet
 from zorl.schedules import Directions
 
@@ -51,8 +53,10 @@ class Record:
     coefficients: tuple[float, ...]
 
     def __bytes__(self) -> bytes:
-        pairs = torch.tensor([self.projected, self.coefficients], dtype=torch.float32).bfloat16().T.contiguous()
-        return pairs.view(torch.uint16).numpy().astype("<u2").tobytes()
+        pairs = torch.tensor([self.projected, self.coefficients], dtype=torch.float32).bfloat16().float().T.numpy()
+        words = np.ascontiguousarray(pairs).view(np.uint32) >> 16
+        words[np.isnan(pairs)] = 0x7FC0  # torch's NaN has other bits from machine to machine
+        return words.astype("<u2").tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
@@ -92,14 +96,15 @@ class Trajectory:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
         try:
-            with path.open("xb") as file:
+            if path.exists():
+                raise FileExistsError(f"{path} exists: resume that run, or remove the file to start anew")
+            whole = path.with_name(f"{path.name}.new")  # a run that is killed here leaves no half a header behind
+            with whole.open("wb") as file:
                 file.write(_encode_header(dict(header)))
                 file.flush()
                 os.fsync(file.fileno())
+            whole.replace(path)
             return cls(path, dict(header), [], lock)
-        except FileExistsError:
-            lock.release()
-            raise FileExistsError(f"{path} exists: resume that run, or remove the file to start anew") from None
         except BaseException:
             lock.release()
             raise
@@ -213,7 +218,12 @@ def replay(header: Mapping[str, Any], records: Sequence[Record], parameters: Par
         TrajectoryError: the parameters are not the ones that the trajectory was recorded with.
     """
     check_parameters(header, parameters)
-    parameters.add(steps_of(header, records), header["distribution"])
+    steps = steps_of(header, records)
+    if header["in_place"]:  # tuned by a closure, on a grid
+        reach = Epsilon(header["epsilon"], parameters.dtypes).largest
+        InPlace(parameters, header["distribution"], reach).add(steps)
+    else:
+        parameters.add(steps, header["distribution"])
 
 
 def steps_of(header: Mapping[str, Any], records: Sequence[Record], first: int = 0) -> list[Step]:

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from zorl.directions import Distribution, Key, half_normal_table
+from zorl.kernels.reference import check_rows
 
 _BLOCK = 4096  # elements: θ, z and rounding bits of a block fit first-level cache together
 _PER_THREAD = 1 << 16  # below this many elements a second thread costs more than it saves
@@ -51,6 +52,8 @@ def perturb(
     theta: Tensor, key: Key, offset: float, distribution: Distribution, out: Tensor, rows: Tensor | None = None
 ) -> None:
     """out ← θ + offset·z(key), rounded to nearest; arguments and bits of `reference.perturb`."""
+    if rows is not None:
+        check_rows(theta, rows)
     if out.numel() == 0:
         return
     if offset == 0.0:

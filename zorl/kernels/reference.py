@@ -42,8 +42,12 @@ def perturb(
         theta: the parameter, any shape.
         out: contiguous, of theta's dtype and device; theta's shape, or `(len(rows), *theta.shape[1:])`.
         rows: optional indices into theta's first dimension, shape `(n,)`, int64.
+
+    Raises:
+        IndexError: there is no such row.
     """
     if rows is not None:
+        check_rows(theta, rows)
         width = theta[0].numel()
         index = (rows[:, None] * width + torch.arange(width, device=theta.device)).reshape(-1)
         source = theta.detach()[rows].reshape(-1)
@@ -57,6 +61,12 @@ def perturb(
             flat[block] = source[block]
         else:
             flat[block] = source[block].float() + sample(index[block], key, distribution) * offset
+
+
+def check_rows(theta: Tensor, rows: Tensor) -> None:
+    """Raises IndexError for a row that theta does not have, as an embedding does: nothing else stops a kernel there."""
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(theta):
+        raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} are asked of a parameter with {len(theta)} rows")
 
 
 def sample(index: Tensor, key: Key, distribution: Distribution) -> Tensor:

@@ -1,0 +1,116 @@
+"""What the commands take. Every field is a flag (`--text_column`) and a key of the YAML file given with --config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _flag(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _several(help: str) -> dict[str, Any]:
+    """Several values behind one flag, or the flag several times."""
+    return {"help": help, "action": "extend"}
+
+
+@dataclass
+class InputArguments:
+    """A model, a data set, and the question that a row becomes."""
+
+    model: str | None = _flag("Name of a model on the hub, or a folder: the base to tune, or what zorl saved.")
+    dataset: str | None = _flag("A .csv, .tsv, .jsonl, .json or .parquet file (also .gz), or a data set of the hub.")
+    dataset_config: str | None = _flag("Of a hub data set that has several, such as sst2 of nyu-mll/glue.")
+    dataset_split: str | None = _flag("Of a hub data set. Default: train, or the only one.")
+    text_column: str | None = _flag(
+        "Column with the text, by name. By position, counted from 0, where a CSV or TSV file has no header; the column is "
+        "then called 'text'."
+    )
+    prompt: str | None = _flag(
+        "Template: {column} is a value of the row, {mask} where the label word goes. \\n is a new line. Without {mask} the "
+        "model answers with text. Default: the text column, or the column 'prompt' (text, or a conversation)."
+    )
+    label_words: list[str] | None = field(
+        default=None,
+        metadata=_several(
+            "A word for each label, as label=word: 0=terrible 1=great. In YAML a mapping. (A label that begins with a dash: "
+            "--label_words=-1=bad.)"
+        ),
+    )
+    chat: bool = _flag("Put the prompt through the tokenizer's chat template.", False)
+    system: str | None = _flag("A system message; implies --chat.")
+    json: bool = _flag("Print one JSON object on stdout. Progress and messages go to stderr in any case.", False)
+
+
+@dataclass
+class TrainArguments(InputArguments):
+    """What `zorl train` takes besides `MeZOConfig`."""
+
+    eval_dataset: str | None = _flag("Held-out rows. Default: a stratified fifth of --dataset, 1000 rows at most.")
+    eval_split: str | None = _flag("Split of --eval_dataset, or of --dataset where that is a hub data set.")
+    reward: list[str] | None = field(
+        default=None,
+        metadata=_several(
+            "What to maximise: f1, accuracy, balanced_accuracy, matthews, exact_match, squad_f1, classifier:model=…, with "
+            "options as in f1:average=weighted; or your own function, as package.module:name or path/file.py:name."
+        ),
+    )
+    judge: str | None = _flag("Instead of a reward: a function that says which of two answers is better, module:name.")
+    loss: str | None = _flag("Instead of a reward: cross_entropy, over the label words.")
+    metrics: list[str] | None = field(
+        default=None,
+        metadata=_several(
+            "Rewards to record at evaluations and not to optimise. Default with label words: accuracy f1."
+        ),
+    )
+
+
+@dataclass
+class AnswerArguments(InputArguments):
+    """How answers are computed where nothing is trained."""
+
+    dtype: str | None = _flag("float32, bfloat16, float16 or auto. Default: as saved by zorl, else float32.")
+    forward_batch_size: int = _flag("Rows a forward: lower it when memory runs out; results do not change.", 64)
+    max_length: int | None = _flag(
+        "Tokens of a prompt; longer texts are cut. Default: as trained, or what the model takes."
+    )
+    max_completion_length: int | None = _flag("Tokens to generate. Default: as trained, or 64.")
+    temperature: float | None = _flag("Of sampling; 0 decodes greedily. Default: as trained, or 1.")
+    top_k: int | None = _flag("Sample among the k likeliest tokens. Default: as trained, or all.")
+    top_p: float | None = _flag("Sample among tokens of this total probability. Default: as trained, or all.")
+    use_cpu: bool = _flag("Leave an accelerator alone.", False)
+
+
+@dataclass
+class EvalArguments(AnswerArguments):
+    """What `zorl eval` takes."""
+
+    label_column: str | None = _flag("Column with the true label, by name or position. Default: as trained, or label.")
+    reward: list[str] | None = field(
+        default=None,
+        metadata=_several("Rewards to compute, named as for zorl train. Needed without label words."),
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward in their sum. Default: 1 each."}
+    )
+
+
+@dataclass
+class PredictArguments(AnswerArguments):
+    """What `zorl predict` takes."""
+
+    output: str | None = _flag("File to write, .jsonl or .csv: the columns of the data set, and 'prediction'.")
+    overwrite: bool = _flag("Replace the file if it exists.", False)
+
+
+@dataclass
+class ReplayArguments:
+    """What `zorl replay` takes."""
+
+    trajectory: str | None = _flag("The trajectory.zorl of a run.")
+    model: str | None = _flag("The base model that the run started from. Default: the name the trajectory gives.")
+    until: int | None = _flag("Step to stop at. Default: the step that the run saved, or its last.")
+    output_dir: str | None = _flag("Folder for the rebuilt model, its tokenizer and its prompt.")
+    overwrite: bool = _flag("Write into a folder that is not empty.", False)
+    json: bool = _flag("Print one JSON object on stdout.", False)

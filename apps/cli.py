@@ -1,0 +1,88 @@
+"""The `zorl` command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from zorl import __version__
+from zorl.apps.commands import COMMANDS
+
+OVERVIEW = f"""\
+zorl {__version__}: tune a language model on the metric itself (F1, accuracy, any function, a judge) with forward passes alone
+
+  zorl train     tune a model on a file of examples
+  zorl eval      accuracy, macro-F1 and other rewards of a model on a file
+  zorl predict   answer every row of a file
+  zorl replay    rebuild a tuned model from its base and a trajectory, at any step
+
+A first run, offline, in a minute:     python -m zorl.apps.optimize_f1
+A reward of your own, in ten lines:    python -m zorl.apps.custom_reward
+On your own examples, a file with the columns text and label:
+
+  zorl train --model facebook/opt-125m --dataset train.tsv --text_column text --label_column label \\
+    --prompt "{{text}} It was {{mask}}." --label_words 0=terrible 1=great --reward f1 --max_steps 600 --output_dir out
+  zorl eval --model out --dataset test.tsv --text_column text --label_column label
+
+zorl COMMAND --help explains one command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Results go to stdout; progress, messages and whatever a reward prints go to stderr.
+
+    Returns:
+        0; 2 where something does not fit, with one sentence on stderr; 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            text = _run(words)
+        print(text, flush=True)
+    except KeyboardInterrupt as error:
+        print(f"zorl: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of `zorl … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get("ZORL_TRACEBACK"):
+            raise
+        hint = "" if error.__cause__ is None else " (ZORL_TRACEBACK=1 shows where)"
+        print(f"zorl: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(words: list[str]) -> str:
+    """What a command prints. Each is imported when it is called: transformers alone takes seconds."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        return OVERVIEW
+    name, *rest = words
+    if name == "--version":
+        return f"zorl {__version__}"
+    if name not in COMMANDS:
+        from zorl.tables import did_you_mean
+
+        raise ValueError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    if {"-h", "--help"} & set(rest):
+        return COMMANDS[name].help()
+    if {"--help_all", "--help-all"} & set(rest):
+        return COMMANDS[name].help(everything=True)
+    if name == "train":
+        from zorl.apps.train import run
+    elif name == "eval":
+        from zorl.apps.evaluate import run_eval as run
+    elif name == "predict":
+        from zorl.apps.evaluate import run_predict as run
+    else:
+        from zorl.apps.replay import run
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one for each file that is read or written; training has its own
+    return run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Flags and a YAML file, read into the fields of dataclasses.
+
+transformers' `HfArgumentParser` makes a flag of every field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from zorl.apps.commands import Command
+from zorl.tables import did_you_mean
+
+Built = TypeVar("Built")
+CONFIG = "config"
+
+
+def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
+    """What was given, by name of the field: flags, and below them the keys of the file named by `--config`.
+
+    Raises:
+        ValueError: a flag or key is unknown, or a value is not of its type.
+    """
+    parser = _Parser(command.types(), prog=f"zorl {command.name}", add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{CONFIG}")
+    given = vars(parser.known(argv))
+    file = given.pop(CONFIG, None)
+    return given if file is None else {**_read(Path(file), parser, given), **given}
+
+
+def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
+    """An instance of a dataclass from the values that are its own; the others keep their defaults."""
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.init and f.name in values})  # type: ignore[arg-type]
+
+
+class _Parser(HfArgumentParser):
+    """Errors are raised, and an unknown flag is told what it resembles."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of all fields."""
+        return [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
+
+    def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
+        # What is not given stays out: a default would be taken for a wish, and hide what a YAML file says.
+        return super().add_argument(*flags, **{**options, "default": argparse.SUPPRESS})
+
+    def known(self, argv: Sequence[str]) -> argparse.Namespace:
+        namespace, rest = self.parse_known_args(list(argv))
+        if rest:
+            flag = next((word for word in rest if word.startswith("-")), rest[0])
+            name = flag.split("=")[0]
+            if not name.startswith("-"):
+                raise ValueError(f"unexpected argument {name!r}: values follow a flag, quoted where they hold spaces")
+            flags = [f"--{known}" for known in self.names]
+            near = difflib.get_close_matches(f"--{name.strip('-').replace('-', '_')}", flags, n=1)
+            raise ValueError(f"unknown flag {name}{did_you_mean(near[0], near) if near else ''}")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        # "argument --max_steps/--max-steps: invalid int value: 'x'"
+        raise ValueError(re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message))
+
+
+def _read(path: Path, parser: _Parser, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a YAML file, but for those in `given`."""
+    try:
+        # Texts alone: YAML's own types turn the label "no" into False, and leave 1e-3 a text.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected lines such as 'model: facebook/opt-125m', found a {type(content).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in parser.names:
+            raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, parser.names)}")
+        if key in given or value in ("", "null", "~", [], {}):
+            continue
+        if isinstance(value, dict) and key == "label_words":
+            values[key] = value
+            continue
+        items = value if isinstance(value, list) else [value]
+        words = [item if isinstance(item, str) else json.dumps(item) for item in items]
+        try:
+            values |= vars(parser.known([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values

@@ -1,0 +1,174 @@
+"""The four commands in words: what `--help` says, and which flags there are. Nothing here takes time to import."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from zorl.apps.arguments import EvalArguments, PredictArguments, ReplayArguments, TrainArguments
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `zorl`.
+
+    Attributes:
+        name: as in `zorl name`.
+        usage: the flags that are always given.
+        about: a few lines on what it does.
+        types: gives the dataclasses whose fields are the flags.
+        sections: title → names of fields, in the order in which `--help` shows them; `--help_all` shows the rest.
+        examples: shown at the end.
+        words: help for fields whose own text or default is not this command's.
+    """
+
+    name: str
+    usage: str
+    about: str
+    types: Callable[[], tuple[Any, ...]]
+    sections: Mapping[str, str]
+    examples: str
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Field[Any]]:
+        """Every field that is a flag, by name."""
+        return {f.name: f for kind in self.types() for f in fields(kind) if f.init}
+
+    def help(self, everything: bool = False) -> str:
+        """The text of `--help`, or of `--help_all`."""
+        known = self.fields()
+        shown = {name for names in self.sections.values() for name in names.split()}
+        rest = [name for name in known if name not in shown]
+        parts = [f"usage: zorl {self.name} {self.usage} [more flags]", self.about]
+        parts += [self._section(title, names.split(), known) for title, names in self.sections.items()]
+        file = "--config FILE reads flags from a YAML file, under the same names; flags on the command line win."
+        if everything and rest:
+            parts.append(self._section("Inherited from transformers' TrainingArguments", rest, known))
+        elif rest:
+            file += f"\n{len(rest)} more flags, those of transformers' TrainingArguments: zorl {self.name} --help_all"
+        return "\n\n".join([*parts, file, f"Examples\n{textwrap.indent(self.examples.strip(), '  ')}"])
+
+    def _section(self, title: str, names: Sequence[str], known: Mapping[str, Field[Any]]) -> str:
+        width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+        indent = min(32, 6 + max(map(len, names)))
+        lines = [title]
+        for name in names:
+            flag = f"  --{name}"
+            if len(flag) + 2 > indent:
+                lines.append(flag)
+                flag = ""
+            text = self.words.get(name) or _text(known[name])
+            first, *more = textwrap.wrap(text, max(30, width - indent), break_on_hyphens=False) or [""]
+            lines += [flag.ljust(indent) + first, *(" " * indent + line for line in more)]
+        return "\n".join(lines)
+
+
+def _text(f: Field[Any]) -> str:
+    text = " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
+    told = "default" in text.lower() or f.default in (None, MISSING, False)
+    return text if told else f"{text} Default: {f.default}."
+
+
+def _train_types() -> tuple[Any, ...]:
+    from zorl.config import MeZOConfig  # loads transformers' TrainingArguments: seconds
+
+    return TrainArguments, MeZOConfig
+
+
+_QUESTION = "prompt label_words chat system"
+_DATA = "model dataset text_column dataset_config dataset_split"
+_COMPUTING = "dtype forward_batch_size max_length max_completion_length temperature top_k top_p use_cpu"
+
+TRAIN = Command(
+    name="train",
+    usage="--model M --dataset FILE --prompt TEMPLATE --label_words LABEL=WORD … --reward R --output_dir DIR",
+    about="""\
+Tunes a language model on the metric itself, with forward passes alone and in the memory of inference. Each step asks of one
+batch: by how much is θ+εz better than θ−εz? Held-out rows are scored ten times over the run, and the best step is kept.
+The same command continues a run that was cut short, to the same bits.""",
+    types=_train_types,
+    sections={
+        "Model and data": f"{_DATA} label_column eval_dataset eval_split output_dir",
+        "The question that a row becomes": _QUESTION,
+        "What to maximise: a reward, a judge or a loss": "reward reward_weights judge loss metrics",
+        "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
+        "informative_target n_spsa distribution calibrate parameters dtype seed",
+        "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end logging_steps report_to json",
+        "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
+        "temperature top_k top_p",
+    },
+    examples="""\
+zorl train --model facebook/opt-125m --dataset train.tsv --eval_dataset dev.tsv --text_column text --label_column label \\
+  --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1 --max_steps 600 --output_dir out
+zorl train --config run.yaml --seed 1                      # the same flags in a file, one of them changed
+zorl train … --text_column 0 --label_column 1              # a TSV file without a header
+zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one class's F1, record accuracy
+zorl train … --reward rewards.py:cost                      # def cost(completions, label, **columns): return [ … ]
+zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --reward squad_f1    # generated answers""",
+    words={
+        "output_dir": "Folder for the run: trajectory, tuned model, tokenizer and prompt. Default: zorl_output.",
+        "label_column": "Column with the true label, by name or position as for --text_column. Default: label.",
+        "max_steps": "Steps, of two forwards of a batch for each direction. Default: 1000, unless --num_train_epochs is given.",
+        "seed": "Of directions, order of the rows and sampling. Default: 42.",
+        "eval_strategy": "steps, epoch or no. Default: steps.",
+        "eval_steps": "Steps between two evaluations; below 1 a share of all steps. Default: 0.1.",
+        "load_best_model_at_end": "Rewind to the best evaluation before saving. Default: True, if there are evaluations.",
+        "logging_steps": "Steps between two lines of the log. Default: 10.",
+        "report_to": "Where else to log: tensorboard, wandb, trackio, … Default: none.",
+        "gradient_accumulation_steps": "Batches that are put together for one probe. Default: 1.",
+    },
+)
+
+EVAL = Command(
+    name="eval",
+    usage="--model M --dataset FILE",
+    about="""\
+Scores a model on a file: accuracy, macro-F1 and the F1 of each label, and any reward. A folder that zorl train wrote
+remembers its prompt, label words and label column; flags override them.""",
+    types=lambda: (EvalArguments,),
+    sections={
+        "Model and data": f"{_DATA} label_column",
+        "The question that a row becomes": _QUESTION,
+        "What to compute": "reward reward_weights json",
+        "How": _COMPUTING,
+    },
+    examples="""\
+zorl eval --model out --dataset test.tsv --text_column text --label_column label --json
+zorl eval --model facebook/opt-125m --dataset test.tsv --prompt "{text} It was {mask}." --label_words 0=terrible 1=great
+zorl eval --model out --dataset qa.jsonl --reward squad_f1 exact_match""",
+)
+
+PREDICT = Command(
+    name="predict",
+    usage="--model M --dataset FILE --output FILE",
+    about="""\
+Answers every row of a file: with a label's name where the prompt has label words, with text where it has none. The output
+holds the columns of the data set, and 'prediction'. A folder that zorl train wrote remembers its prompt.""",
+    types=lambda: (PredictArguments,),
+    sections={
+        "Model and data": f"{_DATA} output overwrite json",
+        "The question that a row becomes": _QUESTION,
+        "How": _COMPUTING,
+    },
+    examples="""\
+zorl predict --model out --dataset new.tsv --output predictions.jsonl
+zorl predict --model out --dataset new.tsv --text_column 0 --output predictions.csv""",
+)
+
+REPLAY = Command(
+    name="replay",
+    usage="--trajectory DIR/trajectory.zorl --output_dir DIR",
+    about="""\
+Rebuilds a tuned model from its base and the few kilobytes of a trajectory. The base is checked against the hash that the
+trajectory holds, and the result against the weights that the run saved. With --until the run is rewound to any step.""",
+    types=lambda: (ReplayArguments,),
+    sections={"Flags": "trajectory model until output_dir overwrite json"},
+    examples="""\
+zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --output_dir rebuilt
+zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --until 300 --output_dir step300""",
+)
+
+COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY)}

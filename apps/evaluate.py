@@ -1,0 +1,163 @@
+"""`zorl eval` and `zorl predict`: what a model is worth on a file, and its answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from zorl import MeZOConfig
+from zorl.apps.arguments import AnswerArguments, EvalArguments, PredictArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import EVAL, PREDICT
+from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require, say
+from zorl.data import checked_rows
+from zorl.models import load_model, load_processing_class
+from zorl.objectives import columns_of
+from zorl.parameters import ParameterSet
+from zorl.perturbation import Scratch
+from zorl.policies import Policy, make_policy
+from zorl.probe import CENTRE
+from zorl.prompts import Answer, Prompt
+from zorl.reward_functions import RewardFunctions, RewardValues
+from zorl.reward_models import text_of
+from zorl.rewards import accuracy, f1
+from zorl.run_folder import RunFolder
+
+PREDICTION = "prediction"
+REMEMBERED = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
+_ROWS_A_PIECE = 1024  # between two movements of the progress bar
+
+
+def run_eval(argv: Sequence[str]) -> str:
+    """Evaluates, and returns what to print.
+
+    Raises:
+        ValueError: an argument or the data does not fit.
+    """
+    arguments = build(EvalArguments, parse(EVAL, argv))
+    require(arguments, "model", "dataset")
+    settings = _settings(arguments)
+    prompt = make_prompt(arguments, settings.get("prompt"))
+    wished = arguments.label_column
+    if wished is None and prompt.labels:
+        wished = settings.get("label_column")
+    loaded = load(arguments, prompt, wished)
+    label_column = label_of(loaded, prompt, str(arguments.dataset), needed=bool(prompt.labels))
+    asked = load_rewards(arguments.reward, label_column)
+    if not asked and not prompt.labels:
+        raise ValueError("--reward is needed, such as squad_f1: without label words there is no accuracy to compute")
+    rows = checked_rows(loaded.dataset, "--dataset", prompt, label_column or "label")
+    policy = _policy(arguments, settings, prompt)
+    start = time.perf_counter()
+    (answers,) = policy.answers(rows, [CENTRE])
+    result: dict[str, Any] = {}
+    if prompt.labels:
+        column = str(label_column)
+        answered = [answer.completion for answer in answers]
+        keywords = {**columns_of(rows), "completions": answered, "label_names": list(prompt.labels)}
+        result["accuracy"] = statistics.fmean(accuracy(column)(**keywords))
+        result["macro_f1"] = f1(column=column)(**keywords)
+        result["f1"] = {label: f1(column=column, pos_label=label)(**keywords) for label in prompt.labels}
+    if asked:
+        values = _scored(RewardFunctions(asked, arguments.reward_weights), prompt, rows, answers)
+        result["rewards"] = {name: number(value) for name, value in values.means().items()}
+        result["reward"] = number(values.total.nanmean().item())
+    seconds = round(time.perf_counter() - start, 2)
+    result |= {"n": len(rows), "seconds": seconds, "model": arguments.model, "dataset": arguments.dataset}
+    return json.dumps(result, ensure_ascii=False) if arguments.json else _table(result)
+
+
+def run_predict(argv: Sequence[str]) -> str:
+    """Writes the answers, and returns what to print.
+
+    Raises:
+        ValueError: an argument or the data does not fit, or the output exists.
+    """
+    arguments = build(PredictArguments, parse(PREDICT, argv))
+    require(arguments, "model", "dataset", "output")
+    output = Path(str(arguments.output))
+    if output.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"--output {output}: the name must end in .jsonl or .csv")
+    if output.exists() and not arguments.overwrite:
+        raise ValueError(f"--output {output} exists: choose another name, or replace it with --overwrite")
+    settings = _settings(arguments)
+    prompt = make_prompt(arguments, settings.get("prompt"))
+    dataset = load(arguments, prompt, None).dataset
+    if PREDICTION in dataset.column_names:
+        raise ValueError(f"{arguments.dataset} has a column {PREDICTION!r} already; rename it")
+    rows = dataset.to_list()
+    policy = _policy(arguments, settings, prompt)
+    with tqdm(total=len(rows), unit="row") as bar:
+        for start in range(0, len(rows), _ROWS_A_PIECE):
+            piece = rows[start : start + _ROWS_A_PIECE]
+            (answers,) = policy.answers(piece, [CENTRE])
+            for row, answer in zip(piece, answers, strict=True):
+                row[PREDICTION] = text_of(answer.completion)
+            bar.update(len(piece))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8", newline="") as file:
+        if output.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    counts = {label: sum(row[PREDICTION] == label for row in rows) for label in prompt.labels}
+    if arguments.json:
+        return json.dumps({"n": len(rows), "output": str(output), "predicted": counts or None}, ensure_ascii=False)
+    shares = f" ({', '.join(f'{label}: {count}' for label, count in counts.items())})" if counts else ""
+    return f"{len(rows)} predictions{shares} written to {output}"
+
+
+def _settings(arguments: AnswerArguments) -> dict[str, Any]:
+    """What a folder of zorl's remembers; nothing for any other model."""
+    check_model_folder(str(arguments.model))
+    settings = RunFolder(Path(str(arguments.model)).expanduser()).read_settings()
+    if settings and arguments.prompt is None:
+        say(f"prompt of {arguments.model}: {settings['prompt']['template']!r}")
+    return settings
+
+
+def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt) -> Policy:
+    name = str(arguments.model)
+    computing = {key: getattr(arguments, key) for key in ("forward_batch_size", "use_cpu")}
+    for key in REMEMBERED:
+        value = getattr(arguments, key)
+        value = settings.get(key) if value is None else value
+        if value is not None:
+            computing[key] = value
+    config = MeZOConfig(**computing)
+    model = load_model(name, arguments.dtype or ("auto" if settings else "float32")).eval().to(config.device)
+    evaluator = Scratch(model, ParameterSet(model.named_parameters()))
+    return make_policy(evaluator, load_processing_class(name), prompt, config)
+
+
+def _scored(
+    functions: RewardFunctions, prompt: Prompt, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]
+) -> RewardValues:
+    return functions(
+        prompts=[prompt.render(row).prompt for row in rows],
+        completions=[answer.completion for answer in answers],
+        completion_ids=[answer.completion_ids for answer in answers],
+        columns=columns_of(rows),
+        label_names=list(prompt.labels) or None,
+    )
+
+
+def _table(result: dict[str, Any]) -> str:
+    figures: dict[str, float | None] = {name: result[name] for name in ("accuracy", "macro_f1") if name in result}
+    figures |= {f"F1 of {label}": value for label, value in result.get("f1", {}).items()}
+    figures |= {name: value for name, value in result.get("rewards", {}).items() if name not in figures}
+    if len(result.get("rewards", {})) > 1:
+        figures["reward (sum)"] = result["reward"]
+    width = max(map(len, figures))
+    lines = [f"{result['dataset']}, {result['n']} rows, {result['seconds']:.1f} s"]
+    lines += [f"{name:<{width}}  {'—' if value is None else f'{value:.4f}'}" for name, value in figures.items()]
+    return "\n".join(lines)

@@ -1,0 +1,265 @@
+"""`zorl train`: tune a model on a metric, from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import ProgressCallback, TrainerCallback
+
+from zorl import MeZOConfig, MeZOTrainer
+from zorl.apps.arguments import TrainArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import TRAIN
+from zorl.apps.inputs import (
+    check_model_folder,
+    describe,
+    label_of,
+    load,
+    load_rewards,
+    make_prompt,
+    number,
+    require,
+    say,
+)
+from zorl.apps.progress import Progress
+from zorl.apps.report import peak_memory_mb
+from zorl.data import hold_out
+from zorl.prompts import Prompt
+from zorl.rewards.loading import load_function
+
+DEFAULT_STEPS = 1000
+OUTPUT_DIR = "zorl_output"
+
+
+def run(argv: Sequence[str]) -> str:
+    """Trains, and returns what to print.
+
+    Raises:
+        ValueError: an argument, the data or the run in `--output_dir` does not fit; the message says what.
+        KeyboardInterrupt: with a sentence on how to go on.
+    """
+    given = parse(TRAIN, argv)
+    arguments = build(TrainArguments, given)
+    require(arguments, "model", "dataset")
+    assert arguments.model is not None
+    _check_goal(arguments)
+    check_model_folder(arguments.model)
+    given.setdefault("output_dir", OUTPUT_DIR)
+    folder = Path(given["output_dir"])
+    if folder.resolve() == Path(arguments.model).resolve():
+        raise ValueError(
+            f"--output_dir {folder} is the model's own folder: the base would be overwritten, choose another"
+        )
+
+    prompt = make_prompt(arguments)
+    asked_label = given.get("label_column")
+    train_rows, eval_rows, label_column = _rows(arguments, given, prompt)
+    if label_column is not None:
+        given["label_column"] = label_column
+    truth = label_column if asked_label is not None or prompt.labels else None
+    rewards = load_rewards(arguments.reward, truth)
+    if arguments.metrics is None and label_column is not None and prompt.labels:
+        metrics = load_rewards(["accuracy", "f1"], label_column)
+    else:
+        metrics = load_rewards(arguments.metrics, truth)
+    judge = None if arguments.judge is None else load_function(arguments.judge, "judge")
+
+    resuming = (folder / "trajectory.zorl").exists()
+    config = build(MeZOConfig, _with_defaults(given, eval_rows is not None, resuming))
+    begin = Begin()
+    trainer = MeZOTrainer(
+        arguments.model,
+        rewards or None,
+        judge=judge,
+        loss=arguments.loss,
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        prompt=prompt,
+        metrics=metrics or None,
+        callbacks=[begin],
+    )
+    progress = Progress()
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
+    try:
+        result = _train(trainer, resuming, begin)
+    finally:
+        progress.close()
+    if arguments.json:
+        return json.dumps(result)
+    columns = {"text_column": arguments.text_column, "label_column": asked_label}
+    data = ["--dataset", str(arguments.eval_dataset or arguments.dataset)]
+    data += [word for name, value in columns.items() if value is not None for word in (f"--{name}", value)]
+    return f"{_table(result)}\n\nTry next\n{_next_commands(result, arguments.model, data)}"
+
+
+class Begin(TrainerCallback):
+    """Notes the step at which training begins: 0 for a new run."""
+
+    step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+        if 0 < self.step < state.max_steps:
+            say(f"continuing after step {self.step} of {state.max_steps}")
+
+
+def _check_goal(arguments: TrainArguments) -> None:
+    goals = ("reward", "judge", "loss")
+    given = [f"--{name}" for name in goals if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise ValueError(f"give exactly one of --reward, --judge and --loss, such as --reward f1; got {found}")
+
+
+def _rows(
+    arguments: TrainArguments, given: dict[str, Any], prompt: Prompt
+) -> tuple[Dataset, Dataset | None, str | None]:
+    """Training rows, held-out rows if there is anything to evaluate, and the name of the label column."""
+    wished = given.get("label_column")
+    source = str(arguments.dataset)
+    loaded = load(arguments, prompt, wished)
+    label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None)
+    train_rows, eval_rows = loaded.dataset, None
+    if arguments.eval_dataset is not None or arguments.eval_split is not None:
+        if arguments.judge is not None and not arguments.metrics:
+            raise ValueError(
+                "a judge gives no figure to evaluate: name some with --metrics, or leave out --eval_dataset"
+            )
+        held = load(arguments, prompt, wished, source=arguments.eval_dataset, split=arguments.eval_split)
+        label_of(
+            held, prompt, str(arguments.eval_dataset or source), needed=label_column is not None and bool(prompt.labels)
+        )
+        eval_rows = held.dataset
+        origin = arguments.eval_dataset or f"{source}, {arguments.eval_split}"
+        say(f"{origin}: {describe(eval_rows, label_column)} to evaluate on")
+    elif given.get("eval_strategy") != "no" and (arguments.judge is None or arguments.metrics):
+        stratify = label_column if prompt.labels else None
+        train_rows, eval_rows = hold_out(train_rows, stratify)
+        how = "stratified by label" if stratify else "drawn at random"
+        say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
+    say(f"{source}: {describe(train_rows, label_column)} to train on")
+    return train_rows, eval_rows, label_column
+
+
+def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:
+    """Settings of the command line: ten evaluations, of which the best is kept."""
+    values = dict(given)
+    if "num_train_epochs" not in values:
+        values.setdefault("max_steps", DEFAULT_STEPS)
+    if evaluated and values.get("eval_strategy", "steps") == "steps":
+        values.setdefault("eval_strategy", "steps")
+        # Ten times; where epochs are counted the number of steps is not known yet, and Trainer takes a share.
+        values.setdefault("eval_steps", math.ceil(values["max_steps"] / 10) if values.get("max_steps", 0) > 0 else 0.1)
+        values.setdefault("save_steps", values["eval_steps"])
+        values.setdefault("load_best_model_at_end", True)
+        values.setdefault("eval_on_start", not resuming)
+    return values
+
+
+def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]:
+    """Trains and saves. The figures of the run."""
+    folder = trainer.folder.path
+    if resuming:
+        say(f"{folder} holds a run already: the same settings continue it, another --output_dir starts a new one")
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resuming)
+    except KeyboardInterrupt:
+        if trainer.mezo is None or not trainer.mezo.steps:
+            raise KeyboardInterrupt("stopped before the first step; nothing was changed") from None
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.mezo.steps}; nothing is lost: the same command continues from there"
+        ) from None
+    seconds = time.perf_counter() - start
+    assert trainer.mezo is not None
+    stored = folder / "result.json"
+    if begin.step >= trainer.state.max_steps:
+        steps = trainer.mezo.steps
+        say(
+            f"the run in {folder} is finished: it has {steps} steps. To extend it, repeat the command with a larger "
+            f"--max_steps, such as {2 * steps}; for another run choose another --output_dir"
+        )
+        if stored.is_file():
+            result: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
+            if result.get("weights_sha256") == trainer.tuned.sha256():
+                return result
+    trainer.save_model()
+    result = _result(trainer, seconds)
+    stored.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
+    """The figures of a run: `start_*` before training, `eval_*` of the weights that were saved."""
+    mezo = trainer.mezo
+    assert mezo is not None
+    step = trainer.step
+    log = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    figures: dict[str, Any] = {}
+    for prefix, at in (("start", 0), ("eval", step)):
+        entry = next((entry for entry in log if entry["step"] == at), {})
+        for name, value in entry.items():
+            if name.startswith("eval_") and name not in ("eval_runtime", "eval_samples_per_second", "eval_forwards"):
+                figures[f"{prefix}_{name.removeprefix('eval_')}"] = number(value)
+    share = mezo.informative_share
+    return {
+        **figures,
+        "objective": trainer.objective_name,
+        "steps": mezo.steps,
+        "saved_step": step,
+        "forwards": trainer.forwards,
+        "seconds": round(seconds, 2),
+        "peak_memory_mb": round(peak_memory_mb()),
+        "informative_share": number(round(share, 4)),
+        "seed": trainer.args.seed,
+        "output_dir": str(trainer.folder.path),
+        "weights_sha256": trainer.tuned.sha256(),
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    """The figures for people."""
+    names = [name.removeprefix("eval_") for name in result if name.startswith("eval_")]
+    width = max(map(len, [*names, "held out"]))
+    lines = [f"{'held out':<{width}}  {'start':>8}  {'step ' + str(result['saved_step']):>9}"] if names else []
+    for name in names:
+        before, after = result.get(f"start_{name}"), result[f"eval_{name}"]
+        lines.append(f"{name:<{width}}  {_shown(before):>8}  {_shown(after):>9}")
+    start, best = result.get("start_reward"), result.get("eval_reward")
+    if start is not None and best is not None and best <= start:
+        lines.append("No step did better on the held-out rows than the start: train longer, or on larger batches.")
+    share = result["informative_share"]
+    figures = [
+        f"{result['steps']} steps",
+        f"{result['forwards']} forwards of a batch",
+        f"{result['seconds']:.0f} s",
+        f"{result['peak_memory_mb']} MB at most",
+        *([] if share is None else [f"{share:.0%} of the probes informative"]),
+    ]
+    saved = f"saved in {result['output_dir']}: the weights of step {result['saved_step']}"
+    return "\n".join([*lines, ", ".join(figures), f"{saved} (SHA-256 {result['weights_sha256'][:16]}…)"])
+
+
+def _shown(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4f}"
+
+
+def _next_commands(result: dict[str, Any], model: str, data: list[str]) -> str:
+    out, until = result["output_dir"], max(1, result["saved_step"] // 2)
+    rewound = ["--until", str(until), "--output_dir", f"{out.rstrip('/')}-step{until}"]
+    commands = (
+        ["eval", "--model", out, *data],
+        ["predict", "--model", out, *data[:4], "--output", "predictions.jsonl"],
+        ["replay", "--model", model, "--trajectory", f"{out.rstrip('/')}/trajectory.zorl", *rewound],
+    )
+    return "\n".join(f"  {shlex.join(['zorl', *command])}" for command in commands)

@@ -1,0 +1,599 @@
+"""The `zorl` command, run on tiny random models and files made here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from zorl.apps.cli import main
+from zorl.apps.commands import COMMANDS, TRAIN
+from zorl.trajectory import Trajectory
+
+WORDS = {"0": ("bad", "terrible"), "1": ("good", "great")}
+QUESTION = ["--prompt", "{text} it was {mask} .", "--label_words", "0=terrible", "1=great"]
+SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "16", "--logging_steps", "2"]
+
+REWARDS = '''
+import os, signal
+from pathlib import Path
+
+HERE = Path(__file__).parent
+calls = {"train": 0}
+
+def nan(completions, **columns): return [float("nan")] * len(completions)
+def infinite(completions, **columns): return [float("inf")] * len(completions)
+def none(completions, **columns): return [None] * len(completions)
+def long(completions, **columns): return [1.0] * (len(completions) + 1)
+def text(completions, **columns): return "good"
+def raising(completions, **columns): raise KeyError("no such thing")
+def needs(completions, gold, **columns): return [0.0] * len(completions)
+def right(completions, label, **columns):
+    return [float(c == str(t)) for c, t in zip(completions, label)]
+def short(completions, **columns): return [-float(len(c)) for c in completions]
+
+def stopping(completions, label, **columns):
+    """Stops the process as the file `stop` says: `train 9 int` is SIGINT's exception at the 9th minibatch."""
+    file = HERE / "stop"
+    if file.exists():
+        where, when, how = file.read_text().split()
+        size = len(completions)
+        if (where == "train") == (size == 16):
+            calls[where] = calls.get(where, 0) + 1
+            if calls[where] == int(when):
+                calls.clear()
+                file.unlink()
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise KeyboardInterrupt
+    return right(completions, label)
+
+def judge(prompts, first, second, **columns):
+    return ["first" if len(a) < len(b) else "second" for a, b in zip(first, second)]
+'''
+
+
+class Files(NamedTuple):
+    """Data, models and rewards on disk."""
+
+    folder: Path
+    bert: str
+    gpt2: str
+    rewards: str
+
+    def write(self, name: str, text: str) -> str:
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return str(self.folder / name)
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these are faster without a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, parts: Callable[[str], Any]) -> Files:
+    folder = tmp_path_factory.mktemp("files")
+    for kind in ("bert", "gpt2"):
+        parts(kind).model.save_pretrained(folder / kind)
+        parts(kind).tokenizer.save_pretrained(folder / kind)
+    for seed, (name, size) in enumerate({"train": 60, "dev": 24, "test": 30}.items()):
+        rows = list(sentences(size, seed))
+        lines = [f"{text}\t{label}" for text, label in rows]
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+        (folder / f"{name}_bare.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    return Files(folder, str(folder / "bert"), str(folder / "gpt2"), str(folder / "rewards.py"))
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """(step, reward) of each evaluation of a run."""
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["eval_reward"]) for entry in log if "eval_reward" in entry]
+
+
+def sentences(size: int, seed: int) -> Any:
+    rng = random.Random(seed)
+    for i in range(size):
+        label = str(i % 2)
+        yield f"the {rng.choice(['film', 'plot', 'story'])} was {rng.choice(WORDS[label])} {rng.choice('!?.')}", label
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        (line,) = self.out.splitlines()
+        result: dict[str, Any] = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+        return result
+
+
+@pytest.fixture
+def zorl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command in this process."""
+
+    def run(*words: str | list[str]) -> Outcome:
+        capsys.readouterr()
+        code = main([w for word in words for w in (word if isinstance(word, list) else [word])])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+def train(files: Files, out: str | Path, *more: str) -> list[str]:
+    """The arguments of a small run that maximises macro-F1."""
+    data = ["--dataset", files.path("train.tsv"), "--eval_dataset", files.path("dev.tsv")]
+    reward = [] if {"--reward", "--loss", "--judge"} & set(more) else ["--reward", "f1"]
+    prompt = [] if "--prompt" in more else QUESTION
+    return ["train", "--model", files.bert, *data, *prompt, *SHORT, *reward, "--output_dir", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def trained(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run: its folder and its `result.json`."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert main(train(files, out, "--text_column", "text", "--label_column", "label")) == 0
+    return out, json.loads((out / "result.json").read_text())
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_zorl_alone_teaches(zorl: Callable[..., Outcome], words: list[str]) -> None:
+    outcome = zorl(words)
+    assert outcome.code == 0
+    for name in COMMANDS:
+        assert f"zorl {name}" in outcome.out
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from zorl.apps.cli import main; main([]); main(['eval', '--help']); main(['replay', '--help']); "
+        "assert not {'torch', 'transformers', 'sklearn', 'datasets'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_flag_of_a_command_that_matters(zorl: Callable[..., Outcome], name: str) -> None:
+    outcome = zorl(name, "--help")
+    assert outcome.code == 0
+    for flags in COMMANDS[name].sections.values():
+        for flag in flags.split():
+            assert re.search(rf"^  --{flag}\b", outcome.out, re.MULTILINE)
+    assert "Examples" in outcome.out
+
+
+def test_help_of_train_leaves_inherited_flags_to_help_all(zorl: Callable[..., Outcome]) -> None:
+    assert "--torch_compile_backend" not in zorl("train", "--help").out
+    everything = zorl("train", "--help_all").out
+    assert all(f"  --{name}" in everything for name in TRAIN.fields())
+
+
+# --- the way from a file to a tuned model -----------------------------------------------------------------------------
+
+
+def test_training_reports_figures_and_keeps_a_model(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, result = trained
+    assert result["steps"] == 6
+    # 60 rows for the biases are four batches of 16.
+    assert result["forwards"] == 4 + 2 * 6
+    assert result["eval_reward"] == result["eval_macro_f1"]
+    assert result["output_dir"] == str(out)
+    assert {"eval_accuracy", "start_macro_f1", "seconds", "peak_memory_mb", "informative_share"} <= result.keys()
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if "eval_reward" in e] == list(range(7))
+    best = max((e["eval_reward"], -e["step"]) for e in state["log_history"] if e.get("step") and "eval_reward" in e)
+    assert result["eval_reward"] == pytest.approx(best[0], rel=1e-6)
+    assert result["saved_step"] == -best[1]
+    AutoModelForMaskedLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("repeated", [[], QUESTION], ids=["remembered", "repeated"])
+def test_eval_of_a_run_finds_what_training_reported(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]], repeated: list[str]
+) -> None:
+    out, result = trained
+    columns = ["--text_column", "text", "--label_column", "label"]
+    outcome = zorl("eval", "--model", str(out), "--dataset", files.path("dev.tsv"), columns, repeated, "--json")
+    found = outcome.json
+    assert outcome.code == 0
+    assert found["n"] == 24
+    assert found["accuracy"] == pytest.approx(result["eval_accuracy"], rel=1e-6)
+    assert found["macro_f1"] == pytest.approx(result["eval_macro_f1"], rel=1e-6)
+    assert found["macro_f1"] == pytest.approx(sum(found["f1"].values()) / 2)
+
+
+def test_eval_adds_the_rewards_that_are_asked_for(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]]
+) -> None:
+    rewards = ["--reward", "f1:average=weighted", "--reward", f"{files.rewards}:right", "--reward_weights", "1", "2"]
+    found = zorl("eval", "--model", str(trained[0]), "--dataset", files.path("test.tsv"), rewards, "--json").json
+    assert found["rewards"].keys() == {"weighted_f1", "right"}
+    assert found["rewards"]["right"] == pytest.approx(found["accuracy"])
+    assert found["reward"] == pytest.approx(found["rewards"]["weighted_f1"] + 2 * found["rewards"]["right"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_predictions_are_those_that_eval_scored(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]], tmp_path: Path, suffix: str
+) -> None:
+    model = ["--model", str(trained[0]), "--dataset", files.path("test.tsv")]
+    output = tmp_path / f"predictions{suffix}"
+    assert zorl("predict", model, "--output", str(output)).code == 0
+    with output.open() as file:
+        rows = list(csv.DictReader(file)) if suffix == ".csv" else [json.loads(line) for line in file]
+    assert list(rows[0]) == ["text", "label", "prediction"]
+    right = sum(row["prediction"] == row["label"] for row in rows) / len(rows)
+    assert right == pytest.approx(zorl("eval", model, "--json").json["accuracy"])
+    again = zorl("predict", model, "--output", str(output))
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    assert zorl("predict", model, "--output", str(output), "--overwrite").code == 0
+
+
+def test_replay_gives_the_saved_weights_bit_for_bit(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, result = trained
+    trajectory = ["--model", files.bert, "--trajectory", str(out / "trajectory.zorl")]
+    rebuilt = zorl("replay", trajectory, "--output_dir", str(tmp_path / "rebuilt"), "--json").json
+    assert rebuilt["weights_sha256"] == result["weights_sha256"]
+    assert rebuilt["matches_saved_weights"] is True
+    assert (tmp_path / "rebuilt/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    # The rebuilt folder is as good as the run's own.
+    data = ["--dataset", files.path("test.tsv"), "--json"]
+    scores = [zorl("eval", "--model", str(folder), data).json["macro_f1"] for folder in (out, tmp_path / "rebuilt")]
+    assert scores[0] == scores[1]
+
+
+def test_replay_until_a_step_rewinds_to_it(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = trained
+    trajectory = ["--model", files.bert, "--trajectory", str(out / "trajectory.zorl")]
+    start = zorl("replay", trajectory, "--until", "0", "--output_dir", str(tmp_path / "0"), "--json").json
+    assert start["matches_saved_weights"] is None
+    assert (tmp_path / "0/model.safetensors").read_bytes() == Path(files.bert, "model.safetensors").read_bytes()
+    beyond = zorl("replay", trajectory, "--until", "7", "--output_dir", str(tmp_path / "7"))
+    assert (beyond.code, (tmp_path / "7").exists()) == (2, False)
+    assert "holds 6 steps" in beyond.err
+
+
+def test_replay_refuses_another_base_and_a_folder_in_use(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = trained
+    trajectory = ["--trajectory", str(out / "trajectory.zorl")]
+    other = zorl("replay", trajectory, "--model", files.gpt2, "--output_dir", str(tmp_path / "a"))
+    assert other.code == 2
+    assert "is not the base of the run: it lacks" in other.err
+    tuned = zorl("replay", trajectory, "--model", str(out), "--until", "2", "--output_dir", str(tmp_path / "a"))
+    assert tuned.code == 2
+    assert "the base weights differ from the run's" in tuned.err
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/thesis.txt").write_text("…")
+    for target in (tmp_path / "b", out):
+        refused = zorl("replay", trajectory, "--model", files.bert, "--output_dir", str(target))
+        assert refused.code == 2
+        assert str(target) in refused.err
+
+
+def test_replay_says_when_the_saved_weights_are_not_those_of_the_trajectory(
+    zorl: Callable[..., Outcome], files: Files, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = trained
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "trajectory.zorl").write_bytes((out / "trajectory.zorl").read_bytes())
+    settings = json.loads((out / "zorl.json").read_text()) | {"weights_sha256": "0" * 64}
+    (run / "zorl.json").write_text(json.dumps(settings))
+    outcome = zorl(
+        "replay",
+        "--model",
+        files.bert,
+        "--trajectory",
+        str(run / "trajectory.zorl"),
+        "--output_dir",
+        str(tmp_path / "c"),
+    )
+    assert (outcome.code, (tmp_path / "c").exists()) == (2, False)
+    assert "nothing was written" in outcome.err
+
+
+def test_the_commands_that_training_suggests_work(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = zorl(train(files, "out", "--text_column", "text", "--label_column", "label")).out
+    suggested = [shlex.split(line)[1:] for line in text.partition("Try next")[2].splitlines() if line]
+    assert [words[0] for words in suggested] == ["eval", "predict", "replay"]
+    assert [zorl(words).code for words in suggested] == [0, 0, 0]
+
+
+# --- what is given ----------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_given_by_position_where_there_is_no_header(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    columns = ["--text_column", "0", "--label_column", "1"]
+    bare = ["--dataset", files.path("train_bare.tsv"), "--eval_dataset", files.path("dev_bare.tsv")]
+    outcome = zorl(train(files, tmp_path / "bare", *columns, "--json"), bare)
+    named = zorl(train(files, tmp_path / "named", "--json"))
+    assert outcome.json["weights_sha256"] == named.json["weights_sha256"]
+    scores = zorl(
+        "eval", "--model", str(tmp_path / "bare"), "--dataset", files.path("test_bare.tsv"), columns, "--json"
+    )
+    assert scores.json["n"] == 30
+
+
+def test_without_an_evaluation_set_a_stratified_part_is_held_out(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    words = train(files, tmp_path / "out", "--json")
+    at = words.index("--eval_dataset")
+    outcome = zorl(words[:at] + words[at + 2 :])
+    assert outcome.code == 0
+    assert "no --eval_dataset: 12 of 60 rows are held out to evaluate on, stratified by label" in outcome.err
+    assert "48 rows (0: 24, 1: 24) to train on" in outcome.err
+
+
+def test_flags_win_over_a_yaml_file(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    answers = "\n".join(f"{text}\t{'yes' if label == '1' else 'no'}" for text, label in sentences(40, 3))
+    config = {
+        "model": files.bert,
+        "dataset": files.write("answers.tsv", f"text\tlabel\n{answers}\n"),
+        "prompt": "{text} was it good ? {mask}",
+        "reward": ["f1", "accuracy"],
+        "reward_weights": [1, 0.5],
+        "metrics": "matthews",
+        "max_steps": 100,
+        "per_device_train_batch_size": 16,
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in config.items()]
+    # YAML reads a bare no as false and 1e-3 as text; neither is meant.
+    lines += ["label_words:", "  no: no", "  yes: yes", "learning_rate: 1e-3", "calibrate: no", "dataset_split: null"]
+    path = files.write("run.yaml", "\n".join(lines))
+    result = zorl("train", "--config", path, "--max_steps", "3", "--output_dir", str(tmp_path / "out"), "--json").json
+    assert result["steps"] == 3
+    assert result["forwards"] == 6
+    assert result["objective"] == "macro_f1+accuracy"
+    assert result["eval_reward"] == pytest.approx(result["eval_macro_f1"] + 0.5 * result["eval_accuracy"])
+    assert "eval_matthews" in result
+    settings = json.loads((tmp_path / "out/zorl.json").read_text())
+    assert settings["prompt"]["label_words"] == {"no": "no", "yes": "yes"}
+
+
+def test_cross_entropy_is_a_loss_of_the_label_words(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    result = zorl(train(files, tmp_path / "out", "--loss", "cross_entropy", "--json")).json
+    assert result["objective"] == "cross_entropy"
+    assert result["eval_reward"] == -result["eval_loss"]
+    assert {"eval_accuracy", "eval_macro_f1"} <= result.keys()
+
+
+def test_a_causal_model_is_tuned_on_the_text_that_it_generates(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    reward = ["--reward", f"{files.rewards}:short"]
+    options = ["--prompt", "{text}\\nit was", "--max_completion_length", "4", "--temperature", "0.5", *reward]
+    result = zorl(train(files, out, *options, "--json"), "--model", files.gpt2).json
+    assert json.loads((tmp_path / "out/zorl.json").read_text())["prompt"]["template"] == "{text}\nit was"
+    # Generates as it was tuned: as many tokens, at the same temperature, with the same noise.
+    found = zorl("eval", "--model", out, "--dataset", files.path("dev.tsv"), reward, "--json").json
+    assert found["rewards"]["short"] == found["reward"] == pytest.approx(result["eval_reward"])
+    assert "accuracy" not in found
+    without = zorl("eval", "--model", out, "--dataset", files.path("dev.tsv"))
+    assert (without.code, "--reward is needed" in without.err) == (2, True)
+
+
+def test_a_judge_is_followed_without_evaluations(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    words = train(files, tmp_path / "out", "--judge", f"{files.rewards}:judge", "--prompt", "{text}", "--json")
+    refused = zorl(words, "--model", files.gpt2)
+    assert refused.code == 2
+    assert "--metrics" in refused.err
+    at = words.index("--eval_dataset")
+    outcome = zorl(words[:at] + words[at + 2 :], "--model", files.gpt2, "--max_completion_length", "4")
+    result = outcome.json
+    assert "held out" not in outcome.err
+    assert result["objective"] == "judge:judge"
+    assert result["saved_step"] == 6
+
+
+def test_a_reward_from_a_file_leaves_sys_path_alone(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    before = list(sys.path)
+    result = zorl(train(files, tmp_path / "out", "--reward", f"{files.rewards}:right", "--json")).json
+    assert result["eval_reward"] == pytest.approx(result["eval_accuracy"])
+    assert sys.path == before
+
+
+# --- runs that go on --------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_can_be_extended(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    first = zorl(train(files, tmp_path / "out", "--json"))
+    saved = (tmp_path / "out/trajectory.zorl").read_bytes()
+    again = zorl(train(files, tmp_path / "out", "--json"))
+    assert again.json == first.json
+    assert "is finished: it has 6 steps. To extend it" in again.err
+    assert (tmp_path / "out/trajectory.zorl").read_bytes() == saved
+    longer = zorl(train(files, tmp_path / "out", "--json"), "--max_steps", "9")
+    assert "continuing after step 6 of 9" in longer.err
+    assert longer.json["steps"] == 9
+    other = zorl(train(files, tmp_path / "out"), "--seed", "1")
+    assert other.code == 2
+    assert "seed was 42, is now 1" in other.err
+
+
+@pytest.mark.parametrize(
+    "stop",
+    ["train 9 int", "evaluation 4 int", "evaluation 7 int"],
+    ids=["in a step", "in an evaluation", "in the last evaluation"],
+)
+def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_path: Path, stop: str) -> None:
+    reward = ["--reward", f"{files.rewards}:stopping", "--no_calibrate", "--json"]
+    whole = zorl(train(files, tmp_path / "whole", *reward))
+    files.write("stop", stop)
+    stopped = zorl(train(files, tmp_path / "out", *reward))
+    assert (stopped.code, stopped.out) == (130, "")
+    assert "nothing is lost: the same command continues from there" in stopped.err
+    assert zorl("eval", "--model", str(tmp_path / "out"), "--dataset", files.path("dev.tsv")).code == 2
+    resumed = zorl(train(files, tmp_path / "out", *reward))
+    for name in ("weights_sha256", "saved_step", "steps", "eval_reward", "start_reward"):
+        assert resumed.json[name] == whole.json[name]
+    whole_run, resumed_run = tmp_path / "whole", tmp_path / "out"
+    assert (whole_run / "trajectory.zorl").read_bytes() == (resumed_run / "trajectory.zorl").read_bytes()
+    assert evaluations(whole_run) == evaluations(resumed_run)
+
+
+def test_a_killed_run_continues_to_the_same_bits(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    reward = ["--reward", f"{files.rewards}:stopping", "--no_calibrate", "--json"]
+    whole = zorl(train(files, tmp_path / "whole", *reward)).json
+    files.write("stop", "train 8 kill")
+    words = train(files, tmp_path / "out", *reward)
+    killed = subprocess.run(
+        [sys.executable, "-m", "zorl.apps.cli", *words],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert zorl(words).json["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    assert zorl(train(files, tmp_path / "out")).code == 0
+    trajectory, _ = Trajectory.resume(tmp_path / "out/trajectory.zorl")
+    try:
+        second = zorl(train(files, tmp_path / "out"), "--max_steps", "9")
+    finally:
+        trajectory.close()
+    assert second.code == 2
+    assert "another run is writing" in second.err
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--text_column", "txt"], "no column 'txt'; did you mean 'text'?"),
+        (["--label_column", "lable"], "no column 'lable'; did you mean 'label'?"),
+        (["--prompt", "{txt} it was {mask}", *QUESTION[2:]], "no column 'txt'; did you mean 'text'?"),
+        (["--prompt", "{text} it was .", *QUESTION[2:]], "has no {mask} to put them in"),
+        (["--prompt", "{text} it was {mask}", "--label_words", "0=terrible", "1=great story"], "great story"),
+        (["--prompt", "{text} it was {mask}", "--label_words", "0=terrible", "great"], "label=word pairs"),
+        (["--prompt", "{text} it was {mask}", "--label_words", "no=terrible", "1=great"], "'0' (30 rows) without a label word"),
+        (["--reward", "f2"], "unknown reward 'f2'; zorl ships"),
+        (["--reward", "f1", "--loss", "cross_entropy"], "exactly one of --reward, --judge and --loss"),
+        (["--epsilon", "0"], "epsilon must be a positive number or 'auto', got '0'"),
+        (["--learning_rate", "-0.001"], "learning_rate must be positive, got -0.001"),
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["--lerning_rate", "1"], "unknown flag --lerning_rate; did you mean '--learning_rate'?"),
+        (["--max-step", "1"], "did you mean '--max_steps'"),
+        (["great"], "unexpected argument 'great'"),
+        (["--weight_decay", "0.1"], "weight_decay=0.1 belongs to backpropagation"),
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["--dataset", "nowhere.tsv"], "there is no file 'nowhere.tsv'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--reward", "REWARDS:nan"], "'nan' returned NaN for sample 0"),
+        (["--reward", "REWARDS:infinite"], "'infinite' returned inf for sample 0"),
+        (["--reward", "REWARDS:none"], "'none' returned None for every row"),
+        (["--reward", "REWARDS:long"], "'long' returned 61 rewards for 60 completions"),
+        (["--reward", "REWARDS:text"], "'text' returned str 'good'"),
+        (["--reward", "REWARDS:raising"], "'raising' raised KeyError"),
+        (["--reward", "REWARDS:needs"], "'needs' needs a column 'gold'"),
+        (["--reward", "REWARDS:missing"], "has no 'missing'"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path, more: list[str], expected: str
+) -> None:
+    more = [word.replace("REWARDS", files.rewards) for word in more]
+    words = train(files, tmp_path / "out", *more)
+    outcome = zorl(words, "--max_steps", "12")
+    assert (outcome.code, outcome.out) == (2, "")
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("zorl: error: ")
+    assert expected in last
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "is empty"),
+        ("text\tlabel\n", "has a header but no rows"),
+        ("text\tlabel\n" + "a film\t0\n" * 20, "one class only: all 20 rows have label='0'"),
+        ("text\tlabel\na film\t0\n" * 2 + "the plot\t0\n", "without a label word"),
+        ("text\tlabel\na film\t0\na plot\n", "line 3: 1 fields, but the first line has 2"),
+        ("a film\t0\nthe plot\t1\n", "If the first line is no header, give positions"),
+    ],
+)
+def test_a_bad_file_gets_a_sentence(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path, content: str, expected: str
+) -> None:
+    outcome = zorl(train(files, tmp_path / "out"), "--dataset", files.write("bad.tsv", content))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert expected in outcome.err.splitlines()[-1]
+
+
+def test_an_unknown_key_of_a_yaml_file_is_told_what_it_resembles(zorl: Callable[..., Outcome], files: Files) -> None:
+    outcome = zorl("train", "--config", files.write("typo.yaml", "modle: bert\n"))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "typo.yaml: unknown key 'modle'; did you mean 'model'?" in outcome.err
+    outcome = zorl("train", "--config", files.write("type.yaml", "max_steps: many\n"))
+    assert "type.yaml: --max_steps: invalid int value: 'many'" in outcome.err
+
+
+def test_a_model_whose_weights_are_nan_is_refused(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(files.bert)
+    with torch.no_grad():
+        model.cls.predictions.bias[3] = torch.nan
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(Path(files.bert, name).read_bytes())
+    model.save_pretrained(tmp_path)
+    for words in (train(files, tmp_path / "out"), ["eval", "--dataset", files.path("dev.tsv"), *QUESTION]):
+        outcome = zorl(words, "--model", str(tmp_path))
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "parameter 'cls.predictions.bias' holds 1 NaN" in outcome.err
+
+
+def test_the_base_model_is_never_overwritten(zorl: Callable[..., Outcome], files: Files) -> None:
+    outcome = zorl(train(files, files.bert))
+    assert outcome.code == 2
+    assert "is the model's own folder" in outcome.err
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZORL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown command 'tarin'; did you mean 'train'?"):
+        zorl("tarin")

@@ -1,0 +1,125 @@
+"""Objectives: what each answers at a probe's points, and that judges are blind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from zorl.objectives import JudgeObjective, RewardObjective, make_objective
+from zorl.probe import CENTRE, Choice, Point, Scores, Verdicts
+from zorl.prompts import Answer, Prompt
+from zorl.reward_functions import RewardFunctions
+from zorl.scoring import LabelWords
+
+PROMPT = Prompt("{text} it was {mask}", {"bad": "terrible", "good": "great"})
+ROWS = [{"text": text, "label": label} for text, label in [("the film", "good"), ("the plot", "bad"), ("an ending", "good")]]
+POINTS = [Point(3, 0.3), Point(3, -0.3)]
+
+
+@pytest.fixture
+def policy(parts: Callable[[str], Any]) -> LabelWords:
+    some = parts("gpt2")
+    return LabelWords(some.evaluator, some.tokenizer, PROMPT)
+
+
+@dataclass
+class Recited:
+    """A policy whose answers are written down: [point][row]."""
+
+    said: list[list[str]]
+    prompt: Prompt = PROMPT
+    evaluator: Any = None
+
+    def answers(self, rows: Sequence[Any], points: Sequence[Point], *, noise_seed: int = 0) -> list[list[Answer]]:
+        return [[Answer(text, []) for text in self.said[i]] for i in range(len(points))]
+
+
+def test_cross_entropy_is_the_negative_log_likelihood_of_the_true_label(policy: LabelWords) -> None:
+    objective = make_objective(policy, loss="cross_entropy")
+    answers = objective.ask(ROWS, POINTS, 0).answers
+    assert isinstance(answers, Scores)
+    scores = policy.scores(ROWS, POINTS)
+    expected = torch.stack([scores[:, i, int(row["label"] == "good")] for i, row in enumerate(ROWS)], dim=1)
+    assert torch.allclose(answers.values, expected.double())
+    assert objective.evaluate(ROWS)["loss"] == pytest.approx(-objective.evaluate(ROWS)["reward"])
+
+
+def test_a_callable_loss_sees_the_model_at_each_point(policy: LabelWords) -> None:
+    weight = policy.evaluator.module.get_input_embeddings()
+
+    def loss(model: Any, rows: Sequence[Any]) -> float:
+        return float(model.get_input_embeddings()(torch.tensor([5])).sum())
+
+    objective = make_objective(policy, loss=loss)
+    plus, minus = objective.ask(ROWS, POINTS, 0).answers.values[:, 0].tolist()  # type: ignore[union-attr]
+    centre = float(weight(torch.tensor([5])).sum())
+    assert objective.evaluate(ROWS)["loss"] == pytest.approx(centre)
+    assert plus != minus
+    assert -(plus + minus) / 2 == pytest.approx(centre, abs=1e-5)  # symmetric around θ
+    with pytest.raises(ValueError, match="returned 2 numbers for 3 rows"):
+        make_objective(policy, loss=lambda model, rows: [1.0, 2.0]).evaluate(ROWS)
+
+
+def test_a_set_level_reward_gives_one_score_a_point_and_metrics_are_not_optimised() -> None:
+    policy = Recited([["good", "bad", "good"], ["good", "good", "bad"]])
+    share = lambda completions, label, **_: sum(c == t for c, t in zip(completions, label, strict=True)) / 3  # noqa: E731
+    objective = RewardObjective(policy, RewardFunctions(share), RewardFunctions(lambda completions, **_: [7.0] * 3))
+    assert objective.ask(ROWS, POINTS, 0).answers.values.tolist() == [[1.0], [pytest.approx(1 / 3)]]  # type: ignore[union-attr]
+    figures = objective.evaluate(ROWS)
+    assert figures["reward"] == 1.0
+    assert 7.0 in figures.values()
+
+
+def test_the_calibration_scores_the_answers_that_the_biased_scores_choose(policy: LabelWords) -> None:
+    share = lambda completions, label, **_: [float(c == t) for c, t in zip(completions, label, strict=True)]  # noqa: E731
+    objective = RewardObjective(policy, RewardFunctions(share))
+    calibration = objective.calibration(ROWS)
+    assert torch.equal(calibration.scores, policy.scores(ROWS, [CENTRE])[0])
+    assert calibration.objective(calibration.scores + torch.tensor([0.0, 100.0])) == pytest.approx(2 / 3)
+    assert calibration.objective(calibration.scores + torch.tensor([100.0, 0.0])) == pytest.approx(1 / 3)
+
+
+def test_a_judge_never_learns_the_side_and_identical_answers_tie_unseen() -> None:
+    rows = [{"text": str(i)} for i in range(200)]
+    policy = Recited([["left"] * 199 + ["same"], ["right"] * 199 + ["same"]])
+    seen: list[tuple[str, str]] = []
+
+    def prefers_left(prompts: Any, first: Sequence[str], second: Sequence[str], **columns: Any) -> list[str]:
+        seen.extend(zip(first, second, strict=True))
+        return ["first" if one == "left" else "second" for one in first]
+
+    answers = JudgeObjective(policy, prefers_left).ask(rows, POINTS, 11).answers
+    assert isinstance(answers, Verdicts)
+    assert len(seen) == 199
+    assert 60 < sum(first == "left" for first, _ in seen) < 140  # shown in both orders, about as often
+    assert [verdict.choice for verdict in answers.items if verdict.prompt == 199] == [Choice.TIE]
+    assert all(v.choice is Choice.FIRST and v.point_a == 0 for v in answers.items if v.prompt < 199)
+
+
+def test_abstaining_survives_the_flip() -> None:
+    rows = [{"text": str(i)} for i in range(20)]
+    policy = Recited([["left"] * 20, ["right"] * 20])
+    judge = lambda prompts, first, second, **_: ["abstain"] * len(first)  # noqa: E731
+    answers = JudgeObjective(policy, judge).ask(rows, POINTS, 1).answers
+    assert isinstance(answers, Verdicts)
+    assert all(verdict.choice is Choice.ABSTAIN and math.isnan(verdict.choice.preference) for verdict in answers.items)
+
+
+def test_a_judge_that_skips_pairs_or_invents_words_is_an_error() -> None:
+    policy = Recited([["a"], ["b"]])
+    with pytest.raises(ValueError, match="gave 0 verdicts on 1 pairs"):
+        JudgeObjective(policy, lambda **_: []).ask(ROWS[:1], POINTS, 0)
+    with pytest.raises(ValueError, match="'maybe' is not a valid Choice"):
+        JudgeObjective(policy, lambda **_: ["maybe"]).ask(ROWS[:1], POINTS, 0)
+
+
+def test_a_loss_that_is_no_loss_is_refused(policy: LabelWords) -> None:
+    with pytest.raises(ValueError, match="'cross_entropy' or a function"):
+        make_objective(policy, loss="crossentropy")
+    with pytest.raises(ValueError, match="needs a prompt with label words"):
+        make_objective(Recited([]), loss="cross_entropy")
