@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("out/custom_reward"), help="where everything is written"
     )
-    parser.add_argument("--steps", type=int, default=120, help="updates; each costs two forwards (default: 120)")
+    parser.add_argument("--steps", type=int, default=400, help="updates; each costs two forwards (default: 400)")
     options = parser.parse_args(argv)
 
     train, test = reviews.load(n_train=2000, n_test=500)

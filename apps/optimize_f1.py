@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser = argparse.ArgumentParser(description="Tune a language model to maximise macro-F1 on held-out reviews.")
     parser.add_argument("--output_dir", type=Path, default=Path("out/optimize_f1"), help="where everything is written")
     parser.add_argument(
-        "--steps", type=int, default=300, help="updates; each costs two forwards of a batch (default: 300)"
+        "--steps", type=int, default=400, help="updates; each costs two forwards of a batch (default: 400)"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="reviews that F1 is computed on (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the directions and of the data's order (default: 0)")

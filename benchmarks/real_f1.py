@@ -32,7 +32,12 @@ SEEDS = (0, 1, 2)
 TRAIN_ROWS, DEV_ROWS = 1024, 256
 BATCH = 32
 FORWARDS = 500  # evaluations of a batch, all that a run may spend: calibration included
-GRID = (1e-6, 1e-5, 1e-4)  # of the published recipe; searched on the first seed, chosen by accuracy on held-out rows
+GRID = (
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+)  # of the published recipe; searched on the first seed, chosen by accuracy on held-out rows
 
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"template": "{text} . it was {mask} .", "words": {"0": "terrible", "1": "great"}},
@@ -213,8 +218,8 @@ def report() -> str:
     ]
     for task in TASKS:
         lines += [f"### {task.upper().replace('SST2', 'SST-2')}: `{TASKS[task]['template']}`", "",
-                  "| method | accuracy | macro-F1 | AUC | informative probes | forwards | learning rate |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+                  "| method | accuracy | macro-F1 | AUC | informative probes | forwards | learning rate | seeds |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for method in ("zero_shot", "threshold", *METHODS):
             runs = found[task, method]
             if runs:
@@ -223,7 +228,7 @@ def report() -> str:
                 lr = f"{runs[0]['lr']:g}" if runs[0]["lr"] else ("default" if method in METHODS else "")
                 lines.append(
                     f"| {name} | {spread(runs, 'accuracy')} | {spread(runs, 'macro_f1')} | {spread(runs, 'auc')} | "
-                    f"{f'{statistics.fmean(shares):.0%}' if shares else ''} | {runs[0]['forwards']} | {lr} |"
+                    f"{f'{statistics.fmean(shares):.0%}' if shares else ''} | {runs[0]['forwards']} | {lr} | {len(runs)} |"
                 )
         lines.append("")
         grid = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -61,6 +61,15 @@ class Parts:
 def parts() -> Callable[[str], Parts]:
     """Model, evaluator and tokenizer by kind: bert, roberta, gpt2, opt, llama, qwen2. Shared: do not change them."""
     return make_parts
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as these are faster without a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache

@@ -11,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from transformers import AutoModelForMaskedLM
 from zorl.apps.cli import main
 from zorl.apps.commands import COMMANDS, TRAIN
 from zorl.trajectory import Trajectory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = {"0": ("bad", "terrible"), "1": ("good", "great")}
 QUESTION = ["--prompt", "{text} it was {mask} .", "--label_words", "0=terrible", "1=great"]
@@ -80,15 +82,6 @@ class Files(NamedTuple):
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models as small as these are faster without a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import pytest
 
 from zorl.apps import custom_reward
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_profit_counts_letters_and_customers_won_back() -> None:
     answers = ["negative", "negative", "positive", "positive"]

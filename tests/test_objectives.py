@@ -17,7 +17,9 @@ from zorl.reward_functions import RewardFunctions
 from zorl.scoring import LabelWords
 
 PROMPT = Prompt("{text} it was {mask}", {"bad": "terrible", "good": "great"})
-ROWS = [{"text": text, "label": label} for text, label in [("the film", "good"), ("the plot", "bad"), ("an ending", "good")]]
+ROWS = [
+    {"text": text, "label": label} for text, label in [("the film", "good"), ("the plot", "bad"), ("an ending", "good")]
+]
 POINTS = [Point(3, 0.3), Point(3, -0.3)]
 
 
@@ -53,11 +55,11 @@ def test_a_callable_loss_sees_the_model_at_each_point(policy: LabelWords) -> Non
     weight = policy.evaluator.module.get_input_embeddings()
 
     def loss(model: Any, rows: Sequence[Any]) -> float:
-        return float(model.get_input_embeddings()(torch.tensor([5])).sum())
+        return float(model.get_input_embeddings()(torch.tensor([5])).detach().sum())
 
     objective = make_objective(policy, loss=loss)
     plus, minus = objective.ask(ROWS, POINTS, 0).answers.values[:, 0].tolist()  # type: ignore[union-attr]
-    centre = float(weight(torch.tensor([5])).sum())
+    centre = float(weight(torch.tensor([5])).detach().sum())
     assert objective.evaluate(ROWS)["loss"] == pytest.approx(centre)
     assert plus != minus
     assert -(plus + minus) / 2 == pytest.approx(centre, abs=1e-5)  # symmetric around θ

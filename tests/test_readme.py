@@ -13,7 +13,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    """The fenced blocks whose fence names this language ("" for none)."""
+    return [
+        text
+        for fence, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.M)
+        if fence == language
+    ]
 
 
 def test_the_tree_lists_every_module_of_the_engine_and_nothing_else() -> None:
