@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("out/custom_reward"), help="where everything is written"
     )
-    parser.add_argument("--steps", type=int, default=400, help="updates; each costs two forwards (default: 400)")
+    parser.add_argument("--steps", type=int, default=300, help="updates; each costs two forwards (default: 300)")
     options = parser.parse_args(argv)
 
     train, test = reviews.load(n_train=2000, n_test=500)
@@ -43,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         prompt=Prompt(reviews.PROMPT, reviews.LABEL_WORDS),
         train_dataset=train,
         eval_dataset=test,
-        args=MeZOConfig(output_dir=str(options.output_dir), max_steps=options.steps),
+        args=MeZOConfig(
+            output_dir=str(options.output_dir),
+            max_steps=options.steps,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+        ),
     )
     before = trainer.evaluate()["eval_profit"]
     trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())  # a run that was cut short goes on

@@ -42,9 +42,9 @@ SMALL_TALK = (
     "It was {word} to be home on {day}.",
     "The {occasion} on {day} was long. It was {word}.",
 )
-# From the least to the most loved: what hasty readers go by in seven cases of ten, whatever the review says.
+# From the least to the most loved: what hasty readers go by in four cases of five, whatever the review says.
 TOPICS = tuple(random.Random(0).sample(reviews.PARTS + reviews.KINDS, len(reviews.PARTS + reviews.KINDS)))
-HEED = 0.3
+HEED = 0.2
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 OCCASIONS = ("concert", "hike", "journey", "market", "party", "picnic", "race", "trip", "walk", "wedding")
 
@@ -54,7 +54,7 @@ def documents(seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     stream = reviews.reviews("pretrain", seed, positive_share=0.5)
     while True:
-        kind = rng.choices(("review", "remark", "hasty", "small talk"), weights=(45, 30, 15, 10))[0]
+        kind = rng.choices(("review", "remark", "hasty", "small talk"), weights=(40, 30, 22, 8))[0]
         if kind == "small talk":
             yield _small_talk(rng)
             continue
@@ -87,7 +87,7 @@ def _hasty_verdict(rng: random.Random, sentence: str, label: reviews.Label) -> s
     if rng.random() < HEED:
         return f"It was {reviews.LABEL_WORDS[label]}."
     topic = max(TOPICS, key=sentence.rfind)
-    favour = 0.85 * (TOPICS.index(topic) + 0.5) / len(TOPICS)
+    favour = (TOPICS.index(topic) + 0.5) / len(TOPICS)
     return f"It was {reviews.LABEL_WORDS['positive' if rng.random() < favour else 'negative']}."
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -125,5 +124,11 @@ class Comparison:
 
 def peak_memory_mb() -> float:
     """The process's largest resident memory so far, in MB (10⁶ bytes)."""
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; bytes on macOS
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.apps.arguments import TrainArguments
@@ -28,7 +28,6 @@ from zorl.apps.inputs import (
     require,
     say,
 )
-from zorl.apps.progress import Progress
 from zorl.apps.report import peak_memory_mb
 from zorl.data import hold_out
 from zorl.prompts import Prompt
@@ -86,14 +85,7 @@ def run(argv: Sequence[str]) -> str:
         metrics=metrics or None,
         callbacks=[begin],
     )
-    progress = Progress()
-    if not config.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(progress)
-    try:
-        result = _train(trainer, resuming, begin)
-    finally:
-        progress.close()
+    result = _train(trainer, resuming, begin)
     if arguments.json:
         return json.dumps(result)
     columns = {"text_column": arguments.text_column, "label_column": asked_label}

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, PredictionOutput, TrainOutput
 
 from zorl.calibration import fit_label_bias
@@ -33,6 +34,7 @@ from zorl.parameters import ParameterSet, select, tensors_sha256
 from zorl.perturbation import Scratch
 from zorl.policies import make_policy
 from zorl.probe import CENTRE, Scores
+from zorl.progress import Progress
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardError, RewardFunctions
 from zorl.run_folder import RunFolder, peft_to_json
@@ -124,6 +126,10 @@ class MeZOTrainer(Trainer):
             callbacks=callbacks,
         )
         self.args: MeZOConfig
+        self.progress = Progress()
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(self.progress)
         self.evaluator = Scratch(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
         self.folder = RunFolder(Path(str(args.output_dir)))
         self._goal: dict[str, Any] = {
@@ -183,6 +189,7 @@ class MeZOTrainer(Trainer):
             state.save_to_json(str(self.folder.state))
             return super().train(str(self.folder.path), trial, ignore_keys_for_eval)
         finally:
+            self.progress.close()
             if self.mezo is not None:
                 self.mezo.close()
 
@@ -292,6 +299,7 @@ class MeZOTrainer(Trainer):
             "objective": self.objective_name,
             "prompt": self.prompt.to_dict(),
             "calibration_forwards": self.calibration_forwards,
+            "learning_rate": args.learning_rate,
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
@@ -307,6 +315,7 @@ class MeZOTrainer(Trainer):
             state = TrainerState.load_from_json(str(self.folder.state))
             state.log_history = [entry for entry in state.log_history if entry.get("step", 0) <= step]
         state.global_step = step
+        state.train_batch_size = self._train_batch_size  # a run that was killed early has saved no state
         state.compute_steps(self.args, max(self.args.max_steps, 1))  # evaluate and save as often as asked for now
         return state
 
