@@ -158,8 +158,9 @@ def path_of(task: str, method: str, seed: int, lr: float | None) -> Path:
 
 
 def best_lr(task: str, method: str) -> float:
-    """The published recipe's best learning rate on the first seed, by its own figure on the development rows."""
-    done = {lr: json.loads(path_of(task, method, SEEDS[0], lr).read_text()) for lr in GRID}
+    """The published recipe's best learning rate on the first seed, by accuracy on the development rows."""
+    paths = {lr: path_of(task, method, SEEDS[0], lr) for lr in GRID}
+    done = {lr: json.loads(path.read_text()) for lr, path in paths.items() if path.exists()}
     return max(done, key=lambda lr: done[lr]["dev"]["accuracy"])
 
 

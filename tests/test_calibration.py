@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_two_labels_get_the_best_of_all_thresholds(seed: int, rows: int) -> None
     objective = macro_f1(truth, 2)
     bias, reached = fit_label_bias(scores, objective, candidates=2 * rows)
     crossings = sorted((scores[:, 0] - scores[:, 1]).tolist())
-    middles = [(a + b) / 2 for a, b in zip(crossings, crossings[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(crossings)]
     edges = [crossings[0] - 1, *middles, crossings[-1] + 1]
     best = max(objective(scores + torch.tensor([0.0, edge])) for edge in edges)
     assert reached == pytest.approx(best)

@@ -43,7 +43,9 @@ def test_three_reviews_in_four_are_positive() -> None:
 def test_single_words_do_not_give_the_verdict_away() -> None:
     train, test = reviews.load(2000, 1000)
     words = CountVectorizer()
-    model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(words.fit_transform(train["text"]), train["label"])
+    model = LogisticRegression(max_iter=1000, class_weight="balanced").fit(
+        words.fit_transform(train["text"]), train["label"]
+    )
     predicted = model.predict(words.transform(test["text"]))
     assert f1_score(test["label"], predicted, average="macro") < 0.75
 

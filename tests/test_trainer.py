@@ -150,24 +150,25 @@ def test_a_callable_loss_is_minimised(make: Callable[..., MeZOTrainer]):
         seen.append(len(batch))
         return model.get_input_embeddings().weight.float().square().mean()
 
-    settings = {"max_steps": 60, "learning_rate": 5e-3, "parameters": ["*wte*"]}
+    settings = {"max_steps": 60, "learning_rate": 5e-3, "parameters": ["*word_embeddings*"]}
     trainer = make(loss=size, settings=settings, eval_dataset=EVAL)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert set(seen) == {8, 12}
     assert trainer.evaluate()["eval_loss"] < before
-    assert list(trainer.tuned) == ["transformer.wte.weight"]
+    assert list(trainer.tuned) == ["bert.embeddings.word_embeddings.weight"]
 
 
 def test_a_reward_of_generated_text_rises(make: Callable[..., MeZOTrainer]):
-    def letters(completions: list[str], **columns: Any) -> list[float]:
-        return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in completions]
+    def long(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        assert all(len(ids) <= 4 for ids in completion_ids)
+        return [float(len(text)) for text in completions]
 
-    settings = {"max_steps": 60, "learning_rate": 5e-3, "n_spsa": "2", "max_completion_length": 4}
-    trainer = make(reward_funcs=letters, prompt=Prompt("{text}"), settings=settings, eval_dataset=EVAL)
+    settings = {"max_steps": 60, "learning_rate": 1e-2, "n_spsa": "4", "max_completion_length": 4, "temperature": 0.0}
+    trainer = make(kind="gpt2", reward_funcs=long, prompt=Prompt("{text}"), settings=settings, eval_dataset=EVAL)
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
-    assert trainer.evaluate()["eval_reward"] > before + 0.05
+    assert trainer.evaluate()["eval_reward"] > before + 2
     assert all(isinstance(text, str) for text in trainer.predict(EVAL).predictions)
 
 
@@ -233,7 +234,9 @@ def test_micro_batches_give_the_same_run(make: Callable[..., MeZOTrainer], gener
     def length(completions: list[str], **columns: Any) -> list[float]:
         return [float(len(text)) for text in completions]
 
-    options = {"reward_funcs": length, "prompt": Prompt("{text}")} if generate else {"reward_funcs": f1()}
+    options = (
+        {"kind": "gpt2", "reward_funcs": length, "prompt": Prompt("{text}")} if generate else {"reward_funcs": f1()}
+    )
     ends = [
         tuned(make(f"out{size}", settings={"forward_batch_size": size, "max_completion_length": 3}, **options))
         for size in (64, 3, 1)
@@ -355,10 +358,10 @@ def test_another_base_is_refused(make: Callable[..., MeZOTrainer], base: Callabl
     folder = RunFolder(tmp_path / "out")
     header, _ = read(folder.trajectory)
     with pytest.raises(TrajectoryError, match=r"is not the base of the run: it lacks \d+ of its parameters"):
-        folder.rebuild(header, base("bert"))
-    other = AutoModelForCausalLM.from_pretrained(base("gpt2"))
+        folder.rebuild(header, base("gpt2"))
+    other = AutoModelForMaskedLM.from_pretrained(base("bert"))
     with torch.no_grad():
-        other.transformer.ln_f.bias[0] += 1
+        other.bert.embeddings.LayerNorm.bias[0] += 1
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(TrajectoryError, match="the base weights differ from the run's: their SHA-256 is"):
         folder.rebuild(header, str(tmp_path / "other"))
@@ -439,6 +442,24 @@ def test_the_same_trainer_may_go_on_after_an_interrupt(make: Callable[..., MeZOT
     assert len(hashes) == 3
     assert weights(trainer) == hashes[-1], "Ctrl-C in mid-step leaves the weights as before the step"
     trainer.evaluate()
+    trainer.train(resume_from_checkpoint=True)
+    assert weights(trainer) == end
+
+
+def test_an_interrupt_between_micro_batches_leaves_nothing_behind(make: Callable[..., MeZOTrainer]):
+    class CtrlC(TrainerCallback):
+        armed = True
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and self.armed:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    end = tuned(make("straight", settings=settings))
+    trainer = make(settings=settings, callbacks=[CtrlC()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
     trainer.train(resume_from_checkpoint=True)
     assert weights(trainer) == end
 
@@ -573,7 +594,11 @@ def lora() -> Any:
 @peft_warning
 def test_an_adapter_is_tuned_resumed_replayed_and_saved(make: Callable[..., MeZOTrainer], base: Any, tmp_path: Path):
     torch.manual_seed(0)
-    options: dict[str, Any] = {"peft_config": lora(), "settings": {"max_steps": 8, "learning_rate": 1e-2}}
+    options: dict[str, Any] = {
+        "kind": "gpt2",
+        "peft_config": lora(),
+        "settings": {"max_steps": 8, "learning_rate": 1e-2},
+    }
     straight = make("straight", **options)
     assert all("lora_" in name for name in straight.tuned)
     frozen = {n: p.detach().clone() for n, p in straight.model.named_parameters() if not p.requires_grad}
@@ -606,19 +631,19 @@ def test_an_adapter_is_tuned_resumed_replayed_and_saved(make: Callable[..., MeZO
 
 @peft_warning
 def test_a_missing_or_exchanged_init_is_named(make: Callable[..., MeZOTrainer], tmp_path: Path):
-    make(peft_config=lora(), callbacks=[StopAt(2)]).train()
-    make("other", peft_config=lora(), callbacks=[StopAt(2)]).train()
+    make(kind="gpt2", peft_config=lora(), callbacks=[StopAt(2)]).train()
+    make("other", kind="gpt2", peft_config=lora(), callbacks=[StopAt(2)]).train()
     folder = RunFolder(tmp_path / "out")
     header, _ = read(folder.trajectory)
     shutil.copy(tmp_path / "other" / "init.safetensors", folder.init)
     with pytest.raises(TrajectoryError, match=r"init\.safetensors is not the file that the run was started with"):
         folder.rebuild(header)
     with pytest.raises(TrajectoryError, match="init_sha256 was"):
-        make(peft_config=lora()).train(resume_from_checkpoint=True)
+        make(kind="gpt2", peft_config=lora()).train(resume_from_checkpoint=True)
     folder.init.unlink()
     for attempt in (
         lambda: folder.rebuild(header),
-        lambda: make(peft_config=lora()).train(resume_from_checkpoint=True),
+        lambda: make(kind="gpt2", peft_config=lora()).train(resume_from_checkpoint=True),
     ):
         with pytest.raises(
             TrajectoryError, match=r"init\.safetensors is missing: it holds the tuned parameters' first"
@@ -669,7 +694,7 @@ def test_exactly_one_objective_is_given(base: Callable[[str], str], options: dic
             "train_dataset has one class only: all 16 rows have label='good'",
         ),
         ({"loss": "accuracy"}, r"loss must be 'cross_entropy' or a function of \(model, rows\), got 'accuracy'"),
-        ({"prompt": Prompt("{text}")}, "loss='cross_entropy' needs a prompt with label words"),
+        ({"kind": "gpt2", "prompt": Prompt("{text}")}, "loss='cross_entropy' needs a prompt with label words"),
         ({"reward_funcs": []}, "reward_funcs is empty; give at least one reward function"),
         ({"settings": {"parameters": ["*.nothing"]}}, r"the pattern '\*\.nothing' matches none of the \d+ parameters"),
     ],
@@ -687,6 +712,8 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
         ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
         ({"epsilon": "0"}, "epsilon must be a positive number or 'auto', got '0'"),
         ({"epsilon": "-0.1"}, "epsilon must be a positive number or 'auto', got '-0.1'"),
+        ({"epsilon": "nan"}, "epsilon must be a positive number or 'auto', got 'nan'"),
+        ({"epsilon": "inf"}, "epsilon must be a positive number or 'auto', got 'inf'"),
         ({"epsilon": "large"}, "epsilon must be a positive number or 'auto', got 'large'"),
         ({"n_spsa": "0"}, "n_spsa needs at least one direction"),
         ({"distribution": "uniform"}, "distribution must be one of rademacher, gaussian, got 'uniform'"),
@@ -697,6 +724,7 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
             "bf16=True belongs to backpropagation: load the model in half precision with dtype='bfloat16'",
         ),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True belongs to backpropagation"),
+        ({"activation_checkpointing": True}, "activation_checkpointing=True belongs to backpropagation"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 belongs to backpropagation"),
         ({"weight_decay": 0.1}, "weight_decay=0.1 belongs to backpropagation: .* cannot be replayed"),
     ],
@@ -706,12 +734,6 @@ def test_settings_out_of_range_or_of_backpropagation_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         MeZOConfig(output_dir=str(tmp_path), **settings)
-
-
-@pytest.mark.parametrize("epsilon", ["nan", "inf"])
-def test_an_epsilon_that_is_no_size_is_refused(make: Callable[..., MeZOTrainer], epsilon: str):
-    with pytest.raises(ValueError, match="epsilon must be a positive number or 'auto'"):
-        make(settings={"epsilon": epsilon}).train()
 
 
 def test_an_unknown_update_rule_is_refused(make: Callable[..., MeZOTrainer]):
@@ -785,11 +807,11 @@ def test_two_runs_cannot_write_one_folder(make: Callable[..., MeZOTrainer], tmp_
         if not failures:
             for resume in (False, True) if (tmp_path / "out" / "trajectory.zorl").exists() else (False,):
                 with pytest.raises((TrajectoryError, FileExistsError)) as caught:
-                    make(peft_config=lora()).train(resume_from_checkpoint=resume)
+                    make(kind="gpt2", peft_config=lora()).train(resume_from_checkpoint=resume)
                 failures.append(caught.value)
         return [float(len(text)) for text in completions]
 
-    make(reward_funcs=reward, peft_config=lora(), settings={"max_steps": 2}).train()
+    make(reward_funcs=reward, kind="gpt2", peft_config=lora(), settings={"max_steps": 2}).train()
     assert failures
     assert any("another run is writing" in str(failure) for failure in failures)
     folder = RunFolder(tmp_path / "out")
@@ -812,7 +834,7 @@ def test_resuming_with_other_settings_is_refused(make: Callable[..., MeZOTrainer
     with pytest.raises(TrajectoryError, match="rows was 24, is now 20"):
         make(train_dataset=TRAIN[:20]).train(resume_from_checkpoint=True)
     with pytest.raises(TrajectoryError, match=r"the model (lacks|also has) \d+ of the trajectory's parameters"):
-        make(kind="bert").train(resume_from_checkpoint=True)
+        make(kind="gpt2").train(resume_from_checkpoint=True)
 
 
 def test_training_without_rows_and_evaluating_without_rows_are_refused(make: Callable[..., MeZOTrainer]):

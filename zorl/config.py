@@ -91,15 +91,16 @@ class MeZOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._refuse_backpropagation()  # before transformers asks a device for it
         super().__post_init__()
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.epsilon != "auto":
             try:
                 self.epsilon_value: Any = float(self.epsilon)
             except ValueError:
                 raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}") from None
-            if not self.epsilon_value > 0:
+            if not 0 < self.epsilon_value < float("inf"):
                 raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}")
         else:
             self.epsilon_value = "auto"
@@ -110,16 +111,13 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        self._refuse_backpropagation()
 
     def _refuse_backpropagation(self) -> None:
         wrong = {
             "fp16": (self.fp16, "load the model in half precision with dtype='float16' instead"),
             "bf16": (self.bf16, "load the model in half precision with dtype='bfloat16' instead"),
-            "gradient_checkpointing": (
-                self.gradient_checkpointing,
-                "there are no activations to spare: nothing is kept",
-            ),
+            "gradient_checkpointing": (self.gradient_checkpointing, "no activations are kept that could be spared"),
+            "activation_checkpointing": (self.activation_checkpointing, "no activations are kept that could be spared"),
             "max_grad_norm": (self.max_grad_norm, "there is no gradient; update='normalized' bounds each step"),
             "weight_decay": (self.weight_decay, "a decayed weight cannot be replayed from the trajectory bit for bit"),
             "deepspeed": (self.deepspeed, "one process needs no sharded optimizer states: there are none"),

@@ -9,12 +9,14 @@ zorl.json            prompt, label words and objective, so that `zorl eval --mod
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from zorl.directions import canonical_name
@@ -32,6 +34,26 @@ class RunFolder:
         self.init = path / "init.safetensors"
         self.state = path / "trainer_state.json"
         self.settings = path / "zorl.json"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps the folder, made if need be, to this run for the block.
+
+        Raises:
+            TrajectoryError: another run has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TrajectoryError(
+                f"another run is writing {self.path}; stop it, or choose another output folder"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @torch.no_grad()
     def keep_init(self, parameters: ParameterSet) -> str:

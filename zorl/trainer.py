@@ -111,6 +111,8 @@ class MeZOTrainer(Trainer):
             if isinstance(network, PeftModel):
                 raise ValueError("the model is a PeftModel already: leave peft_config out, or pass the base model")
             network = get_peft_model(network, peft_config)
+        if processing_class is None and not name:
+            raise ValueError("processing_class is needed: the model has no name or path to load a tokenizer from")
         self.base_name = name
         processing_class = processing_class if processing_class is not None else load_processing_class(name)
         train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
@@ -133,11 +135,12 @@ class MeZOTrainer(Trainer):
         self.evaluator = Scratch(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
         self.folder = RunFolder(Path(str(args.output_dir)))
         self._goal: dict[str, Any] = {
-            "rewards": reward_funcs
-            and RewardFunctions(reward_funcs, self.args.reward_weights, reward_processing_classes),
+            "rewards": None
+            if reward_funcs is None
+            else RewardFunctions(reward_funcs, self.args.reward_weights, reward_processing_classes),
             "judge": judge,
             "loss": loss,
-            "metrics": metrics and RewardFunctions(metrics),
+            "metrics": RewardFunctions(metrics) if metrics else None,
         }
         self._use_prompt(prompt)
         self._batch: list[dict[str, Any]] = []
@@ -164,10 +167,15 @@ class MeZOTrainer(Trainer):
         Raises:
             FileExistsError: `output_dir` holds a run and it was not asked to continue.
             ValueError: there is nothing to continue.
-            TrajectoryError: the run there is of another model or other settings, or its trajectory is damaged.
+            TrajectoryError: the run there is of another model or other settings, its trajectory is damaged, or another
+                process is writing it.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is needed to train")
+        with self.folder.claimed():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         exists = self.folder.trajectory.exists()
         if exists and not resume_from_checkpoint:
             raise FileExistsError(
@@ -176,9 +184,11 @@ class MeZOTrainer(Trainer):
             )
         if resume_from_checkpoint and not exists:
             raise ValueError(f"there is no run to continue: {self.folder.trajectory} does not exist")
+        self._batch, self._since_log, self._rewound_to = [], [], None
         try:
             if exists:
                 self._resume_prompt()
+                self._forget_run()
             elif self.args.calibrate and self.mezo is None:
                 self.calibrate()
             self.create_optimizer()
@@ -192,6 +202,13 @@ class MeZOTrainer(Trainer):
             self.progress.close()
             if self.mezo is not None:
                 self.mezo.close()
+
+    def _forget_run(self) -> None:
+        """Base weights again, where this very trainer has run before: they are what the trajectory is replayed onto."""
+        if self.mezo is not None:
+            header, _ = read(self.folder.trajectory, until=0)
+            self.folder.restore_base(header, self.model, self.tuned)  # type: ignore[arg-type]
+            self.mezo = None
 
     def _resume_prompt(self) -> None:
         """The run's prompt, with the biases that it started from."""
