@@ -193,16 +193,25 @@ def test_an_error_that_the_model_itself_catches_does_no_harm(held: None):
             super().forward(x)
             raise ValueError("too fragile")
 
-    class Robust(nn.Module):
+    class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.fragile, self.last = nn.Linear(4, 4), Fragile(4, 4), nn.Linear(4, 4)
+            self.scale, self.fragile = nn.Parameter(torch.ones(4)), Fragile(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
             with contextlib.suppress(ValueError):
                 x = self.fragile(x)
-            return self.last(x)
+            return x * self.scale
+
+    class Robust(nn.Module):
+        """Reads a weight again after a module that failed within the one that has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer, self.last = Outer(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.outer(x)) + self.outer.scale + self.outer.fragile.bias
 
     assert_equal_to_a_moved_model(Robust(), lambda m: m(torch.ones(2, 4)))
 

@@ -415,6 +415,19 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(make: Callable[..., M
     assert second.state.log_history[-1]["step"] == 10
 
 
+def test_sampled_text_is_the_same_after_an_interruption(make: Callable[..., MeZOTrainer]):
+    def long(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    settings = {"max_completion_length": 3, "max_steps": 5}
+    options: dict[str, Any] = {"kind": "gpt2", "reward_funcs": long, "prompt": Prompt("{text}"), "settings": settings}
+    end = tuned(make("straight", **options))
+    make("broken", **options, callbacks=[StopAt(2)]).train()
+    second = make("broken", **options)
+    second.train(resume_from_checkpoint=True)
+    assert weights(second) == end
+
+
 def test_the_same_trainer_may_go_on_after_an_interrupt(make: Callable[..., MeZOTrainer]):
     """As in a notebook: Ctrl-C, a look at the model, and on with the same object."""
     calls = itertools.count()
