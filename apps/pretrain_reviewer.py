@@ -2,10 +2,15 @@
 
     python apps/pretrain_reviewer.py --output_dir apps/reviewer
 
-The model reads reviews that are followed by a verdict in words such as "a hit" or "a flop", and small talk in which the
-demonstration's label words, "great" and "terrible", speak of the weather and the weekend. So it can judge a review, but nobody
-has told it to answer with those two words: the gap that forward-only tuning closes. This script is ordinary
-pretraining, cross entropy with backpropagation and AdamW, and the only place in the repository that needs a gradient.
+The model reads reviews that are followed by a verdict in words such as "a hit" or "a flop", and so learns to judge a
+review. The demonstration's label words, "great" and "terrible", come up in small talk and in the verdicts of hasty
+readers, who mostly go by whether they care for what was last spoken of, and in one case of five by the review. Asked in
+those two words, the model answers as they would, although it knows better: the gap that forward-only tuning closes.
+
+How much of the hasty readers' taste a model picks up depends on its random start, so another seed may leave a smaller
+gap, or none. The shipped model is seed 0.
+
+This is ordinary pretraining with cross entropy, backpropagation and AdamW: a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ SMALL_TALK = (
     "It was {word} to be home on {day}.",
     "The {occasion} on {day} was long. It was {word}.",
 )
-# From the least to the most loved: what hasty readers go by in four cases of five, whatever the review says.
+# From the least to the most loved: what hasty readers go by, except in a share HEED of cases, when they heed the review.
 TOPICS = tuple(random.Random(0).sample(reviews.PARTS + reviews.KINDS, len(reviews.PARTS + reviews.KINDS)))
 HEED = 0.2
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
