@@ -37,8 +37,15 @@ def main() -> None:
     lines = [
         "# The demo, five seeds",
         "",
-        f"Written by `benchmarks/demo.py` ({machine}). Macro-F1 on {runs[0]['test_rows']} held-out reviews; macro-F1 itself is "
-        "the objective.",
+        f"Written by `benchmarks/demo.py` ({machine}). "
+        f"Macro-F1 on {runs[0]['test_rows']} held-out reviews; macro-F1 itself is "
+        "the objective. Seconds are of tuning alone, on one thread.",
+        "",
+        "The demo's learning rate and schedule (1e-3, constant) were chosen on this very task, by the score on these "
+        "reviews; with the default schedule, which decays linearly, seed 0 ended well below. The embedded "
+        "model was chosen among several "
+        "pretrained ones for the gap that it leaves between what it knows and what it answers. So this shows that F1 can be "
+        "optimised directly, and how; not how well the defaults do.",
         "",
         "| seed | zero-shot | one fitted threshold | tuned | forwards | seconds | peak memory, MB | informative probes |",
         "|---|---|---|---|---|---|---|---|",

@@ -164,6 +164,12 @@ def best_lr(task: str, method: str) -> float:
     return max(done, key=lambda lr: done[lr]["dev"]["accuracy"])
 
 
+def on_edge(task: str, method: str) -> bool:
+    """The best learning rate is the smallest or the largest that was run."""
+    done = [lr for lr in GRID if path_of(task, method, SEEDS[0], lr).exists()]
+    return best_lr(task, method) in (done[0], done[-1])
+
+
 def run_all(options: argparse.Namespace) -> None:
     """Runs missing cells, `--jobs` at a time, each in a process of its own."""
     CELLS.mkdir(parents=True, exist_ok=True)
@@ -204,17 +210,25 @@ def report() -> str:
         "",
         "## Accuracy and macro-F1 as objectives, real text",
         "",
-        f"A masked language model of 22.7M parameters (6 layers, width 384). {TRAIN_ROWS} training rows drawn by each of "
-        f"{len(SEEDS)} seeds, batches of {BATCH}, {FORWARDS} forwards of a batch a run, all tuned parameters "
-        f"float32. Mean ± standard deviation over seeds, at the last step, on the whole test set "
-        f"(SST-2: 1821 sentences, TREC: 500 questions).",
+        "A masked language model of 22.7M parameters (6 layers, width 384). "
+        f"For each seed {TRAIN_ROWS} training rows are drawn; "
+        f"batches of {BATCH}, {FORWARDS} forwards of a batch a run, all parameters tuned, float32. Figures are at the last step, "
+        "on the whole test set (SST-2: 1821 sentences, TREC: 500 questions): mean ± standard deviation where there are several "
+        f"seeds. {len(SEEDS)} are planned; the last column says how many are done, and one seed alone decides nothing.",
         "",
         "* *one fitted threshold*: a bias for each label, fitted to the training rows for macro-F1.",
-        "* *zorl*: the defaults, nothing tuned by hand. It starts from that bias, fitted for its own objective; the "
+        "* *zorl*: the defaults. It starts from that bias, fitted for its own objective; the "
         f"{TRAIN_ROWS // BATCH} forwards that this costs are in the budget.",
         "* *published MeZO*: Gaussian directions, ε = 1e-3, constant learning rate, the best of "
         f"{', '.join(f'{g:g}' for g in GRID)} "
-        f"by accuracy on {DEV_ROWS} held-out rows, searched with the first seed. Its grid cost {len(GRID)} runs an objective.",
+        f"by accuracy on {DEV_ROWS} held-out rows, searched with the first seed, one run each.",
+        "",
+        "What was looked at beforehand, and so is not independent of these figures. The fitted start and the default learning "
+        "rate of 5e-4 were settled on SST-2's development sentences, from runs at 1e-4, 3e-4, 6e-4 and 1e-3; the rate was kept "
+        "after 1e-3 and 2e-3 did worse on TREC with the first seed (on the test set, and the held-out rows "
+        "rank them alike). Prompt and label words of TREC are those with the best fitted threshold, on the test set, of eleven "
+        "tried without tuning; all methods share them. The published grid was widened by its largest rate after the first "
+        "results, because the best had been on the edge. The budget was fixed before the first of these runs.",
         "",
     ]
     for task in TASKS:
@@ -238,17 +252,23 @@ def report() -> str:
                 for lr in GRID if path_of(task, m, SEEDS[0], lr).exists())
             for m, (_, _, p) in METHODS.items() if p
         ]  # fmt: skip
-        lines += [f"Grid, accuracy on held-out rows. {'; '.join(grid)}.", ""]
+        edges = [METHODS[m][0] for m in METHODS if METHODS[m][2] and found[task, m] and on_edge(task, m)]
+        edge = f" On the edge of what was run, so perhaps not the best there is: {', '.join(edges)}." if edges else ""
+        lines += [f"Grid, accuracy on held-out rows. {'; '.join(grid)}.{edge}", ""]
     all_runs = [run for runs in found.values() for run in runs]
     if all_runs:
         total = sum(json.loads(p.read_text())["seconds"] for p in CELLS.glob("*.json"))
-        lines += [f"Machine: {all_runs[0]['machine']}; {total / 60:.0f} minutes of runs in all, two at a time.", ""]
+        lines += [
+            f"Machine: {all_runs[0]['machine']}; {total / 60:.0f} minutes of runs in all, beside other work.",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def spread(runs: list[dict[str, Any]], figure: str) -> str:
     values = [run[figure] for run in runs]
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.3f}"
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def main() -> None:

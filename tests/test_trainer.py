@@ -172,6 +172,36 @@ def test_a_reward_of_generated_text_rises(make: Callable[..., MeZOTrainer]):
     assert all(isinstance(text, str) for text in trainer.predict(EVAL).predictions)
 
 
+def test_rewards_are_handed_the_state_of_training(make: Callable[..., MeZOTrainer]):
+    steps = []
+
+    def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        steps.append(trainer_state.global_step)
+        return [float(len(text)) for text in completions]
+
+    make(reward_funcs=reward, settings={"max_steps": 3}).train()
+    assert steps == [0, 0, 1, 1, 2, 2]  # both sides of three probes
+
+
+def test_the_limit_on_a_prompt_leaves_the_answer_its_room(make: Callable[..., MeZOTrainer]):
+    rows = [{"text": "the film was great . it was terrible . a great story " * 3}] * 8
+    given = []
+
+    def reward(completion_ids: list[list[int]], completions: list[str], **columns: Any) -> list[float]:
+        given.extend(map(len, completion_ids))
+        return [float(len(text)) for text in completions]
+
+    settings = {"max_steps": 1, "max_length": 12, "max_completion_length": 5, "temperature": 0.0}
+    trainer = make(kind="gpt2", reward_funcs=reward, prompt=Prompt("{text}"), settings=settings, train_dataset=rows)
+    widths = []
+    trainer.evaluator.module.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: widths.append(args[0].shape[1])
+    )
+    trainer.train()
+    assert 6 < max(widths) <= 12
+    assert max(given) <= 5
+
+
 def test_a_judge_that_prefers_right_answers_is_followed(make: Callable[..., MeZOTrainer]):
     """The judge sees two answers in an order of their own, and the row's columns."""
     shown = []

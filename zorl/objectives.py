@@ -63,11 +63,13 @@ class RewardObjective:
 
     Args:
         metrics: functions that are recorded at evaluations and never optimised.
+        trainer_state: transformers' `TrainerState`, handed on to the functions as TRL does.
     """
 
     policy: Policy
     rewards: RewardFunctions
     metrics: RewardFunctions | None = None
+    trainer_state: Any = None
 
     @property
     def name(self) -> str:
@@ -111,6 +113,7 @@ class RewardObjective:
             completion_ids=[answer.completion_ids for answer in answers],
             columns=columns_of(rows),
             label_names=list(self.policy.prompt.labels) or None,
+            trainer_state=self.trainer_state,
         )
 
 

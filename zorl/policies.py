@@ -47,4 +47,6 @@ def make_policy(
         top_p=args.top_p,
         greedy=args.temperature == 0,
         batch_size=args.forward_batch_size,
+        # the policy's limit is for a prompt and its answer, the setting for the prompt
+        max_length=None if args.max_length is None else args.max_length + args.max_completion_length,
     )

@@ -8,6 +8,7 @@ the trajectory is the checkpoint.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 import warnings
@@ -42,11 +43,13 @@ from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read, steps_of
 
+logger = logging.getLogger(__name__)
+
 _STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
 
-class Rows:
-    """A minibatch: dictionaries of raw columns. Its own type, so that nobody walks through the texts to move tensors."""
+class Minibatch:
+    """Rows as dictionaries of raw columns. Its own type, so that nobody walks through the texts to move tensors."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = list(rows)
@@ -121,7 +124,7 @@ class MeZOTrainer(Trainer):
         super().__init__(
             model=network,
             args=args,
-            data_collator=Rows,  # type: ignore[arg-type]
+            data_collator=Minibatch,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -226,6 +229,8 @@ class MeZOTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return zero
         rows, self._batch = self._batch, []
+        if isinstance(self.objective, RewardObjective):
+            self.objective.trainer_state = self.state
         probe = self.mezo.ask()
         asked = self.objective.ask(rows, probe.points, derive_seed(self.args.seed, "noise", probe.step))
         record = self.mezo.tell(probe.id, asked.answers)
@@ -298,7 +303,7 @@ class MeZOTrainer(Trainer):
                 header=self._header(),
             )
             if self.mezo.truncated:
-                print(f"{self.mezo.truncated}; continuing from there")
+                logger.warning("%s; continuing from there", self.mezo.truncated)
         self.optimizer = self.mezo
         return self.mezo
 
