@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
@@ -72,6 +75,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     (options.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     comparison.plot(options.output_dir / "macro_f1.png")
     print(comparison.table())
+    here = (
+        "" if shutil.which("zorl") else f"{os.path.relpath(Path(sys.executable).parent)}/"
+    )  # not on the PATH under make
     print(
         f"""
 Written to {options.output_dir}/
@@ -79,9 +85,9 @@ Written to {options.output_dir}/
   model.safetensors  the tuned model        trajectory.zorl   every step: base model + this file = tuned model
 
 Try next
-  zorl replay --model {REVIEWER} --trajectory {options.output_dir}/trajectory.zorl --until 100 --output_dir out/step100
-  python -m zorl.apps.custom_reward           any Python callable as the objective
-  zorl train --help                           your own model, data and reward"""
+  {here}zorl replay --model {REVIEWER} --trajectory {options.output_dir}/trajectory.zorl --until 100 --output_dir out/step100
+  {here}python -m zorl.apps.custom_reward           any Python callable as the objective
+  {here}zorl train --help                           your own model, data and reward"""
     )
     return result
 

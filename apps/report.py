@@ -11,10 +11,23 @@ from typing import Any
 
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
+from transformers import TrainerCallback
 
 from zorl import MeZOTrainer
+from zorl.apps.inputs import say
 
 ROWS = {"zero_shot": "zero-shot", "threshold": "one fitted threshold", "tuned": "tuned with zorl"}
+
+
+class Begin(TrainerCallback):
+    """Notes the step at which training begins: 0 for a new run."""
+
+    step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+        if 0 < self.step < state.max_steps:
+            say(f"continuing after step {self.step} of {state.max_steps}")
 
 
 class Comparison:
@@ -31,6 +44,8 @@ class Comparison:
         self.truth = [str(row[trainer.args.label_column]) for row in self.test]
         self.figures: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
+        self._begin = Begin()
+        trainer.add_callback(self._begin)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -68,6 +83,7 @@ class Comparison:
             "seed": self.trainer.args.seed,
             "objective": self.trainer.objective_name,
             "steps": mezo.steps,
+            "resumed_from_step": self._begin.step,  # `seconds` are of the steps since
             "test_rows": len(self.test),
             "weights_sha256": self.trainer.tuned.sha256(),
         }
@@ -92,6 +108,8 @@ class Comparison:
                 for line in [head, *lines]]  # fmt: skip
         share = self.trainer.mezo.informative_share if self.trainer.mezo is not None else float("nan")
         caption = f"On {len(self.test)} held-out rows. {share:.0%} of the probes told the two sides apart."
+        if self._begin.step:
+            caption += f"\nThe run went on from step {self._begin.step}: the seconds are of the steps since."
         return "\n".join(["", rows[0], "-" * len(rows[0]), *rows[1:], "", caption])
 
     def plot(self, path: Path) -> None:

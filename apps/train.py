@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.apps.arguments import TrainArguments
@@ -28,7 +27,7 @@ from zorl.apps.inputs import (
     require,
     say,
 )
-from zorl.apps.report import peak_memory_mb
+from zorl.apps.report import Begin, peak_memory_mb
 from zorl.data import hold_out
 from zorl.prompts import Prompt
 from zorl.rewards.loading import load_function
@@ -92,17 +91,6 @@ def run(argv: Sequence[str]) -> str:
     data = ["--dataset", str(arguments.eval_dataset or arguments.dataset)]
     data += [word for name, value in columns.items() if value is not None for word in (f"--{name}", value)]
     return f"{_table(result)}\n\nTry next\n{_next_commands(result, arguments.model, data)}"
-
-
-class Begin(TrainerCallback):
-    """Notes the step at which training begins: 0 for a new run."""
-
-    step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
-        if 0 < self.step < state.max_steps:
-            say(f"continuing after step {self.step} of {state.max_steps}")
 
 
 def _check_goal(arguments: TrainArguments) -> None:

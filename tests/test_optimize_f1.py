@@ -30,6 +30,15 @@ def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("zero-shot", "one fitted threshold", "tuned with zorl", "Try next"))
 
+    assert result["resumed_from_step"] == 0
+    assert "went on from step" not in printed
+    again = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "150"])
+    assert (
+        again["resumed_from_step"] == 150
+    )  # a finished run: no step is made, and its seconds are not passed off as the run's
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert "The run went on from step 150" in capsys.readouterr().out
+
     header, records = read(tmp_path / "trajectory.zorl")
     model, tuned_parameters = RunFolder(tmp_path).rebuild(header, str(REVIEWER))
     replay(header, records, tuned_parameters)
