@@ -8,7 +8,6 @@ the trajectory is the checkpoint.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 import warnings
@@ -42,8 +41,6 @@ from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read, steps_of
-
-logger = logging.getLogger(__name__)
 
 _STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
@@ -303,7 +300,7 @@ class MeZOTrainer(Trainer):
                 header=self._header(),
             )
             if self.mezo.truncated:
-                logger.warning("%s; continuing from there", self.mezo.truncated)
+                print(f"{self.mezo.truncated}; continuing from there")
         self.optimizer = self.mezo
         return self.mezo
 
