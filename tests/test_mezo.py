@@ -358,6 +358,32 @@ def test_answers_of_another_probe_leave_it_open():
     assert optimizer.steps == 1
 
 
+def test_a_probe_asked_ahead_looks_along_its_own_steps_directions():
+    optimizer = MeZO([("w", torch.zeros(3))], lr=0.5, epsilon=0.5)
+    now, ahead = optimizer.ask(), optimizer.ask(ahead=1)
+    assert (ahead.step, ahead.made_at) == (1, 0)
+    with pytest.raises(ValueError, match="probe 1 is for step 1: tell the answers for step 0 first"):
+        optimizer.tell(ahead.id, Scores(torch.zeros(2, 1)))
+    optimizer.tell(now.id, Scores.of_losses([1.0, 0.0]))
+    optimizer.step()
+    assert optimizer.ask().seeds == ahead.seeds, "asked late or ahead, a step's directions are the same"
+    with pytest.raises(ValueError, match="ahead must be at least 0, got -1"):
+        optimizer.ask(ahead=-1)
+
+
+def test_a_probe_of_an_earlier_process_is_told_as_if_it_had_been_asked_here():
+    first, second = (MeZO([("w", w)], lr=0.5, epsilon=0.5) for w in (torch.zeros(3), torch.zeros(3)))
+    probe = first.ask()
+    second.reopen(probe)
+    answers = Scores.of_losses([1.0, 0.0])
+    assert first.tell(probe.id, answers) == second.tell(probe.id, answers)
+    assert second.ask().id > probe.id
+    with pytest.raises(ValueError, match="probe 0 is of step 0, and 1 steps are told already"):
+        second.reopen(probe)
+    with pytest.raises(ValueError, match="looks along other directions than step 0"):
+        MeZO([("w", torch.zeros(3))], seed=1).reopen(probe)
+
+
 def test_theta_moves_in_step_and_not_before():
     w = torch.zeros(3)
     optimizer = MeZO([("w", w)], lr=0.5, epsilon=0.5)

@@ -96,7 +96,7 @@ class MeZO(torch.optim.Optimizer):
         self.informative = self.tied = self.abstained = 0  # directions so far
         self.recent: deque[float] = deque(maxlen=100)  # |g| > 0 of the last directions with an opinion, as 1.0 or 0.0
         self._probes = 0
-        self._open: Probe | None = None
+        self._open: dict[int, Probe] = {}  # by the step that they will be
         self._pending: list[Step] = []
         self._in_place: InPlace | None = None
         self.trajectory: Trajectory | None = None
@@ -120,25 +120,51 @@ class MeZO(torch.optim.Optimizer):
 
     # --- the core ---------------------------------------------------------------------------------------------------
 
-    def ask(self) -> Probe:
-        """The next question. Asking again before telling replaces the open one; the directions are the step's own still."""
-        n = self.directions.at(self.steps)
-        seeds = tuple(direction_seed(self.seed, self.steps, i) for i in range(n))
-        points = self.estimator.points(seeds, self.epsilon.value)
-        self._open = Probe(self._probes, self.steps, self.epsilon.value, seeds, points)
-        self._probes += 1
-        return self._open
+    def ask(self, ahead: int = 0) -> Probe:
+        """The next question. Asking again before telling replaces the open one; the directions are the step's own still.
 
-    def tell(self, probe_id: int, answers: Answers) -> Record:
-        """Takes the answers to the open probe, commits the step to the trajectory, and leaves θ for `step` to move.
+        Args:
+            ahead: ask for a step so many later, so that its answers can be gathered while those of earlier steps are
+                awaited. It looks around θ as it is now: its answers speak of a θ that is up to `ahead` updates old.
 
         Raises:
-            ValueError: that probe is not open, or the answers do not fit it.
+            ValueError: `ahead` is negative.
+        """
+        if ahead < 0:
+            raise ValueError(f"ahead must be at least 0, got {ahead}")
+        step = self.steps + ahead
+        seeds = self._seeds(step)
+        points = self.estimator.points(seeds, self.epsilon.value)
+        self._open[step] = Probe(self._probes, step, self.epsilon.value, seeds, points, made_at=self.steps)
+        self._probes += 1
+        return self._open[step]
+
+    def reopen(self, probe: Probe) -> None:
+        """Takes up a probe that an earlier process of this run asked, so that its answers can be told here.
+
+        Raises:
+            ValueError: its step is told already, or its directions are not that step's.
+        """
+        if probe.step < self.steps:
+            raise ValueError(f"probe {probe.id} is of step {probe.step}, and {self.steps} steps are told already")
+        if probe.seeds != self._seeds(probe.step):
+            raise ValueError(f"probe {probe.id} looks along other directions than step {probe.step} of this run")
+        self._open[probe.step] = probe
+        self._probes = max(self._probes, probe.id + 1)
+
+    def tell(self, probe_id: int, answers: Answers) -> Record:
+        """Takes the answers to an open probe, commits the step to the trajectory, and leaves θ for `step` to move.
+
+        Raises:
+            ValueError: that probe is not open or not the next step's, or the answers do not fit it.
             OSError: the trajectory could not be written; nothing has changed.
         """
-        probe = self._open
-        if probe is None or probe.id != probe_id:
-            raise ValueError(f"probe {probe_id} is not open" + ("" if probe is None else f"; probe {probe.id} is"))
+        probe = next((p for p in self._open.values() if p.id == probe_id), None)
+        if probe is None:
+            others = " and ".join(str(p.id) for p in self._open.values())
+            raise ValueError(f"probe {probe_id} is not open" + (f"; probe {others} is" if others else ""))
+        if probe.step != self.steps:
+            raise ValueError(f"probe {probe_id} is for step {probe.step}: tell the answers for step {self.steps} first")
         if self._pending:
             raise ValueError("the last step was told but not applied: call step() first")
         measured = self.estimator.project(answers, len(probe.seeds), probe.epsilon)
@@ -149,7 +175,7 @@ class MeZO(torch.optim.Optimizer):
         with uninterrupted():
             if self._path is not None:
                 self._log().append(record)
-            self._open = None
+            del self._open[probe.step]
             self.forwards += len(probe.points)
             self._pending = [Step(s, c) for s, c in zip(probe.seeds, coefficients, strict=True)]
             self._observe(record)
@@ -214,6 +240,10 @@ class MeZO(torch.optim.Optimizer):
                 self.tied += g == 0.0
                 self.recent.append(float(g != 0.0))
         self.steps += 1
+
+    def _seeds(self, step: int) -> tuple[int, ...]:
+        """Of a step's directions: a function of the master seed, so that nothing but the step has to be remembered."""
+        return tuple(direction_seed(self.seed, step, i) for i in range(self.directions.at(step)))
 
     def _apply(self, steps: list[Step]) -> None:
         if self._in_place is not None:

@@ -32,10 +32,11 @@ class Probe:
 
     Attributes:
         id: increases by one with every probe of a run.
-        step: the number of updates that θ had seen when the question was asked.
+        step: the step that its answers will make, counted from 0.
         epsilon: the size of the offsets.
         seeds: one seed a direction, `n_spsa` of them.
         points: what to evaluate, in the estimator's order.
+        made_at: the number of steps that θ had seen when the question was asked.
     """
 
     id: int
@@ -43,6 +44,7 @@ class Probe:
     epsilon: float
     seeds: tuple[int, ...]
     points: tuple[Point, ...]
+    made_at: int
 
 
 @dataclass(frozen=True, slots=True)
