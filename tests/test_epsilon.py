@@ -28,7 +28,7 @@ def test_ties_widen_and_informative_probes_narrow():
     epsilon.observe([0.0, 0.0])
     assert epsilon.value == pytest.approx(START * 1.25**3)
     epsilon.observe([1.0, -2.0])
-    assert epsilon.value == pytest.approx(START * 1.25 ** (3 - 2 * 0.25))
+    assert epsilon.value == pytest.approx(START * 1.25 ** (3 - 2 * 0.15 / 0.85)), "it aims at 0.85 to stay above 0.8"
 
 
 def test_abstentions_do_not_move_it():
@@ -68,7 +68,7 @@ def test_it_is_a_pure_function_of_the_log_within_its_bounds(log: list[list[float
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.9])
-def test_it_rests_where_the_target_share_of_probes_is_informative(target: float):
+def test_it_keeps_the_share_of_informative_probes_above_the_target(target: float):
     """A probe of size ε is informative with probability 1 − exp(−ε/0.02), as if rewards changed at random places."""
     generator = random.Random(0)
     epsilon = Epsilon("auto", start=1e-3, cap=1000.0, target=target)
@@ -77,7 +77,9 @@ def test_it_rests_where_the_target_share_of_probes_is_informative(target: float)
         found = generator.random() < 1 - math.exp(-epsilon.value / 0.02)
         informative.append(found)
         epsilon.observe([1.0 if found else 0.0])
-    assert sum(informative[1000:]) / 3000 == pytest.approx(target, abs=0.03)
+    share = sum(informative[1000:]) / 3000
+    assert share > target
+    assert share == pytest.approx(target + (1 - target) / 4, abs=0.03), "and looks no farther than it has to"
 
 
 @pytest.mark.parametrize("bad", [0.0, -1e-3, math.nan, math.inf, "large", "1e-3"])

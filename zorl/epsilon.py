@@ -20,8 +20,9 @@ FLOOR = {torch.float32: 1e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 class Epsilon:
     """ε of the next probe.
 
-    A tie multiplies ε by `growth`; an informative direction divides it by growth^((1−target)/target), so that ε rests
-    where a share `target` of the directions is informative (a stochastic approximation after Robbins and Monro 1951).
+    A tie multiplies ε by `growth`; an informative direction divides it by growth^((1−a)/a), so that ε rests where a share
+    a of the directions is informative (a stochastic approximation after Robbins and Monro 1951). The share found in a run
+    scatters around a; a lies a quarter of the way from `target` to 1, so that it stays above the target.
     ε stays between its start and `cap` times its start; abstentions do not move it.
 
     Args:
@@ -59,7 +60,8 @@ class Epsilon:
         self._start = float(first)
         self._log, self._largest_log = 0.0, math.log(cap)  # of ε as a multiple of its start
         self._up = math.log(growth)
-        self._down = self._up * (1.0 - target) / target
+        aim = target + (1.0 - target) / 4.0
+        self._down = self._up * (1.0 - aim) / aim
         self.value = self._start
 
     @property
