@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from zorl.objectives import JudgeObjective, RewardObjective, make_objective
 from zorl.probe import CENTRE, Choice, Point, Scores, Verdicts
 from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardFunctions
+from zorl.rewards import accuracy
 from zorl.scoring import LabelWords
 
 PROMPT = Prompt("{text} it was {mask}", {"bad": "terrible", "good": "great"})
@@ -75,6 +76,30 @@ def test_a_set_level_reward_gives_one_score_a_point_and_metrics_are_not_optimise
     figures = objective.evaluate(ROWS)
     assert figures["reward"] == 1.0
     assert 7.0 in figures.values()
+
+
+def test_the_expected_reward_weighs_each_labels_reward_by_its_probability(policy: LabelWords) -> None:
+    asked: list[int] = []
+
+    def reward(completions: list[str], label: list[str], **_: Any) -> list[float | None]:
+        asked.append(len(completions))
+        return [None if t == "bad" else 2.0 * (c == t) for c, t in zip(completions, label, strict=True)]
+
+    values = RewardObjective(policy, RewardFunctions(reward)).ask(ROWS, POINTS, 0).answers.values  # type: ignore[union-attr]
+    p = policy.scores(ROWS, POINTS).exp().double()
+    assert asked == [len(ROWS) * 2], "each label is scored once, for both points"
+    assert torch.allclose(values[:, [0, 2]], 2.0 * p[:, [0, 2], 1])
+    assert values[:, 1].isnan().all(), "no label of this row has a reward"
+
+
+def test_a_collapsed_classifier_still_finds_a_difference(parts: Callable[[str], Any]) -> None:
+    """Where all answers are one label accuracy is flat, and its expectation is not."""
+    some = parts("gpt2")
+    collapsed = LabelWords(some.evaluator, some.tokenizer, replace(PROMPT, label_bias={"bad": 30.0, "good": 0.0}))
+    flat = RewardObjective(collapsed, RewardFunctions(accuracy()), label_reward="best").ask(ROWS, POINTS, 0).answers
+    assert flat.values[0].tolist() == flat.values[1].tolist()  # type: ignore[union-attr]
+    steep = RewardObjective(collapsed, RewardFunctions(accuracy())).ask(ROWS, POINTS, 0).answers
+    assert steep.values[0].mean() != steep.values[1].mean()  # type: ignore[union-attr]
 
 
 def test_the_calibration_scores_the_answers_that_the_biased_scores_choose(policy: LabelWords) -> None:

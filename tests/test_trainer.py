@@ -179,8 +179,11 @@ def test_rewards_are_handed_the_state_of_training(make: Callable[..., MeZOTraine
         steps.append(trainer_state.global_step)
         return [float(len(text)) for text in completions]
 
-    make(reward_funcs=reward, settings={"max_steps": 3}).train()
+    make(reward_funcs=reward, settings={"max_steps": 3, "label_reward": "best"}).train()
     assert steps == [0, 0, 1, 1, 2, 2]  # both sides of three probes
+    steps.clear()
+    make("expected", reward_funcs=reward, settings={"max_steps": 3}).train()
+    assert steps == [0, 1, 2], "each label's reward is asked once for both sides"
 
 
 def test_the_limit_on_a_prompt_leaves_the_answer_its_room(make: Callable[..., MeZOTrainer]):
@@ -463,7 +466,7 @@ def test_the_same_trainer_may_go_on_after_an_interrupt(make: Callable[..., MeZOT
     calls = itertools.count()
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
-        if next(calls) == 7:  # the second side of the fourth step
+        if next(calls) == 3:  # in the fourth step
             raise KeyboardInterrupt
         return accuracy()(completions=completions, **columns)
 
@@ -802,7 +805,7 @@ def test_a_model_made_in_memory_needs_its_tokenizer(make: Callable[..., MeZOTrai
     [
         (lambda n: [math.nan] * n, "returned NaN for sample 0; return None where it is not applicable"),
         (lambda n: [math.inf] * n, "returned inf for sample 0; a reward must be finite"),
-        (lambda n: [0.5] * (n - 1), "returned 7 rewards for 8 completions"),
+        (lambda n: [0.5] * (n - 1), "returned 15 rewards for 16 completions"),  # 8 rows with each of 2 labels
         (lambda n: "good", "returned str 'good'"),
         (lambda n: None, r"returned None \(.*\); does it lack a return statement"),
     ],

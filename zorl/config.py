@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from zorl.directions import DISTRIBUTIONS
+from zorl.expected_reward import LabelReward
 from zorl.schedules import Directions
 
 
@@ -24,7 +25,7 @@ class MeZOConfig(TrainingArguments):
 
     # Defaults of TrainingArguments that differ here.
     learning_rate: float = field(
-        default=5e-4, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
+        default=1e-3, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
     per_device_train_batch_size: int = field(
@@ -66,6 +67,14 @@ class MeZOConfig(TrainingArguments):
     label_column: str = field(
         default="label", metadata={"help": "Column with the true label: minibatches keep its proportions."}
     )
+    label_reward: str = field(
+        default="expected",
+        metadata={
+            "help": "Prompts with label words: 'expected' is the reward under the labels' probabilities, which moves "
+            "with every perturbation (rewards of a whole set, such as F1, are called 8 times a side); 'best' is that of "
+            "the likeliest label."
+        },
+    )
     calibrate: bool = field(
         default=True,
         metadata={
@@ -106,6 +115,8 @@ class MeZOConfig(TrainingArguments):
             self.epsilon_value = "auto"
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {self.distribution!r}")
+        if self.label_reward not in get_args(LabelReward):
+            raise ValueError(f"label_reward must be 'expected' or 'best', got {self.label_reward!r}")
         Directions.parse(self.n_spsa)
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")

@@ -223,6 +223,12 @@ class MeZO(torch.optim.Optimizer):
         """The same over the last hundred answered directions."""
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
 
+    @property
+    def header(self) -> dict[str, Any]:
+        """What a trajectory of this run begins with: all that decides where its steps lead."""
+        described = {"in_place": self._in_place is not None, "parameters": self.parameters.describe()}
+        return {**self._header, **described}
+
     def close(self) -> None:
         """Syncs and closes the trajectory."""
         if self.trajectory is not None:
@@ -263,8 +269,7 @@ class MeZO(torch.optim.Optimizer):
     def _log(self) -> Trajectory:
         assert self._path is not None
         if self.trajectory is None:
-            described = {"in_place": self._in_place is not None, "parameters": self.parameters.describe()}
-            self.trajectory = Trajectory.create(self._path, {**self._header, **described})
+            self.trajectory = Trajectory.create(self._path, self.header)
         return self.trajectory
 
     def _resume(self, path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zorl.directions import derive_seed
+from zorl.expected_reward import LabelReward, expected_reward, sample_labels
 from zorl.perturbation import Evaluator
 from zorl.policies import Policy, Row
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
@@ -23,10 +24,14 @@ LossFunction = Callable[[Any, Sequence[Row]], Any]
 
 
 class Judge(Protocol):
-    """Compares completions without knowing where they come from."""
+    """Compares completions without knowing where they come from.
+
+    It is called with keywords: prompts, the two completions of each, `request_id` (a text that names the run and step, so
+    that a judge that is asked again after a restart knows the question), and the data set's columns.
+    """
 
     def __call__(
-        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], **columns: Sequence[Any]
+        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], **columns: Any
     ) -> Sequence[Choice | str]: ...
 
 
@@ -57,64 +62,105 @@ class Calibration:
     objective: Callable[[Tensor], float]  # of scores like these; higher is better
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What reward functions are told of rows, besides the answers."""
+
+    prompts: list[Any]
+    columns: dict[str, list[Any]]
+
+
 @dataclass(slots=True)
 class RewardObjective:
     """Completions at each point, scored by reward functions on the whole batch at once.
 
     Args:
         metrics: functions that are recorded at evaluations and never optimised.
+        label_reward: of a prompt with label words: "expected" under the labels' probabilities (see
+            `zorl.expected_reward`), or of the "best" label.
         trainer_state: transformers' `TrainerState`, handed on to the functions as TRL does.
     """
 
     policy: Policy
     rewards: RewardFunctions
     metrics: RewardFunctions | None = None
+    label_reward: LabelReward = "expected"
     trainer_state: Any = None
+    _scores_sets: bool = False  # known from the first batch on
 
     @property
     def name(self) -> str:
         return "+".join(self.rewards.names)
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
+        if self.label_reward == "expected" and isinstance(self.policy, LabelWords):
+            return self._ask_expected(rows, points, noise_seed, self.policy)
         answers = self.policy.answers(rows, points, noise_seed=noise_seed)
-        values = [self._score(self.rewards, rows, completions) for completions in answers]
-        figures: dict[str, float] = {}
-        for name in self.rewards.names:
-            means = torch.tensor([value.means()[name] for value in values])
-            figures[f"rewards/{name}/mean"] = means.nanmean().item()
-        for name in {name for value in values for name in value.metrics}:
-            figures[name] = statistics.fmean(number for value in values for number in value.metrics.get(name, []))
-        return Asked(Scores(stack_totals(values)), figures)
+        batch = self._batch(rows)
+        values = [self._score(self.rewards, batch, completions) for completions in answers]
+        return Asked(Scores(stack_totals(values)), self._means(values) | _logged(values))
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         (answers,) = self.policy.answers(rows, [CENTRE])
-        scored = self._score(self.rewards, rows, answers)
+        batch = self._batch(rows)
+        scored = self._score(self.rewards, batch, answers)
         figures = {"reward": scored.total.nanmean().item()}
         for functions in (self.rewards, *([self.metrics] if self.metrics is not None else [])):
-            result = scored if functions is self.rewards else self._score(functions, rows, answers)
+            result = scored if functions is self.rewards else self._score(functions, batch, answers)
             figures |= result.means()
         return figures
+
+    def _ask_expected(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int, policy: LabelWords) -> Asked:
+        options = policy.every_answer(rows)  # [row][label]
+        scores = policy.scores(rows, points).cpu()  # (points, rows, labels)
+        if not self._scores_sets:
+            pairs = [(row, answer) for row, answers in zip(rows, options, strict=True) for answer in answers]
+            every = self._score(self.rewards, self._batch([row for row, _ in pairs]), [answer for _, answer in pairs])
+            self._scores_sets = every.set_level
+            if not every.set_level:
+                means = {
+                    f"rewards/{name}/mean": expected_reward(scores, values.view(len(rows), -1)).nanmean().item()
+                    for name, values in zip(every.names, every.values, strict=True)
+                }
+                total = every.total.view(len(rows), -1)
+                return Asked(Scores(expected_reward(scores, total)), means | _logged([every]))
+        drawn = sample_labels(scores, noise_seed).tolist()  # [draw][point][row]
+        batch = self._batch(rows)
+        values = [
+            [self._score(self.rewards, batch, [o[i] for o, i in zip(options, one, strict=True)]) for one in draw]
+            for draw in drawn
+        ]
+        totals = torch.stack([stack_totals(of_points) for of_points in values])  # (draws, points, 1 or rows)
+        every_value = [value for of_points in values for value in of_points]
+        return Asked(Scores(totals.nanmean(dim=0)), self._means(every_value) | _logged(every_value))
+
+    def _means(self, values: Sequence[RewardValues]) -> dict[str, float]:
+        means = [value.means() for value in values]
+        return {f"rewards/{n}/mean": torch.tensor([m[n] for m in means]).nanmean().item() for n in self.rewards.names}
 
     def calibration(self, rows: Sequence[Row]) -> Calibration:
         """Label scores at θ, and the rewards as a function of them."""
         assert isinstance(self.policy, LabelWords)
-        names = self.policy.label_names
+        names, batch = self.policy.label_names, self._batch(rows)
 
         def reward(scores: Tensor) -> float:
             answers = [Answer(names[i], []) for i in scores.argmax(dim=1).tolist()]
-            return self._score(self.rewards, rows, answers).total.nanmean().nan_to_num(nan=-math.inf).item()
+            return self._score(self.rewards, batch, answers).total.nanmean().nan_to_num(nan=-math.inf).item()
 
         return Calibration(self.policy.scores(rows, [CENTRE])[0].cpu(), reward)
 
-    def _score(self, functions: RewardFunctions, rows: Sequence[Row], answers: Sequence[Answer]) -> RewardValues:
+    def _score(self, functions: RewardFunctions, batch: _Batch, answers: Sequence[Answer]) -> RewardValues:
         return functions(
-            prompts=[self.policy.prompt.render(row).prompt for row in rows],
+            prompts=batch.prompts,
             completions=[answer.completion for answer in answers],
             completion_ids=[answer.completion_ids for answer in answers],
-            columns=columns_of(rows),
+            columns=batch.columns,
             label_names=list(self.policy.prompt.labels) or None,
             trainer_state=self.trainer_state,
         )
+
+    def _batch(self, rows: Sequence[Row]) -> _Batch:
+        return _Batch([self.policy.prompt.render(row).prompt for row in rows], columns_of(rows))
 
 
 @dataclass(slots=True)
@@ -216,11 +262,8 @@ class JudgeObjective:
                 prompts=[self.policy.prompt.render(rows[i]).prompt for _, i, _ in shown],
                 first=[first for first, _ in ordered],
                 second=[second for _, second in ordered],
-                **{
-                    name: column
-                    for name, column in columns_of([rows[i] for _, i, _ in shown]).items()
-                    if name != "prompt"
-                },
+                request_id=f"{noise_seed:016x}",
+                **_columns_for_judge([rows[i] for _, i, _ in shown]),
             )
             if len(choices) != len(shown):
                 raise ValueError(f"the judge gave {len(choices)} verdicts on {len(shown)} pairs")
@@ -243,6 +286,7 @@ def make_objective(
     loss: str | LossFunction | None = None,
     metrics: RewardFunctions | None = None,
     label_column: str = "label",
+    label_reward: LabelReward = "expected",
 ) -> Objective:
     """The objective of exactly one of `rewards`, `judge` and `loss`.
 
@@ -250,7 +294,7 @@ def make_objective(
         ValueError: `loss` is neither a function nor `"cross_entropy"`, or that has no label words to work on.
     """
     if rewards is not None:
-        return RewardObjective(policy, rewards, metrics)
+        return RewardObjective(policy, rewards, metrics, label_reward)
     if judge is not None:
         return JudgeObjective(policy, judge, metrics)
     if callable(loss):
@@ -260,6 +304,24 @@ def make_objective(
     if not isinstance(policy, LabelWords):
         raise ValueError("loss='cross_entropy' needs a prompt with label words")
     return CrossEntropy(policy, label_column, metrics)
+
+
+def _logged(values: Sequence[RewardValues]) -> dict[str, float]:
+    """Means of the numbers that the functions logged with `log_metric`."""
+    names = {name for value in values for name in value.metrics}
+    return {name: statistics.fmean(n for value in values for n in value.metrics.get(name, [])) for name in names}
+
+
+def _columns_for_judge(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The columns that a judge gets; the column `prompt` is in its prompts.
+
+    Raises:
+        ValueError: a column bears the name of one of its other arguments.
+    """
+    columns = {name: column for name, column in columns_of(rows).items() if name != "prompt"}
+    if clash := sorted(columns.keys() & {"prompts", "first", "second", "request_id"}):
+        raise ValueError(f"data set column '{clash[0]}' has the name of an argument of judges; rename it")
+    return columns
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:

@@ -134,6 +134,14 @@ class LabelWords:
             for chosen in best
         ]
 
+    def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
+        """Each label as the answer to each row, as `[row][label]`."""
+        names = self.prompt.labels
+        return [
+            [Answer(name, list(tokens)) for name, tokens in zip(names, _options(one).tokens, strict=True)]
+            for one in self._encode(rows)
+        ]
+
     def _scores(self, encoded: Sequence[Encoded], points: Sequence[Point]) -> Tensor:
         device = next(self.evaluator.module.parameters()).device
         batches = self._batches(encoded, device)

@@ -311,6 +311,7 @@ class MeZOTrainer(ForwardTrainer):
             "prompt": self.prompt.to_dict(),
             "calibration_forwards": self.calibration_forwards,
             "learning_rate": args.learning_rate,
+            "label_reward": args.label_reward,
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
@@ -402,7 +403,9 @@ class MeZOTrainer(ForwardTrainer):
     def _use_prompt(self, prompt: Prompt) -> None:
         self.prompt = prompt
         self.policy = make_policy(self.evaluator, self.processing_class, prompt, self.args)
-        self.objective: Objective = make_objective(self.policy, **self._goal, label_column=self.args.label_column)
+        self.objective: Objective = make_objective(
+            self.policy, **self._goal, label_column=self.args.label_column, label_reward=self.args.label_reward
+        )
         self.objective_name = self.objective.name
 
     # --- parts ------------------------------------------------------------------------------------------------------
