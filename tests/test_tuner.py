@@ -1,0 +1,278 @@
+"""The process that tunes while people judge: every verdict counts once, whatever is killed, and the store is the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+
+from zorl.apps.judge_settings import JudgeSettings
+from zorl.apps.tuner import Tuner, follow_store
+from zorl.models import load_model
+from zorl.parameters import ParameterSet, select
+from zorl.probe import Choice
+from zorl.rewards.judgment_store import AlreadyClosed, JudgmentStore
+from zorl.rewards.judgment_tables import pairs
+from zorl.trajectory import Record, Trajectory, read, replay
+
+PROMPTS = ["the film was", "a great", "the user asked", "who wrote the book?", "an odd ending", "it was"]
+Kind = Callable[[str], Any]
+
+
+@pytest.fixture
+def run(parts: Kind, tmp_path: Path) -> Path:
+    """A run's folder, with a tiny model."""
+    some = parts("llama")
+    some.model.save_pretrained(tmp_path / "model")
+    some.tokenizer.save_pretrained(tmp_path / "model")
+    settings(tmp_path).write(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def settings(folder: Path, **changes: Any) -> JudgeSettings:
+    given = {
+        "model": str(folder / "model"), "prompts": PROMPTS, "prompts_per_step": 2, "comparisons_per_step": 1,
+        "max_completion_length": 5, "learning_rate": 0.01, "epsilon": "0.1", "max_drift": 0.0, "parameters": [],
+    }  # fmt: skip
+    return JudgeSettings(**{**given, **changes})
+
+
+def store_of(run: Path, **options: Any) -> JudgmentStore:
+    return JudgmentStore(run / "judgments.sqlite", **options)
+
+
+@contextmanager
+def working(run: Path) -> Iterator[Tuner]:
+    """A tuner at work in a thread."""
+    tuner, stop = Tuner(run), threading.Event()
+    thread = threading.Thread(target=tuner.work, args=(stop,))
+    thread.start()
+    try:
+        yield tuner
+    finally:
+        stop.set()
+        thread.join()
+
+
+def judge(store: JudgmentStore, until: Callable[[], bool], choose: Callable[[Any], Choice], seconds: float = 60) -> int:
+    """Votes as one rater until something holds; returns how many votes."""
+    rater, votes, deadline = store.rater("ann"), 0, time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, f"nothing came of {votes} votes: {store.tuner()}"
+        showing = store.next_pair(rater)
+        if showing is None:
+            time.sleep(0.01)
+            continue
+        try:
+            store.vote(showing.id, rater, choose(showing))
+            votes += 1
+        except AlreadyClosed:
+            pass
+    return votes
+
+
+def shorter(showing: Any) -> Choice:
+    return Choice.FIRST if len(showing.first) <= len(showing.second) else Choice.SECOND
+
+
+def weights_by_replay(run: Path) -> str:
+    """SHA-256 of the weights that base and trajectory give."""
+    parameters = ParameterSet(select(load_model(JudgeSettings.read(run).model), None))
+    replay(*read(run / "trajectory.zorl"), parameters)
+    return parameters.sha256()
+
+
+def test_verdicts_make_steps_and_the_trajectory_gives_the_weights(run: Path):
+    store = store_of(run, repeat_share=0.0)
+    with working(run) as tuner:
+        judge(store, lambda: len(store.steps()) >= 5, shorter)
+    steps = store.steps()
+    assert [step.step for step in steps] == list(range(len(steps)))
+    assert any(c != 0.0 for step in steps for c in step.coefficients)
+    assert tuner.mezo.parameters.sha256() == weights_by_replay(run)
+    assert [bytes(record) for record in read(run / "trajectory.zorl")[1]] == [
+        bytes(Record(step.projected, step.coefficients)) for step in steps
+    ]
+    assert all("informative_share" in step.figures for step in steps)
+    assert "drift" in steps[-2].figures
+
+
+def test_the_step_follows_the_preferred_side(run: Path):
+    """Whoever prefers the plus side throughout gets a step along +z, whichever way round the pairs were shown."""
+    store = store_of(run, repeat_share=0.0, comparison_share=0.0)
+    tuner = Tuner(run)
+    while tuner._ask_ahead(2):
+        pass
+    first, _ = tuner.probes[0]
+    with store._database.reading() as connection:
+        plus = {(row.prompt, row.plus, row.minus) for row in connection.execute(sqlalchemy.select(pairs))}
+    judge(
+        store,
+        lambda: store.decided(first.id),
+        lambda s: Choice.FIRST if (s.prompt, s.first, s.second) in plus else Choice.SECOND,
+    )
+    assert tuner._apply_decided()
+    (step,) = store.steps()
+    assert step.projected[0] <= 0.0
+    assert step.coefficients[0] >= 0.0
+    tuner.mezo.close()
+
+
+def test_it_goes_on_where_it_was_stopped_and_asks_nothing_twice(run: Path):
+    store = store_of(run, repeat_share=0.0)
+    with working(run):
+        judge(store, lambda: len(store.steps()) >= 2, shorter)
+    written, steps = store.probes_written(), len(store.steps())
+    tuner = Tuner(run)
+    assert tuner.mezo.steps == steps
+    assert sorted(tuner.probes) == [p.step for p in store.open_probes()]
+    assert store.probes_written() == written
+    tuner.mezo.close()
+
+
+def test_going_back_gives_the_weights_of_that_step_again(run: Path):
+    store = store_of(run, repeat_share=0.0)
+    hashes = {}
+    with working(run) as tuner:
+        for n in (2, 4):
+            judge(store, lambda n=n: len(store.steps()) >= n, shorter)  # type: ignore[misc]
+    hashes[len(store.steps())] = tuner.mezo.parameters.sha256()
+    number = store.request("rewind", {"step": 2})
+    again = Tuner(run)
+    assert again.work(threading.Event()), "it wants a new Tuner"
+    assert store.request_result(number) == {"step": 2}
+    back = Tuner(run)
+    assert back.mezo.steps == len(store.steps()) == 2
+    assert back.mezo.parameters.sha256() == weights_by_replay(run) not in hashes.values()
+    back.mezo.close()
+    number = store.request("rewind", {"step": 7})
+    last = Tuner(run)
+    assert not last._answer_requests()
+    assert store.request_result(number) == {"error": "step 7 is not behind: 2 steps are made"}
+    last.mezo.close()
+
+
+def test_requests_are_answered(run: Path):
+    store = store_of(run)
+    numbers = [store.request("try", {"prompt": "the film was"}), store.request("try", {"prompt": " "})]
+    numbers += [store.request("export_model", {}), store.request("sing", {})]
+    tuner = Tuner(run)
+    assert not tuner._answer_requests()
+    tuner.mezo.close()
+    tried, empty, export, unknown = (store.request_result(number) for number in numbers)
+    assert tried is not None
+    assert tried["start"] == tried["current"], "nothing is tuned yet"
+    assert empty == {"error": "type a prompt first"}
+    assert unknown == {"error": "there is no request 'sing'"}
+    assert export is not None
+    assert Path(export["path"]).is_file()
+    load_model(str(Path(export["path"]).with_suffix("")))
+
+
+def test_too_much_drift_pauses_until_people_say_go_on(run: Path):
+    (run / "judge.json").unlink()
+    settings(run.parent, max_drift=1e-9, learning_rate=0.1).write(run)
+    store = store_of(run, repeat_share=0.0)
+    with working(run) as tuner:
+        judge(store, lambda: store.tuner()["state"] == "paused", shorter)
+        assert "above the limit of 1e-09" in store.tuner()["message"]
+        steps = len(store.steps())
+        store.request("go_on", {})
+        judge(store, lambda: len(store.steps()) > steps + 2 or tuner.paused, shorter)
+
+
+def test_a_probe_that_two_updates_have_overtaken_is_recorded_as_abstained(run: Path):
+    store = store_of(run, repeat_share=0.0, comparison_share=0.0)
+    tuner = Tuner(run)
+    while tuner._ask_ahead(2):
+        pass
+    stored, probe = tuner.probes[1]
+    tuner._updates_since = lambda step: 2 if step == probe.made_at and tuner.mezo.steps == 1 else 0  # type: ignore[method-assign]
+    judge(store, lambda: store.decided(tuner.probes[0][0].id), shorter)
+    assert tuner._apply_decided()
+    assert tuner._apply_decided()
+    assert store.probe(stored.id).state in ("withdrawn", "expired")
+    assert store.steps()[1].coefficients == (0.0,)
+    tuner.mezo.close()
+
+
+@pytest.mark.parametrize("written", ["longer", "shorter", "other", "damaged", "missing"])
+def test_the_trajectory_is_brought_into_line_with_the_store(run: Path, written: str):
+    store = store_of(run, repeat_share=0.0)
+    with working(run) as tuner:
+        judge(store, lambda: len(store.steps()) >= 3, shorter)
+    path, steps = run / "trajectory.zorl", store.steps()
+    whole = path.read_bytes()
+    header, records = read(path)
+    if written in ("longer", "shorter", "other"):
+        extra = Record((1.0,), (0.5,))
+        changed = {"longer": [*records, extra], "shorter": records[:-1], "other": [*records[:-1], extra]}[written]
+        path.unlink()
+        other = Trajectory.create(path, header)
+        for record in changed:
+            other.append(record)
+        other.close()
+    elif written == "damaged":
+        path.write_bytes(whole[:-9] + bytes(9))
+    else:
+        path.unlink()
+    again = Tuner(run)
+    again.mezo.close()
+    assert path.read_bytes() == whole
+    assert again.mezo.parameters.sha256() == tuner.mezo.parameters.sha256()
+    follow_store(path, header, steps)
+    assert path.read_bytes() == whole
+
+
+def test_killed_at_any_moment_it_uses_every_verdict_once(run: Path):
+    """SIGKILL at random points; the weights are those that the committed verdicts make, and no step is missing."""
+    store = store_of(run, repeat_share=0.0)
+    generator, kills = random.Random(0), 0
+    while kills < 5:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zorl.apps.tuner", "--run", str(run)],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        steps = len(store.steps())
+        judge(store, lambda steps=steps: len(store.steps()) > steps + 1, shorter, seconds=120)  # type: ignore[misc]
+        moment = time.monotonic() + 0.5 * generator.random()
+        judge(store, lambda moment=moment: time.monotonic() > moment, shorter)  # type: ignore[misc]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    tuner = Tuner(run)
+    tuner.mezo.close()
+    steps = store.steps()
+    assert [step.step for step in steps] == list(range(len(steps)))
+    assert len({step.probe for step in steps}) == len(steps), "a probe makes one step"
+    assert tuner.mezo.parameters.sha256() == weights_by_replay(run)
+    used = sum(step.figures["verdicts"] for step in steps)
+    closed = sum(len(store.close_probe(step.probe)) for step in steps if store.probe(step.probe).state == "applied")
+    assert used == closed
+
+
+def test_settings_are_kept_and_others_refused(run: Path):
+    assert json.loads((run / "judge.json").read_text())["prompts"] == PROMPTS
+    settings(run.parent).write(run)
+    with pytest.raises(
+        ValueError, match=r"holds a run with other learning_rate: 0\.01 there, 0\.5 now; choose another"
+    ):
+        settings(run.parent, learning_rate=0.5).write(run)
+    with pytest.raises(ValueError, match="holds no judging run: judge.json is missing"):
+        Tuner(run.parent)
+    (run / "judge.json").write_text("{")
+    with pytest.raises(ValueError, match="does not hold the settings of a judging run"):
+        Tuner(run)
