@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from zorl.apps.judge_settings import JudgeSettings
+
 
 def _flag(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
@@ -56,7 +58,12 @@ class TrainArguments(InputArguments):
             "options as in f1:average=weighted; or your own function, as package.module:name or path/file.py:name."
         ),
     )
-    judge: str | None = _flag("Instead of a reward: a function that says which of two answers is better, module:name.")
+    judge: str | None = _flag(
+        "Instead of a reward, who says which of two answers is better: human (with --judgments), reward:NAME (any that "
+        "--reward takes), classifier:MODEL or classifier:MODEL,label=good, model:MODEL (a language model that reads both), "
+        "or your own function, as package.module:name or path/file.py:name."
+    )
+    judgments: str | None = _flag("With --judge human: the SQLite file in which the run and its raters meet.")
     loss: str | None = _flag("Instead of a reward: cross_entropy, over the label words.")
     metrics: list[str] | None = field(
         default=None,
@@ -114,3 +121,44 @@ class ReplayArguments:
     output_dir: str | None = _flag("Folder for the rebuilt model, its tokenizer and its prompt.")
     overwrite: bool = _flag("Write into a folder that is not empty.", False)
     json: bool = _flag("Print one JSON object on stdout.", False)
+
+
+@dataclass
+class JudgeArguments:
+    """What `zorl judge` takes."""
+
+    run: str = _flag("Folder for the run, made if need be; a run that is there goes on.", "judge_run")
+    model: str | None = _flag(
+        "A causal language model on the hub, or its folder. Default: a small one that ships with zorl."
+    )
+    prompts: str | None = _flag(
+        "What the model answers: a .txt file with a prompt a line, or a .jsonl, .csv, .tsv, .json or .parquet file with the "
+        "column prompt. Default: beginnings of film reviews, for the model that ships with zorl."
+    )
+    held_out: str | None = _flag(
+        "Prompts, likewise, for blind comparisons with the starting model. Default: those of --prompts."
+    )
+    prompts_per_step: int = _flag("Pairs that people judge for one step.", JudgeSettings.prompts_per_step)
+    comparisons_per_step: int = _flag(
+        "Pairs of the current and the starting model that are offered after a step.", JudgeSettings.comparisons_per_step
+    )
+    votes_per_pair: int | None = _flag("Raters who judge each pair. Default: 1.")
+    lease_seconds: float | None = _flag("Time a rater has a pair to themselves. Default: 120.")
+    max_completion_length: int = _flag("Tokens of an answer.", JudgeSettings.max_completion_length)
+    temperature: float = _flag("Of sampling.", JudgeSettings.temperature)
+    learning_rate: float = _flag("As for zorl train.", JudgeSettings.learning_rate)
+    epsilon: str = _flag("How far apart the two models of a pair are: a number, or auto.", JudgeSettings.epsilon)
+    parameters: list[str] | None = field(
+        default=None, metadata=_several("Shell patterns of the parameters to tune. Default: all.")
+    )
+    max_drift: float = _flag(
+        "Nats a token between the current and the starting model at which tuning pauses; 0 never pauses.",
+        JudgeSettings.max_drift,
+    )
+    seed: int = _flag("Of directions and sampling.", JudgeSettings.seed)
+    host: str = _flag("Address to serve on. Another than this machine's own needs passwords.", "127.0.0.1")
+    port: int | None = _flag("Port to serve on. Default: the first free one from 7860.")
+    password: str | None = _flag("One password for all; the name that a rater signs in with is theirs to choose.")
+    users: str | None = _flag("A file of lines name:password: who may judge.")
+    guidelines: str | None = _flag("A text file for the raters; its first line is the question that stays in view.")
+    no_browser: bool = _flag("Do not open the page in a browser.", False)

@@ -73,7 +73,9 @@ class JudgeSettings:
         """
         path = _path(run)
         if not path.is_file():
-            raise ValueError(f"{run} holds no judging run: {path.name} is missing; start one with zorl judge --run {run}")
+            raise ValueError(
+                f"{run} holds no judging run: {path.name} is missing; start one with zorl judge --run {run}"
+            )
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(**found)

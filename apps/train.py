@@ -30,7 +30,7 @@ from zorl.apps.inputs import (
 from zorl.apps.report import Begin, peak_memory_mb
 from zorl.data import hold_out
 from zorl.prompts import Prompt
-from zorl.rewards.loading import load_function
+from zorl.rewards import load_judge
 
 DEFAULT_STEPS = 1000
 OUTPUT_DIR = "zorl_output"
@@ -67,7 +67,9 @@ def run(argv: Sequence[str]) -> str:
         metrics = load_rewards(["accuracy", "f1"], label_column)
     else:
         metrics = load_rewards(arguments.metrics, truth)
-    judge = None if arguments.judge is None else load_function(arguments.judge, "judge")
+    judge = (
+        None if arguments.judge is None else load_judge(arguments.judge, column=truth, judgments=arguments.judgments)
+    )
 
     resuming = (folder / "trajectory.zorl").exists()
     config = build(MeZOConfig, _with_defaults(given, eval_rows is not None, resuming))
@@ -99,6 +101,8 @@ def _check_goal(arguments: TrainArguments) -> None:
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
         raise ValueError(f"give exactly one of --reward, --judge and --loss, such as --reward f1; got {found}")
+    if arguments.judgments is not None and arguments.judge is None:
+        raise ValueError("--judgments is where people judge: it goes with --judge human")
 
 
 def _rows(

@@ -29,7 +29,7 @@ from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Choice, Probe, Verdict, Verdicts
 from zorl.prompts import Answer, Prompt
-from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep
+from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep, Vote
 from zorl.run_folder import RunFolder
 from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 
@@ -117,12 +117,13 @@ class Tuner:
         if self.mezo.steps not in self.probes:
             return False
         stored, probe = self.probes[self.mezo.steps]
-        stale = self._updates_since(probe.made_at) > _MOST_UPDATES
-        if stale:
+        votes: list[Vote] | None = []
+        if self._updates_since(probe.made_at) > _MOST_UPDATES:
             self.store.withdraw(stored.id)
-        elif not self.store.decided(stored.id):
+        else:
+            votes = self.store.close_decided(stored.id)
+        if votes is None:
             return False
-        votes = [] if stale else self.store.close_probe(stored.id)
         verdicts = [Verdict(2 * v.direction, 2 * v.direction + 1, v.row, v.choice) for v in votes]
         nobody = [Verdict(2 * i, 2 * i + 1, 0, Choice.ABSTAIN) for i in range(len(probe.seeds))]
         record = self.mezo.tell(probe.id, Verdicts(tuple(verdicts or nobody)))
@@ -131,7 +132,7 @@ class Tuner:
         del self.probes[probe.step]
         return True
 
-    def _commit(self, stored: StoredProbe, probe: Probe, record: Record, votes: Sequence[Any]) -> None:
+    def _commit(self, stored: StoredProbe, probe: Probe, record: Record, votes: Sequence[Vote]) -> None:
         decided = [v for v in votes if v.choice in (Choice.FIRST, Choice.SECOND)]
         figures = {"verdicts": float(len(votes)), "informative_share": self.mezo.recent_informative_share}
         if votes:

@@ -1,11 +1,19 @@
-"""Reward functions by name, as the command line takes them.
+"""Reward functions and judges by name, as the command line takes them.
 
     f1                               a reward that zorl ships
     f1:average=weighted,column=gold  the same with options
     package.module:name              a function of an installed package, or of the PYTHONPATH
     path/to/file.py:name             a function of a file, which is run
 
-Neither changes sys.path.
+A judge is one of
+
+    human                            people, by way of a judgment store
+    reward:NAME                      any of the above: the answer with the higher reward wins
+    classifier:MODEL,label=good      a classifier's opinion on one label (a model with one logit needs none)
+    model:MODEL                      a language model that reads both answers
+    path/to/file.py:name             a function that is a judge itself, or package.module:name
+
+Nothing here changes sys.path.
 """
 
 from __future__ import annotations
@@ -19,12 +27,15 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zorl.reward_functions import RewardFunction
 from zorl.rewards.classification import accuracy, balanced_accuracy, f1, matthews
 from zorl.rewards.classifier import classifier
 from zorl.rewards.text import exact_match, squad_f1
+
+if TYPE_CHECKING:
+    from zorl.objectives import Judge
 
 SHIPPED: dict[str, Callable[..., RewardFunction]] = {
     "accuracy": accuracy,
@@ -35,6 +46,8 @@ SHIPPED: dict[str, Callable[..., RewardFunction]] = {
     "squad_f1": squad_f1,
     "classifier": classifier,
 }
+_JUDGES = ("reward", "classifier", "model")
+_KNOWN_JUDGES = "a judge is human, reward:NAME, classifier:MODEL, model:MODEL, or your own as path/file.py:function"
 
 
 def load_reward(name: str, *, column: str | None = None) -> RewardFunction:
@@ -60,6 +73,47 @@ def load_reward(name: str, *, column: str | None = None) -> RewardFunction:
     if "=" in tail:
         raise ValueError(f"unknown reward '{shipped}'; zorl ships {', '.join(SHIPPED)}{_near(shipped, SHIPPED)}")
     return load_function(name)
+
+
+def load_judge(name: str, *, column: str | None = None, judgments: str | Path | None = None) -> Judge:
+    """A judge by its name on the command line.
+
+    Args:
+        name: human, reward:NAME, classifier:MODEL, model:MODEL, or a function of your own.
+        column: of the data set, where shipped rewards find the truth.
+        judgments: the judgment store of `human`, which is made if it is not there.
+
+    Raises:
+        ValueError: there is no such judge, its model cannot be loaded, `human` comes without a store, or another with one.
+        OSError: there is no such language model.
+    """
+    if name == "human":
+        if judgments is None:
+            raise ValueError("the judge 'human' needs a file to meet people in: --judgments FILE.sqlite")
+        from zorl.rewards.human import HumanJudge
+
+        return HumanJudge(judgments)
+    if judgments is not None:
+        raise ValueError(f"--judgments is where people judge, and the judge is '{name}'; leave it out, or take 'human'")
+    kind, colon, rest = name.partition(":")
+    if kind not in _JUDGES:
+        near = _near(kind, ["human", *_JUDGES])
+        if not colon:
+            raise ValueError(f"unknown judge '{name}'; {_KNOWN_JUDGES}{near}")
+        return load_function(name, "judge")
+    if not rest:
+        raise ValueError(f"the judge '{name}' is incomplete; {_KNOWN_JUDGES}")
+    from zorl.rewards.judges import ClassifierJudge, LanguageModelJudge, RewardJudge
+
+    if kind == "reward":
+        return RewardJudge(load_reward(rest, column=column))
+    if kind == "model":
+        return LanguageModelJudge(rest)
+    model, comma, option = rest.partition(",")
+    key, _, label = option.partition("=")
+    if comma and (key != "label" or not label):
+        raise ValueError(f"the judge 'classifier' has no option '{option}'; it takes label=…")
+    return ClassifierJudge(model, label or None)
 
 
 def load_function(name: str, what: str = "reward") -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from transformers import AutoModelForMaskedLM
 
 from zorl.apps.cli import main
 from zorl.apps.commands import COMMANDS, TRAIN
+from zorl.probe import Choice
+from zorl.rewards import JudgmentStore
 from zorl.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -418,6 +421,40 @@ def test_a_judge_is_followed_without_evaluations(zorl: Callable[..., Outcome], f
     assert result["saved_step"] == 6
 
 
+def test_a_reward_or_people_can_be_the_judge(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    """People who like short answers tune the model to the same bits as a reward for them."""
+    words = ["train", "--model", files.gpt2, "--dataset", files.path("train.tsv"), "--prompt", "{text}", *SHORT]
+    words += ["--max_completion_length", "4", "--max_steps", "2", "--json"]
+    reward = zorl(words, "--judge", f"reward:{files.rewards}:short", "--output_dir", str(tmp_path / "reward")).json
+    assert reward["objective"] == "judge:reward:short"
+
+    file = tmp_path / "judgments.sqlite"
+    stop = threading.Event()
+
+    def rate() -> None:
+        with JudgmentStore(file) as store:
+            rater = store.rater("Ann")
+            while not stop.wait(0.002):
+                while (showing := store.next_pair(rater)) is not None:
+                    lengths = len(showing.first), len(showing.second)
+                    choice = (
+                        Choice.TIE
+                        if lengths[0] == lengths[1]
+                        else Choice.FIRST
+                        if lengths[0] < lengths[1]
+                        else Choice.SECOND
+                    )
+                    store.vote(showing.id, rater, choice)
+
+    thread = threading.Thread(target=rate, daemon=True)
+    thread.start()
+    human = zorl(words, "--judge", "human", "--judgments", str(file), "--output_dir", str(tmp_path / "human")).json
+    stop.set()
+    thread.join()
+    assert human["objective"] == "judge:human"
+    assert human["weights_sha256"] == reward["weights_sha256"]
+
+
 def test_a_reward_from_a_file_leaves_sys_path_alone(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
     before = list(sys.path)
     result = zorl(train(files, tmp_path / "out", "--reward", f"{files.rewards}:right", "--json")).json
@@ -505,6 +542,13 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
         (["--prompt", "{text} it was {mask}", "--label_words", "no=terrible", "1=great"], "'0' (30 rows) without a label word"),
         (["--reward", "f2"], "unknown reward 'f2'; zorl ships"),
         (["--reward", "f1", "--loss", "cross_entropy"], "exactly one of --reward, --judge and --loss"),
+        (["--judge", "human"], "needs a file to meet people in: --judgments FILE.sqlite"),
+        (["--judge", "human", "--judgments", "nowhere/j.sqlite"], "there is no folder 'nowhere'"),
+        (["--judge", "reward:f2"], "unknown reward 'f2'"),
+        (["--judge", "humans"], "unknown judge 'humans'; a judge is human, reward:NAME"),
+        (["--judge", "REWARDS:judge", "--judgments", "j.sqlite"], "leave it out, or take 'human'"),
+        (["--judgments", "j.sqlite"], "--judgments is where people judge: it goes with --judge human"),
+        (["--judge", "reward:f1", "--reward", "f1"], "exactly one of --reward, --judge and --loss"),
         (["--epsilon", "0"], "epsilon must be a positive number or 'auto', got '0'"),
         (["--learning_rate", "-0.001"], "learning_rate must be positive, got -0.001"),
         (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
@@ -530,6 +574,9 @@ def test_bad_input_gets_a_sentence(
 ) -> None:
     more = [word.replace("REWARDS", files.rewards) for word in more]
     words = train(files, tmp_path / "out", *more)
+    if "--judge" in more:  # which gives nothing to evaluate
+        at = words.index("--eval_dataset")
+        words = words[:at] + words[at + 2 :]
     outcome = zorl(words, "--max_steps", "12")
     assert (outcome.code, outcome.out) == (2, "")
     last = outcome.err.splitlines()[-1]

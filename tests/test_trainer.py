@@ -224,7 +224,7 @@ def test_a_judge_that_prefers_right_answers_is_followed(make: Callable[..., MeZO
     trainer.train()
     assert trainer.evaluate()["eval_accuracy"] > before + 0.1
     assert {"good", "bad"} == set().union(*(answers for answers, _ in shown))
-    assert all(columns == {"text"} for _, columns in shown)
+    assert all(columns == {"text", "request_id"} for _, columns in shown)
     assert 0 < sum(logged(trainer, "decided_share")) / len(logged(trainer, "decided_share")) < 1
 
 

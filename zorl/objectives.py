@@ -31,7 +31,13 @@ class Judge(Protocol):
     """
 
     def __call__(
-        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], **columns: Any
+        self,
+        prompts: Sequence[Any],
+        first: Sequence[Any],
+        second: Sequence[Any],
+        *,
+        request_id: str,
+        **columns: Any,
     ) -> Sequence[Choice | str]: ...
 
 

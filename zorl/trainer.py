@@ -404,7 +404,10 @@ class MeZOTrainer(ForwardTrainer):
         self.prompt = prompt
         self.policy = make_policy(self.evaluator, self.processing_class, prompt, self.args)
         self.objective: Objective = make_objective(
-            self.policy, **self._goal, label_column=self.args.label_column, label_reward=self.args.label_reward
+            self.policy,
+            **self._goal,
+            label_column=self.args.label_column,
+            label_reward=self.args.label_reward,  # type: ignore[arg-type]
         )
         self.objective_name = self.objective.name
 

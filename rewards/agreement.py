@@ -1,0 +1,181 @@
+"""How far raters agree: with one another, with themselves, and whatever the order in which they saw the answers.
+
+Everything is computed from the showings that a judgment store holds. A figure that nothing speaks for is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from zorl.probe import Choice
+from zorl.rewards.judgment_records import ShowingRecord
+from zorl.rewards.majority import majority
+
+_NORMAL_975 = 1.959963984540054  # the quantile of a two-sided 95% interval
+_DECIDED = (Choice.FIRST, Choice.SECOND)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of n cases, with its 95% interval (Wilson 1927, score interval). Of no cases all three are NaN."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, hits: float, n: int) -> Share:
+        if n == 0:
+            return cls(math.nan, math.nan, math.nan, 0)
+        share, z2 = hits / n, _NORMAL_975**2
+        centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = _NORMAL_975 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+        return cls(share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+@dataclass(frozen=True, slots=True)
+class RaterFigures:
+    """One rater.
+
+    Attributes:
+        name: of the rater.
+        votes: given, without repeats.
+        first: how often the answer seen first won, of the votes that preferred one; 0.5 is no bias of position.
+        consistency: how often a swapped repeat got the same opinion.
+        with_others: how often the opinion is the majority's of the other raters, where there is one.
+        ties: votes for neither, "both bad" among them.
+        abstained: votes that gave no opinion.
+        seconds: the median between seeing a pair and answering it.
+    """
+
+    name: str
+    votes: int
+    first: Share
+    consistency: Share
+    with_others: Share
+    ties: int
+    abstained: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """All raters together.
+
+    Attributes:
+        alpha: Krippendorff's alpha of the opinions plus, neither, minus as ordered categories: 1 is full agreement, 0
+            what chance gives. NaN unless two raters judged the same pair and the opinions differ anywhere.
+        shared_pairs: pairs that two or more raters have an opinion on.
+        first: as of one rater.
+        consistency: as of one rater.
+        raters: one row each, most votes first.
+    """
+
+    alpha: float
+    shared_pairs: int
+    first: Share
+    consistency: Share
+    raters: tuple[RaterFigures, ...]
+
+
+def agreement(records: Iterable[ShowingRecord]) -> Agreement:
+    """The agreement of raters.
+
+    Args:
+        records: as from `JudgmentStore.showings()`; unanswered ones are left out.
+    """
+    answered = [record for record in records if record.opinion is not None]
+    votes = [record for record in answered if not record.repeat]
+    names = Counter(record.rater for record in votes)
+    repeats = _repeats(answered)
+    opinions = _opinions(votes)
+    figures = tuple(
+        _of_one(name, [vote for vote in votes if vote.rater == name], repeats, opinions)
+        for name, _ in sorted(names.items(), key=lambda item: (-item[1], item[0]))
+    )
+    return Agreement(
+        alpha=krippendorff_alpha(opinions.values()),
+        shared_pairs=sum(len(of_pair) > 1 for of_pair in opinions.values()),
+        first=_first(votes),
+        consistency=_consistency(repeats),
+        raters=figures,
+    )
+
+
+def krippendorff_alpha(opinions: Iterable[dict[str, Choice]]) -> float:
+    """Krippendorff's alpha for ordered categories (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability").
+
+    Args:
+        opinions: for each pair the raters' opinions by name, abstentions left out.
+
+    Returns:
+        1 for full agreement, 0 for what chance gives; NaN where no pair has two opinions, or all opinions are one.
+    """
+    units = [of_pair for of_pair in opinions if len(of_pair) > 1]
+    values = {choice.preference for of_pair in units for choice in of_pair.values()}
+    if len(values) < 2:
+        return math.nan
+    import krippendorff
+    import numpy as np
+
+    names = sorted({name for of_pair in units for name in of_pair})
+    table = np.array([[unit[name].preference if name in unit else math.nan for unit in units] for name in names])
+    return float(krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal"))
+
+
+def _opinions(votes: Iterable[ShowingRecord]) -> dict[int, dict[str, Choice]]:
+    """Pair → rater → opinion, abstentions left out."""
+    opinions: dict[int, dict[str, Choice]] = defaultdict(dict)
+    for vote in votes:
+        if vote.opinion is not None and vote.opinion is not Choice.ABSTAIN:
+            opinions[vote.pair][vote.rater] = vote.opinion
+    return opinions
+
+
+def _repeats(answered: Iterable[ShowingRecord]) -> list[tuple[str, bool]]:
+    """(rater, whether the opinion was the same) of each swapped repeat; abstentions are left out."""
+    seen: dict[tuple[int, str], dict[bool, Choice]] = defaultdict(dict)
+    for record in answered:
+        if record.opinion is not None and record.opinion is not Choice.ABSTAIN:
+            seen[record.pair, record.rater][record.repeat] = record.opinion
+    return [
+        (rater, both[False].preference == both[True].preference) for (_, rater), both in seen.items() if len(both) == 2
+    ]
+
+
+def _first(votes: Sequence[ShowingRecord]) -> Share:
+    decided = [vote for vote in votes if vote.choice in _DECIDED]
+    return Share.of(sum(vote.choice is Choice.FIRST for vote in decided), len(decided))
+
+
+def _consistency(repeats: Sequence[tuple[str, bool]]) -> Share:
+    return Share.of(sum(same for _, same in repeats), len(repeats))
+
+
+def _of_one(
+    name: str,
+    votes: Sequence[ShowingRecord],
+    repeats: Sequence[tuple[str, bool]],
+    opinions: dict[int, dict[str, Choice]],
+) -> RaterFigures:
+    shared = [
+        opinion.preference == majority(choice for other, choice in of_pair.items() if other != name).preference
+        for of_pair in opinions.values()
+        if len(of_pair) > 1 and (opinion := of_pair.get(name)) is not None
+    ]
+    times = [vote.answered_at - vote.shown_at for vote in votes if vote.answered_at is not None]
+    return RaterFigures(
+        name=name,
+        votes=len(votes),
+        first=_first(votes),
+        consistency=_consistency([repeat for repeat in repeats if repeat[0] == name]),
+        with_others=Share.of(sum(shared), len(shared)),
+        ties=sum(vote.choice in (Choice.TIE, Choice.BOTH_BAD) for vote in votes),
+        abstained=sum(vote.choice is Choice.ABSTAIN for vote in votes),
+        seconds=statistics.median(times) if times else math.nan,
+    )

@@ -1,0 +1,95 @@
+"""People as a judge: the pairs go into a judgment store, the verdicts come out of it when they are given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zorl.probe import Choice
+from zorl.rewards.judgment_records import NewPair, Vote
+from zorl.rewards.majority import majority
+
+if TYPE_CHECKING:
+    from zorl.rewards.judgment_store import JudgmentStore
+
+_KEY = "judge:"  # begins the keys of the probes that were asked here
+
+
+class HumanJudge:
+    """Asks people, by way of a judgment store, and waits for them. A `zorl.objectives.Judge`.
+
+    A question has the same name whenever it is asked: a run that was stopped, and is continued, gets the verdicts that were
+    given meanwhile. One run at a time asks in a store: another's open question is withdrawn.
+
+    Args:
+        store: that a page shows, in this process or another. A path opens one.
+        poll_seconds: between two looks into it, at most 1.
+
+    Raises:
+        ValueError: `poll_seconds` is out of range, or there is no store at the path.
+    """
+
+    __name__ = "human"
+
+    def __init__(self, store: JudgmentStore | str | Path, poll_seconds: float = 0.5) -> None:
+        if not 0 < poll_seconds <= 1:
+            raise ValueError(f"poll_seconds must lie in (0, 1], so that a run can be stopped, got {poll_seconds!r}")
+        if isinstance(store, str | Path):
+            from zorl.rewards.judgment_store import JudgmentStore
+
+            store = JudgmentStore(store)
+        self.store = store
+        self.poll_seconds = poll_seconds
+        self._asked = False
+
+    def __call__(
+        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], *, request_id: str, **columns: Any
+    ) -> list[Choice]:
+        """The raters' majority on each pair, when there are votes enough.
+
+        Raises:
+            ValueError: the question was withdrawn while it was open.
+        """
+        pairs = [
+            NewPair(0, row, *map(_text, texts)) for row, texts in enumerate(zip(prompts, first, second, strict=True))
+        ]
+        content = json.dumps([[pair.prompt, pair.plus, pair.minus] for pair in pairs])
+        key = f"{_KEY}{request_id}:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
+        probe = self.store.add_probe(pairs, key=key).id
+        if not self._asked:
+            self._withdraw_all_but(probe)
+            self._asked = True
+        votes: dict[int, list[Choice]] = defaultdict(list)
+        for vote in self._wait(probe):
+            votes[vote.row].append(vote.choice)
+        self.store.set_tuner("generating", "writing the next pairs")
+        return [majority(votes[row]) for row in range(len(pairs))]
+
+    def _wait(self, probe: int) -> list[Vote]:
+        """The votes on a probe, when there are enough."""
+        waiting = False
+        while self.store.probe(probe).state not in ("withdrawn", "expired"):
+            votes = self.store.close_decided(probe)
+            if votes is not None:
+                return votes
+            if not waiting:
+                self.store.set_tuner("waiting", "for verdicts")
+                waiting = True
+            time.sleep(self.poll_seconds)
+        raise ValueError("the pairs that this run asks about were withdrawn: another run asks in the same store")
+
+    def _withdraw_all_but(self, probe: int) -> None:
+        """Takes back what an earlier run has left open: nobody waits for it, and people's time is the budget."""
+        for other in self.store.open_probes():
+            if other.id != probe and other.state == "open" and other.key.startswith(_KEY):
+                self.store.withdraw(other.id)
+
+
+def _text(value: Any) -> str:
+    """A prompt or an answer for people to read; a conversation as its JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

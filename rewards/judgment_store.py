@@ -1,0 +1,103 @@
+"""The judgment store: the truth for human work. A tuner and a page meet in it, and nowhere else.
+
+A pair is stored before it is shown, a verdict is durable before it is acknowledged, and every action is one transaction: either
+process may be killed at any moment, and no verdict is lost or used twice. The row of a step is its commit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from zorl.rewards.judgment_database import JudgmentDatabase, StoreSettings
+from zorl.rewards.judgment_raters import RatersSide
+from zorl.rewards.judgment_records import (
+    AUTOMATIC,
+    AlreadyClosed,
+    ComparisonVote,
+    EventRecord,
+    JudgedPair,
+    NewPair,
+    Progress,
+    Showing,
+    ShowingRecord,
+    StoredProbe,
+    StoredStep,
+    Vote,
+)
+from zorl.rewards.judgment_tuning import TunersSide
+
+__all__ = [
+    "AUTOMATIC",
+    "AlreadyClosed",
+    "ComparisonVote",
+    "EventRecord",
+    "JudgedPair",
+    "JudgmentStore",
+    "NewPair",
+    "Progress",
+    "Showing",
+    "ShowingRecord",
+    "StoreSettings",
+    "StoredProbe",
+    "StoredStep",
+    "Vote",
+]
+
+
+class JudgmentStore(RatersSide, TunersSide):
+    """Pairs to judge and verdicts on them, in a database. Threads may share one, processes open one each.
+
+    The settings are kept in the store when it is made. To open one again leave them out, or give the same.
+
+    Args:
+        url_or_path: an SQLite file, made if it is not there, or the URL of a database that SQLAlchemy knows.
+        votes_per_pair: that a pair needs, each of another rater; 1 by default.
+        lease_seconds: for which a shown pair is kept for its rater; 120 by default.
+        repeat_share: of showings that repeat, in the other order, a pair the rater has judged; 0.05 by default. Their votes
+            tell how consistent the rater is, and count for nothing else.
+        comparison_share: of showings that compare the current model with the starting one; 0.1 by default.
+        clock: seconds since 1970.
+
+    Raises:
+        ValueError: a setting is out of range or contradicts the store's; the file cannot be opened or written, is no
+            judgment store, or is of another version.
+    """
+
+    def __init__(
+        self,
+        url_or_path: str | Path,
+        *,
+        votes_per_pair: int | None = None,
+        lease_seconds: float | None = None,
+        repeat_share: float | None = None,
+        comparison_share: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        wished = {
+            "votes_per_pair": votes_per_pair,
+            "lease_seconds": lease_seconds,
+            "repeat_share": repeat_share,
+            "comparison_share": comparison_share,
+        }
+        super().__init__(JudgmentDatabase(url_or_path, wished, clock))
+
+    @property
+    def settings(self) -> StoreSettings:
+        """What the store was made with."""
+        return self._database.settings
+
+    def close(self) -> None:
+        """Gives the database's connections back. Nothing is lost without it."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

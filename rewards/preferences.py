@@ -1,0 +1,84 @@
+"""Judgments as files: preferences that TRL trains on, and the raw log. Both are JSON Lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zorl.probe import Choice
+from zorl.rewards.majority import majority
+
+if TYPE_CHECKING:
+    from zorl.rewards.judgment_store import JudgmentStore
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of the judged pairs.
+
+    Attributes:
+        preferences: that were written.
+        ties: dropped, because neither answer has the majority.
+        abstained: dropped, because nobody has an opinion.
+    """
+
+    preferences: int
+    ties: int
+    abstained: int
+
+
+def write_preferences(store: JudgmentStore, path: str | Path) -> Written:
+    """Writes the majority's preference on every judged pair, as TRL's `DPOTrainer` reads it: prompt, chosen, rejected.
+
+    Text is written as text, a conversation as a list of messages.
+    """
+    rows = []
+    ties = abstained = 0
+    for pair in store.preference_pairs():
+        opinion = majority(vote.choice for vote in pair.votes)
+        if opinion is Choice.FIRST or opinion is Choice.SECOND:
+            chosen, rejected = (pair.plus, pair.minus) if opinion is Choice.FIRST else (pair.minus, pair.plus)
+            rows.append(_row(pair.prompt, chosen, rejected))
+        elif opinion is Choice.ABSTAIN:
+            abstained += 1
+        else:
+            ties += 1
+    _write(Path(path), rows)
+    return Written(len(rows), ties, abstained)
+
+
+def write_events(store: JudgmentStore, path: str | Path) -> int:
+    """Writes the raw log, an event a line and in order, and returns how many there are."""
+    rows = [asdict(event) for event in store.events()]
+    _write(Path(path), rows)
+    return len(rows)
+
+
+def _row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    messages = {name: _messages(value) for name, value in row.items()}
+    # The answers to a conversation are conversations too: one text that looks like JSON is a text still.
+    return row if None in messages.values() else messages
+
+
+def _messages(value: str) -> list[dict[str, str]] | None:
+    """The conversation that a text is the JSON of; None where it is none."""
+    if not value.startswith("["):
+        return None
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return None
+    fits = bool(found) and all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in found)
+    return found if fits else None
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """All of a file or nothing of it."""
+    whole = path.with_name(f"{path.name}.new")
+    with whole.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    whole.replace(path)
