@@ -138,19 +138,36 @@ class JudgeArguments:
     held_out: str | None = _flag(
         "Prompts, likewise, for blind comparisons with the starting model. Default: those of --prompts."
     )
-    prompts_per_step: int = _flag("Pairs that people judge for one step.", JudgeSettings.prompts_per_step)
+    method: str = _flag(
+        "How verdicts become steps: replay makes the most of each, on the output layer alone; direct is MeZO on them.",
+        JudgeSettings.method,
+    )
+    prompts_per_step: int | None = _flag("Pairs that people judge for one step. Default: the method's own.")
     comparisons_per_step: int = _flag(
         "Pairs of the current and the starting model that are offered after a step.", JudgeSettings.comparisons_per_step
     )
     votes_per_pair: int | None = _flag("Raters who judge each pair. Default: 1.")
     lease_seconds: float | None = _flag("Time a rater has a pair to themselves. Default: 120.")
+    repeat_share: float | None = _flag(
+        "Of what a rater sees, the share of repeats with the sides swapped, which tell how consistent they are. Default: 0.05."
+    )
+    comparison_share: float | None = _flag(
+        "Of what a rater sees, the share that compares with the starting model. Default: 0.1."
+    )
     max_completion_length: int = _flag("Tokens of an answer.", JudgeSettings.max_completion_length)
     temperature: float = _flag("Of sampling.", JudgeSettings.temperature)
-    learning_rate: float = _flag("As for zorl train.", JudgeSettings.learning_rate)
-    epsilon: str = _flag("How far apart the two models of a pair are: a number, or auto.", JudgeSettings.epsilon)
-    parameters: list[str] | None = field(
-        default=None, metadata=_several("Shell patterns of the parameters to tune. Default: all.")
+    learning_rate: float | None = _flag("A parameter's typical change in one update. Default: the method's own.")
+    epsilon: str | None = _flag(
+        "How far apart the two models of a pair are: a number, or auto. Default: the method's own."
     )
+    directions: int | None = _flag("Of one update. Default: the method's own.")
+    parameters: list[str] | None = field(
+        default=None,
+        metadata=_several(
+            "Shell patterns of the parameters to tune. Default: a bias on the output with replay, all with direct."
+        ),
+    )
+    brake: float = _flag("What a nat of divergence from the starting model costs, with replay.", JudgeSettings.brake)
     max_drift: float = _flag(
         "Nats a token between the current and the starting model at which tuning pauses; 0 never pauses.",
         JudgeSettings.max_drift,

@@ -1,4 +1,4 @@
-"""The four commands in words: what `--help` says, and which flags there are. Nothing here takes time to import."""
+"""The commands in words: what `--help` says, and which flags there are. Nothing here takes time to import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-from zorl.apps.arguments import EvalArguments, PredictArguments, ReplayArguments, TrainArguments
+from zorl.apps.arguments import EvalArguments, JudgeArguments, PredictArguments, ReplayArguments, TrainArguments
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ The same command continues a run that was cut short, to the same bits.""",
     sections={
         "Model and data": f"{_DATA} label_column eval_dataset eval_split output_dir",
         "The question that a row becomes": _QUESTION,
-        "What to maximise: a reward, a judge or a loss": "reward reward_weights judge loss metrics",
+        "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
         "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
         "informative_target n_spsa distribution calibrate parameters dtype seed",
         "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end logging_steps report_to json",
@@ -107,7 +107,8 @@ zorl train --config run.yaml --seed 1                      # the same flags in a
 zorl train … --text_column 0 --label_column 1              # a TSV file without a header
 zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one class's F1, record accuracy
 zorl train … --reward rewards.py:cost                      # def cost(completions, label, **columns): return [ … ]
-zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --reward squad_f1    # generated answers""",
+zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --reward squad_f1    # generated answers
+zorl train --model M --dataset prompts.jsonl --judge reward:rewards.py:kind               # only which answer is better counts""",
     words={
         "output_dir": "Folder for the run: trajectory, tuned model, tokenizer and prompt. Default: zorl_output.",
         "label_column": "Column with the true label, by name or position as for --text_column. Default: label.",
@@ -171,4 +172,25 @@ zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --output_
 zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --until 300 --output_dir step300""",
 )
 
-COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY)}
+JUDGE = Command(
+    name="judge",
+    usage="[--model M --prompts FILE] [--run DIR]",
+    about="""\
+Opens a page on which people say which of two answers is better, with one key. Their verdicts, and nothing else, tune the
+model while they read: each step asks of a few prompts whether θ+εz or θ−εz answers better. With no flags at all it
+works at once, offline, with a small model that ships with zorl. The same command goes on with the run.""",
+    types=lambda: (JudgeArguments,),
+    sections={
+        "The run": "run model prompts held_out",
+        "Judging": "prompts_per_step comparisons_per_step votes_per_pair lease_seconds repeat_share comparison_share guidelines",
+        "Tuning": "method learning_rate epsilon directions parameters brake max_drift max_completion_length temperature seed",
+        "The page": "host port password users no_browser",
+    },
+    examples="""\
+zorl judge                                                              # try it: a model and prompts are built in
+zorl judge --model Qwen/Qwen2.5-0.5B --prompts prompts.txt --run my_run
+zorl judge --run my_run                                                 # goes on with it
+zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in""",
+)
+
+COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE)}

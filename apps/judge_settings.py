@@ -7,42 +7,75 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+METHODS = ("replay", "direct")
+# What a setting that is not given becomes, by method: what `benchmarks/human_efficiency.py` was run with.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "replay": {"learning_rate": 0.4, "epsilon": "0.1", "directions": 16, "prompts_per_step": 8},
+    "direct": {"learning_rate": 0.002, "epsilon": "0.02", "directions": 1, "prompts_per_step": 4},
+}
+
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Settings of one run, kept in its folder.
+    """Settings of one run, kept in its folder. What is None is the method's own default.
 
     Attributes:
         model: name or path of a causal language model.
         prompts: what the model answers while people judge.
         held_out: prompts for comparisons with the starting model; empty: taken from `prompts`.
+        method: how verdicts become steps; see `zorl.apps.learning`.
         prompts_per_step: pairs that one step asks people for.
         comparisons_per_step: pairs of the current against the starting model that are written after a step.
         max_completion_length: tokens of an answer.
         temperature: of sampling.
-        learning_rate: as in `MeZOConfig`.
+        learning_rate: typical change of a parameter in one update.
         epsilon: a number, or "auto".
-        parameters: shell patterns of the parameters to tune; empty: all.
+        directions: of one update.
+        parameters: shell patterns of the parameters to tune; empty: the output bias with "replay", all with "direct".
+        brake: what a nat of divergence from the starting model costs an answer, with "replay".
         seed: of directions and sampling.
         max_drift: nats a token between the current and the starting model at which tuning pauses; 0: never.
+
+    Raises:
+        ValueError: a setting is out of its range.
     """
 
     model: str
     prompts: list[str]
     held_out: list[str] = field(default_factory=list)
-    prompts_per_step: int = 4
+    method: str = "replay"
+    prompts_per_step: int | None = None
     comparisons_per_step: int = 4
-    max_completion_length: int = 40
-    temperature: float = 1.0
-    learning_rate: float = 2e-3
-    epsilon: str = "2e-2"
+    max_completion_length: int = 64
+    temperature: float = 0.8
+    learning_rate: float | None = None
+    epsilon: str | None = None
+    directions: int | None = None
     parameters: list[str] = field(default_factory=list)
+    brake: float = 0.05
     seed: int = 0
     max_drift: float = 0.5
 
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be 'replay' or 'direct', got {self.method!r}")
+        for name, default in _DEFAULTS[self.method].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("prompts_per_step", "directions", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.prompts:
+            raise ValueError("there are no prompts for the model to answer")
+
     @property
     def epsilon_value(self) -> Any:
-        return "auto" if self.epsilon == "auto" else float(self.epsilon)
+        return "auto" if self.epsilon == "auto" else float(str(self.epsilon))
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the one thing that is tuned is a bias a token on the output embedding."""
+        return self.method == "replay" and not self.parameters
 
     def write(self, run: Path) -> None:
         """Writes `judge.json` into the run's folder.

@@ -13,6 +13,7 @@ from zorl.apps.command_line import build, parse
 from zorl.apps.commands import REPLAY
 from zorl.apps.inputs import check_model_folder, require, say
 from zorl.models import load_processing_class
+from zorl.output_bias import move_output_bias_to_generation_config
 from zorl.run_folder import RunFolder
 from zorl.trajectory import read, replay
 
@@ -61,6 +62,8 @@ def run(argv: Sequence[str]) -> str:
             f"the weights at step {len(records)} are not those that {folder.path} saved: their SHA-256 is {digest[:16]}…, "
             f"{folder.settings.name} says {settings['weights_sha256'][:16]}…; nothing was written"
         )
+    if header.get("output_bias"):
+        move_output_bias_to_generation_config(model)
     model.save_pretrained(target)
     load_processing_class(name).save_pretrained(target)
     remembered = {"prompt": header["prompt"], "objective": header["objective"], **settings}

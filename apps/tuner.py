@@ -8,31 +8,38 @@ whenever this process starts, so that it may be killed at any moment.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
-from zorl.directions import derive_seed
-from zorl.drift import StartingModel, drift
+from zorl.apps.learning import Direct, Learner, Replay, text
+from zorl.directions import canonical_names, derive_seed
+from zorl.drift import DriftMeter, starting_evaluator
+from zorl.encoding import pad_token_id
 from zorl.generation import Generation
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
-from zorl.parameters import ParameterSet, select
+from zorl.output_bias import add_output_bias, move_output_bias_to_generation_config, output_bias_name
+from zorl.parameters import ParameterSet, select, tensors_sha256
 from zorl.perturbation import Scratch
-from zorl.probe import CENTRE, Choice, Probe, Verdict, Verdicts
-from zorl.prompts import Answer, Prompt
+from zorl.preference_replay import PreferenceReplay
+from zorl.probe import CENTRE, Choice
+from zorl.prompts import Prompt
 from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep, Vote
 from zorl.run_folder import RunFolder
 from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 
+_DRIFT_PROMPTS = 16
 _AHEAD = 2  # probes that people can work on: one that is being judged, one that is ready when it is done
 _MOST_UPDATES = 1  # that θ may have seen since a probe was written
 _IDLE_SECONDS = 0.1
@@ -55,13 +62,28 @@ class Tuner:
         self.store.set_tuner("starting", f"loading {Path(self.settings.model).name}")
         self.model = load_model(self.settings.model)
         self.tokenizer = load_processing_class(self.settings.model)
-        tuned = ParameterSet(select(self.model, self.settings.parameters or None))
-        self.policy = self._policy(Scratch(self.model, tuned))
-        self.start = self._policy(StartingModel(self.model, tuned))
+        patterns = self.settings.parameters or None
+        if self.settings.output_bias:
+            add_output_bias(self.model)
+            patterns = [output_bias_name(self.model)]
+        tuned = ParameterSet(select(self.model, patterns))
+        now, before = Scratch(self.model, tuned), starting_evaluator(self.model, tuned)
+        self.policy, self.start = self._policy(now), self._policy(before)
+        readers = [self._reader(evaluator) for evaluator in (now, before)]
         self.mezo = self._optimizer(tuned)
-        self.probes = {stored.step: self._reopened(stored) for stored in self.store.open_probes()}
+        self.learner: Learner = Direct(self.mezo, self.policy)
+        if self.settings.method == "replay":
+            replay = PreferenceReplay(*readers, brake=self.settings.brake, seed=self.settings.seed)
+            self.learner = Replay(self.mezo, self.policy, replay)
+        rows = [{"prompt": prompt} for prompt in self._held_out[:_DRIFT_PROMPTS]]
+        self.meter = DriftMeter(self.policy, self.start, *readers, rows, noise_seed=self.settings.seed)
         self.compared_at = -1
         self.paused = False
+
+    @property
+    def step(self) -> int:
+        """The step that is made next."""
+        return len(self.store.steps())
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -73,7 +95,7 @@ class Tuner:
                 if self._answer_requests():
                     return True
                 # People never wait for a comparison, and drift is measured after every step all the same.
-                if not (self._apply_decided() or self._ask_ahead(1) or self._compare() or self._ask_ahead(_AHEAD)):
+                if not (self._ask_ahead(1) or self._compare() or self._apply_decided() or self._ask_ahead(_AHEAD)):
                     self._say_what_is_awaited()
                     stop.wait(_IDLE_SECONDS)
             return False
@@ -88,97 +110,83 @@ class Tuner:
 
     def _ask_ahead(self, ready: int) -> bool:
         """Writes the pairs of one more probe, if fewer than `ready` wait for people."""
-        waiting = [stored for stored, _ in self.probes.values() if not self.store.decided(stored.id)]
-        if self.paused or len(waiting) >= ready:
+        open_ones, step = self.store.open_probes(), self.step
+        waiting = [stored for stored in open_ones if not self.store.decided(stored.id)]
+        if self.paused or len(waiting) >= ready or len(open_ones) > _AHEAD:  # decided ones are applied first
             return False
         self.store.set_tuner("generating", "writing the next pairs")
-        step = next(i for i in itertools.count(self.mezo.steps) if i not in self.probes)
-        probe = self.mezo.ask(ahead=step - self.mezo.steps)
+        next_one = next(i for i in itertools.count(step) if i not in {stored.step for stored in open_ones})
         take = self.store.probes_written()  # differs after a run was sent back, so that the prompts do too
+        prompts = self._prompts(self.settings.prompts, int(self.settings.prompts_per_step or 1), take)
         seed = derive_seed(self.settings.seed, "judged", take)
-        prompts = self._prompts(self.settings.prompts, self.settings.prompts_per_step, take)
-        rows = [{"prompt": prompt} for prompt in prompts]
-        answers = self.policy.answers(rows, probe.points, noise_seed=seed)
-        pairs = [
-            NewPair(
-                direction, row, prompts[row], text(answers[2 * direction][row]), text(answers[2 * direction + 1][row])
-            )
-            for direction in range(len(probe.seeds))
-            for row in range(len(rows))
-        ]
-        stored = self.store.add_probe(
-            pairs, key=f"take {take}", step=step, made_at=probe.made_at, epsilon=probe.epsilon, seeds=probe.seeds
-        )
-        self.probes[step] = (stored, probe)
+        pairs, kept = self.learner.pairs(prompts, next_one - step, seed)
+        self.store.add_probe(pairs, key=f"take {take}", step=next_one, made_at=step, **kept)
         return True
 
     def _apply_decided(self) -> bool:
         """Makes the next step, if its verdicts are in. Steps are made in order."""
-        if self.mezo.steps not in self.probes:
+        step = self.step
+        stored = next((stored for stored in self.store.open_probes() if stored.step == step), None)
+        if stored is None:
             return False
-        stored, probe = self.probes[self.mezo.steps]
         votes: list[Vote] | None = []
-        if self._updates_since(probe.made_at) > _MOST_UPDATES:
+        if stored.seeds and self._updates_since(stored.made_at) > _MOST_UPDATES:
             self.store.withdraw(stored.id)
         else:
             votes = self.store.close_decided(stored.id)
         if votes is None:
             return False
-        verdicts = [Verdict(2 * v.direction, 2 * v.direction + 1, v.row, v.choice) for v in votes]
-        nobody = [Verdict(2 * i, 2 * i + 1, 0, Choice.ABSTAIN) for i in range(len(probe.seeds))]
-        record = self.mezo.tell(probe.id, Verdicts(tuple(verdicts or nobody)))
-        self._commit(stored, probe, record, votes)
-        self.mezo.step()
-        del self.probes[probe.step]
+        used = {done.probe for done in self.store.steps()} | {stored.id}
+        judged = [pair for pair in self.store.preference_pairs() if pair.probe in used]
+        records = self.learner.learn(stored, votes, judged)
+        self._commit(stored, records, votes)
         return True
 
-    def _commit(self, stored: StoredProbe, probe: Probe, record: Record, votes: Sequence[Vote]) -> None:
+    def _commit(self, stored: StoredProbe, records: Sequence[Record], votes: Sequence[Vote]) -> None:
         decided = [v for v in votes if v.choice in (Choice.FIRST, Choice.SECOND)]
-        figures = {"verdicts": float(len(votes)), "informative_share": self.mezo.recent_informative_share}
+        figures = {"verdicts": float(len(votes)), "updates": float(len(records))}
         if votes:
             figures["decided_share"] = len(decided) / len(votes)
+        if not math.isnan(self.mezo.recent_informative_share):
+            figures["informative_share"] = self.mezo.recent_informative_share
+        first, *more = records if stored.seeds else [Record((), ()), *records]
         self.store.commit_step(
             StoredStep(
-                step=probe.step, probe=stored.id, epsilon=probe.epsilon, seeds=probe.seeds, projected=record.projected,
-                coefficients=record.coefficients, figures=figures, created=time.time(),
+                step=stored.step, probe=stored.id, epsilon=stored.epsilon, seeds=stored.seeds,
+                projected=first.projected, coefficients=first.coefficients, figures=figures,
+                replayed=tuple((record.projected, record.coefficients) for record in more),
             )
         )  # fmt: skip
 
     def _updates_since(self, step: int) -> int:
         return sum(any(c != 0.0 for c in done.coefficients) for done in self.store.steps() if done.step >= step)
 
-    def _reopened(self, stored: StoredProbe) -> tuple[StoredProbe, Probe]:
-        points = self.mezo.estimator.points(stored.seeds, stored.epsilon)
-        probe = Probe(stored.id, stored.step, stored.epsilon, stored.seeds, points, stored.made_at)
-        self.mezo.reopen(probe)
-        return stored, probe
-
     # --- the current model against the starting one -------------------------------------------------------------------
 
     def _compare(self) -> bool:
         """After a step: fresh pairs of the current and the starting model for the win rate, and the drift between them."""
-        step = self.mezo.steps
-        if step == self.compared_at or not self.settings.comparisons_per_step:
+        step = self.step
+        if step == self.compared_at:
             return False
+        self.compared_at = step
+        if step == 0:
+            return True
         self.store.set_tuner("generating", "comparing with the starting model")
         seed = derive_seed(self.settings.seed, "compared", step)
-        held_out = self.settings.held_out or self.settings.prompts
-        prompts = self._prompts(held_out, self.settings.comparisons_per_step, step)
+        prompts = self._prompts(self._held_out, self.settings.comparisons_per_step, step)
         rows = [{"prompt": prompt} for prompt in prompts]
-        (current,) = self.policy.answers(rows, [CENTRE], noise_seed=seed)
-        (start,) = self.start.answers(rows, [CENTRE], noise_seed=seed)
+        (current,), (start,) = (p.answers(rows, [CENTRE], noise_seed=seed) for p in (self.policy, self.start))
         pairs = [NewPair(0, i, prompts[i], text(current[i]), text(start[i])) for i in range(len(rows))]
-        if step:
-            self.store.add_comparisons(pairs, step=step)
-            measured = drift(self.policy, self.start, rows, current)
-            self.store.add_figures(step - 1, {"drift": measured})
-            self._mind_the_drift(measured)
-        self.compared_at = step
+        self.store.add_comparisons(pairs, step=step)
+        drift = self.meter.measure()
+        figures = {"drift": drift.kl, "perplexity": drift.perplexity, "distinct_2": drift.distinct_2}
+        self.store.add_figures(step - 1, {name: value for name, value in figures.items() if math.isfinite(value)})
+        self._mind_the_drift(drift.kl)
         return True
 
     def _mind_the_drift(self, measured: float) -> None:
         limit = self.settings.max_drift
-        if limit and measured > limit:
+        if limit and not measured <= limit:
             self.paused = True
             self.store.set_tuner(
                 "paused",
@@ -213,23 +221,26 @@ class Tuner:
     def _try(self, prompt: str) -> dict[str, Any]:
         if not prompt.strip():
             raise ValueError("type a prompt first")
-        rows, seed = [{"prompt": prompt}], derive_seed(self.settings.seed, "tried", prompt, self.mezo.steps)
+        rows, seed = [{"prompt": prompt}], derive_seed(self.settings.seed, "tried", prompt, self.step)
         (current,) = self.policy.answers(rows, [CENTRE], noise_seed=seed)
         (start,) = self.start.answers(rows, [CENTRE], noise_seed=seed)
-        return {"start": text(start[0]), "current": text(current[0]), "step": self.mezo.steps}
+        return {"start": text(start[0]), "current": text(current[0]), "step": self.step}
 
     def _export(self) -> dict[str, Any]:
-        folder = self.run_folder / "export" / f"model-step{self.mezo.steps}"
+        folder = self.run_folder / "export" / f"model-step{self.step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.model.save_pretrained(folder)
+        tuned = copy.deepcopy(self.model)
+        if self.settings.output_bias:
+            move_output_bias_to_generation_config(tuned)
+        tuned.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        RunFolder(folder).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.mezo.steps})
-        return {"path": shutil.make_archive(str(folder), "zip", folder), "step": self.mezo.steps}
+        RunFolder(folder).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.step})
+        return {"path": shutil.make_archive(str(folder), "zip", folder), "step": self.step}
 
     def _rewind(self, step: int) -> dict[str, Any]:
-        if not 0 <= step < self.mezo.steps:
-            raise ValueError(f"step {step} is not behind: {self.mezo.steps} steps are made")
+        if not 0 <= step < self.step:
+            raise ValueError(f"step {step} is not behind: {self.step} steps are made")
         self.store.set_tuner("starting", f"going back to step {step}")
         self.store.rewind(step)
         return {"step": step}
@@ -238,13 +249,17 @@ class Tuner:
 
     def _optimizer(self, tuned: ParameterSet) -> MeZO:
         """MeZO where the store's steps end."""
-        path = RunFolder(self.run_folder).trajectory
-        header = {"model": self.settings.model, "objective": "judge:human", "init_sha256": None, "peft": None}
+        path, named = RunFolder(self.run_folder).trajectory, dict(self.model.named_parameters())
+        header = {
+            "model": self.settings.model, "objective": f"judge:human:{self.settings.method}", "init_sha256": None,
+            "peft": None, "output_bias": self.settings.output_bias, "prompt": Prompt("{prompt}").to_dict(),
+            "base_sha256": tensors_sha256(dict(zip(canonical_names(named), named.values(), strict=True))),
+        }  # fmt: skip
 
         def mezo(trajectory: Path) -> MeZO:
             return MeZO(
-                tuned.items(), self.settings.learning_rate, self.settings.epsilon_value, update="normalized",
-                seed=self.settings.seed, trajectory=trajectory, header=header,
+                tuned.items(), float(self.settings.learning_rate or 0), self.settings.epsilon_value, update="normalized",
+                n_spsa=int(self.settings.directions or 1), seed=self.settings.seed, trajectory=trajectory, header=header,
             )  # fmt: skip
 
         steps = self.store.steps()
@@ -252,7 +267,15 @@ class Tuner:
             follow_store(path, mezo(path.with_name("none")).header, steps)
         return mezo(path)
 
-    def _policy(self, evaluator: Any) -> Generation:
+    @property
+    def _held_out(self) -> list[str]:
+        return self.settings.held_out or self.settings.prompts
+
+    def _reader(self, evaluator: Scratch) -> AnswerLogits:
+        pad = pad_token_id(self.tokenizer)
+        return AnswerLogits(evaluator, evaluator.parameters, pad_id=pad, temperature=self.settings.temperature)
+
+    def _policy(self, evaluator: Scratch) -> Generation:
         return Generation(
             evaluator, self.tokenizer, Prompt("{prompt}"), max_new_tokens=self.settings.max_completion_length,
             temperature=self.settings.temperature,
@@ -274,7 +297,11 @@ def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredSt
     A process that was killed may have written a step that it never committed, or committed one that it never wrote; and
     a damaged or missing file is written anew.
     """
-    committed = [Record(step.projected, step.coefficients) for step in steps]
+    committed = [
+        Record(*each)
+        for step in steps
+        for each in [(step.projected, step.coefficients)] * bool(step.projected) + list(step.replayed)
+    ]
     try:
         written: list[Record] | None = read(path)[1]
     except (TrajectoryError, FileNotFoundError):
@@ -288,11 +315,6 @@ def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredSt
         rebuilt.append(record)
     rebuilt.close()
     whole.replace(path)
-
-
-def text(answer: Answer) -> str:
-    assert isinstance(answer.completion, str)
-    return answer.completion.strip()
 
 
 def main() -> None:

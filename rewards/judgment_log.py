@@ -93,6 +93,7 @@ class Readings:
                 seeds=tuple(json.loads(row.seeds)),
                 projected=tuple(json.loads(row.projected)),
                 coefficients=tuple(json.loads(row.coefficients)),
+                replayed=tuple((tuple(g), tuple(c)) for g, c in json.loads(row.replayed)),
                 figures=json.loads(row.figures),
                 created=row.created,
             )
@@ -168,7 +169,17 @@ class Readings:
                 by_pair.setdefault(vote.pair, []).append(vote)
             rows = connection.execute(select(pairs).where(pairs.c.votes > 0).order_by(pairs.c.id)).all()
         return [
-            JudgedPair(row.id, row.kind, row.step, row.prompt, row.plus, row.minus, tuple(by_pair[row.id]))
+            JudgedPair(
+                row.id,
+                row.kind,
+                row.probe,
+                row.step,
+                row.prompt,
+                row.plus,
+                row.minus,
+                row.tokens,
+                tuple(by_pair[row.id]),
+            )
             for row in rows
         ]
 

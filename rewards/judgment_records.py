@@ -24,6 +24,7 @@ class NewPair:
         plus: the answer at θ + ε·z; of a comparison that of the current model.
         minus: the answer at θ − ε·z; of a comparison that of the starting model. Where both are the same text the pair
             is a tie, and is never shown.
+        tokens: whatever the tuner wants back with the votes, such as the token ids of the three texts.
     """
 
     direction: int
@@ -31,6 +32,7 @@ class NewPair:
     prompt: str
     plus: str
     minus: str
+    tokens: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class StoredStep:
         coefficients: one a direction, as applied.
         figures: for charts (name → number).
         created: seconds since 1970. Set by the store.
+        replayed: (projected, coefficients) of each further update, made of verdicts on this and earlier probes.
     """
 
     step: int
@@ -96,6 +99,7 @@ class StoredStep:
     coefficients: tuple[float, ...]
     figures: dict[str, float] = field(default_factory=dict)
     created: float = 0.0
+    replayed: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +165,14 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True)
 class JudgedPair:
-    """A pair with all votes on it, for exports."""
+    """A pair with all votes on it. `probe` is None for a comparison."""
 
     pair: int
     kind: str
+    probe: int | None
     step: int
     prompt: str
     plus: str
     minus: str
+    tokens: str
     votes: tuple[Vote, ...]

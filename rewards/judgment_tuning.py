@@ -174,6 +174,7 @@ class TunersSide(Readings):
                     seeds=json.dumps(step.seeds),
                     projected=json.dumps(step.projected),
                     coefficients=json.dumps(step.coefficients),
+                    replayed=json.dumps(step.replayed),
                     figures=json.dumps(step.figures),
                     created=self._database.clock(),
                     rewound=False,
@@ -283,6 +284,7 @@ class TunersSide(Readings):
                 "prompt": pair.prompt,
                 "plus": pair.plus,
                 "minus": pair.minus,
+                "tokens": pair.tokens,
                 "identical": pair.plus == pair.minus,
                 # Of comparisons only some are shown; identical ones wait for their turn, or ties would outnumber the rest.
                 "state": TIED if kind == PROBE and pair.plus == pair.minus else OPEN,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import string
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from transformers import (
 
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
+from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep
 
 torch.set_num_threads(1)  # all is tiny here: a second thread costs more than it saves, much more on a busy machine
 CORPUS = [
@@ -55,6 +58,66 @@ class Parts:
     model: Any
     evaluator: Scratch
     tokenizer: PreTrainedTokenizerFast
+
+
+class PretendTuner:
+    """What `zorl judge`'s child process does in the store, with texts in place of a model.
+
+    Attributes:
+        texts: (prompt, the answer of the + side, that of the − side), in turns.
+        per_step: pairs a probe.
+    """
+
+    def __init__(self, store: Path, texts: list[tuple[str, str, str]], per_step: int = 2) -> None:
+        self.path = store
+        self.store = JudgmentStore(store)
+        self.texts = texts
+        self.per_step = per_step
+        self.ahead: list[StoredProbe] = []
+        self.takes = 0
+
+    def work(self) -> None:
+        """Makes the step whose verdicts are in, answers requests, and keeps two probes in the queue."""
+        for request, kind, payload in self.store.pending_requests():
+            self.store.answer_request(request, self._answer(kind, payload))
+        while self.ahead and self.store.decided(self.ahead[0].id):
+            self._commit(self.ahead.pop(0))
+        while len(self.ahead) < 2:
+            self.ahead.append(self._ask())
+        self.store.set_tuner("waiting", "for verdicts")
+
+    def _ask(self) -> StoredProbe:
+        pairs = [NewPair(0, row, *self._text(self.takes * self.per_step + row)) for row in range(self.per_step)]
+        step = self.takes
+        self.takes += 1
+        return self.store.add_probe(pairs, key=f"take {step}", step=step, made_at=step, epsilon=0.01, seeds=(step,))
+
+    def _commit(self, probe: StoredProbe) -> None:
+        self.store.close_probe(probe.id)
+        self.store.commit_step(
+            StoredStep(probe.step, probe.id, 0.01, probe.seeds, (1.0,), (0.5,), {"drift": 0.01 * (probe.step + 1)})
+        )
+        self.store.add_comparisons([NewPair(0, 0, *self._text(probe.step))], step=probe.step + 1)
+
+    def _text(self, i: int) -> tuple[str, str, str]:
+        return self.texts[i % len(self.texts)]
+
+    def _answer(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        if kind == "try" and payload["prompt"] != "nothing":
+            return {"start": f"{payload['prompt']} as it was", "current": "<b>as it is</b>", "step": self.takes - 2}
+        if kind == "rewind":
+            return {"step": payload["step"]}
+        if kind == "export_model":
+            with zipfile.ZipFile(self.path.with_name("model-step1.zip"), "w") as archive:
+                archive.writestr("config.json", "{}")
+            return {"path": str(archive.filename)}
+        return {"error": f"{kind} cannot be done"}
+
+
+@pytest.fixture(scope="session")
+def pretend_tuner() -> type[PretendTuner]:
+    """The class: `pretend_tuner(store, texts)`."""
+    return PretendTuner
 
 
 @pytest.fixture(scope="session")

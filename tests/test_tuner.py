@@ -17,13 +17,20 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+import torch
 
+from zorl.apps.cli import main
 from zorl.apps.judge_settings import JudgeSettings
+from zorl.apps.learning import Replay
 from zorl.apps.tuner import Tuner, follow_store
+from zorl.generation import Generation
 from zorl.models import load_model
+from zorl.output_bias import add_output_bias
 from zorl.parameters import ParameterSet, select
-from zorl.probe import Choice
-from zorl.rewards.judgment_store import AlreadyClosed, JudgmentStore
+from zorl.perturbation import Scratch
+from zorl.probe import CENTRE, Choice
+from zorl.prompts import Prompt
+from zorl.rewards.judgment_store import AlreadyClosed, JudgmentStore, StoredStep
 from zorl.rewards.judgment_tables import pairs
 from zorl.trajectory import Record, Trajectory, read, replay
 
@@ -31,20 +38,29 @@ PROMPTS = ["the film was", "a great", "the user asked", "who wrote the book?", "
 Kind = Callable[[str], Any]
 
 
+@pytest.fixture(params=["direct", "replay"])
+def run(request: pytest.FixtureRequest, parts: Kind, tmp_path: Path) -> Path:
+    """A run's folder, with a tiny model, for either method."""
+    return new_run(parts, tmp_path, request.param)
+
+
 @pytest.fixture
-def run(parts: Kind, tmp_path: Path) -> Path:
-    """A run's folder, with a tiny model."""
+def direct(parts: Kind, tmp_path: Path) -> Path:
+    return new_run(parts, tmp_path, "direct")
+
+
+def new_run(parts: Kind, folder: Path, method: str) -> Path:
     some = parts("llama")
-    some.model.save_pretrained(tmp_path / "model")
-    some.tokenizer.save_pretrained(tmp_path / "model")
-    settings(tmp_path).write(tmp_path / "run")
-    return tmp_path / "run"
+    some.model.save_pretrained(folder / "model")
+    some.tokenizer.save_pretrained(folder / "model")
+    settings(folder, method=method).write(folder / "run")
+    return folder / "run"
 
 
 def settings(folder: Path, **changes: Any) -> JudgeSettings:
     given = {
         "model": str(folder / "model"), "prompts": PROMPTS, "prompts_per_step": 2, "comparisons_per_step": 1,
-        "max_completion_length": 5, "learning_rate": 0.01, "epsilon": "0.1", "max_drift": 0.0, "parameters": [],
+        "max_completion_length": 5, "learning_rate": 0.01, "epsilon": "0.1", "max_drift": 0.0, "method": "direct",
     }  # fmt: skip
     return JudgeSettings(**{**given, **changes})
 
@@ -83,13 +99,22 @@ def judge(store: JudgmentStore, until: Callable[[], bool], choose: Callable[[Any
     return votes
 
 
+def records_of(step: StoredStep) -> list[Record]:
+    own = [Record(step.projected, step.coefficients)] if step.projected else []
+    return [*own, *(Record(*each) for each in step.replayed)]
+
+
 def shorter(showing: Any) -> Choice:
     return Choice.FIRST if len(showing.first) <= len(showing.second) else Choice.SECOND
 
 
 def weights_by_replay(run: Path) -> str:
     """SHA-256 of the weights that base and trajectory give."""
-    parameters = ParameterSet(select(load_model(JudgeSettings.read(run).model), None))
+    kept = JudgeSettings.read(run)
+    model = load_model(kept.model)
+    if kept.output_bias:
+        add_output_bias(model)
+    parameters = ParameterSet(select(model, ["lm_head.bias"] if kept.output_bias else None))
     replay(*read(run / "trajectory.zorl"), parameters)
     return parameters.sha256()
 
@@ -100,22 +125,21 @@ def test_verdicts_make_steps_and_the_trajectory_gives_the_weights(run: Path):
         judge(store, lambda: len(store.steps()) >= 5, shorter)
     steps = store.steps()
     assert [step.step for step in steps] == list(range(len(steps)))
-    assert any(c != 0.0 for step in steps for c in step.coefficients)
+    records = [r for step in steps for r in records_of(step)]
+    assert any(c != 0.0 for record in records for c in record.coefficients)
     assert tuner.mezo.parameters.sha256() == weights_by_replay(run)
-    assert [bytes(record) for record in read(run / "trajectory.zorl")[1]] == [
-        bytes(Record(step.projected, step.coefficients)) for step in steps
-    ]
-    assert all("informative_share" in step.figures for step in steps)
-    assert "drift" in steps[-2].figures
+    assert [bytes(record) for record in read(run / "trajectory.zorl")[1]] == [bytes(record) for record in records]
+    assert {"verdicts", "updates", "decided_share"} <= steps[-2].figures.keys()
+    assert {"drift", "perplexity"} <= steps[-2].figures.keys()
 
 
-def test_the_step_follows_the_preferred_side(run: Path):
+def test_the_step_follows_the_preferred_side(direct: Path):
     """Whoever prefers the plus side throughout gets a step along +z, whichever way round the pairs were shown."""
-    store = store_of(run, repeat_share=0.0, comparison_share=0.0)
-    tuner = Tuner(run)
+    store = store_of(direct, repeat_share=0.0, comparison_share=0.0)
+    tuner = Tuner(direct)
     while tuner._ask_ahead(2):
         pass
-    first, _ = tuner.probes[0]
+    first = store.open_probes()[0]
     with store._database.reading() as connection:
         plus = {(row.prompt, row.plus, row.minus) for row in connection.execute(sqlalchemy.select(pairs))}
     judge(
@@ -130,14 +154,23 @@ def test_the_step_follows_the_preferred_side(run: Path):
     tuner.mezo.close()
 
 
+def test_zorl_replay_rebuilds_the_model_from_the_trajectory(run: Path, capsys: pytest.CaptureFixture[str]):
+    store = store_of(run, repeat_share=0.0)
+    with working(run) as tuner:
+        judge(store, lambda: len(store.steps()) >= 2, shorter)
+    flags = ["--model", tuner.settings.model, "--trajectory", str(run), "--output_dir", str(run.parent / "rebuilt")]
+    assert main(["replay", *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights_sha256"] == tuner.mezo.parameters.sha256()
+
+
 def test_it_goes_on_where_it_was_stopped_and_asks_nothing_twice(run: Path):
     store = store_of(run, repeat_share=0.0)
     with working(run):
         judge(store, lambda: len(store.steps()) >= 2, shorter)
     written, steps = store.probes_written(), len(store.steps())
     tuner = Tuner(run)
-    assert tuner.mezo.steps == steps
-    assert sorted(tuner.probes) == [p.step for p in store.open_probes()]
+    assert tuner.step == steps
+    assert tuner.mezo.steps == sum(len(records_of(step)) for step in store.steps())
     assert store.probes_written() == written
     tuner.mezo.close()
 
@@ -154,7 +187,7 @@ def test_going_back_gives_the_weights_of_that_step_again(run: Path):
     assert again.work(threading.Event()), "it wants a new Tuner"
     assert store.request_result(number) == {"step": 2}
     back = Tuner(run)
-    assert back.mezo.steps == len(store.steps()) == 2
+    assert back.step == len(store.steps()) == 2
     assert back.mezo.parameters.sha256() == weights_by_replay(run) not in hashes.values()
     back.mezo.close()
     number = store.request("rewind", {"step": 7})
@@ -182,8 +215,9 @@ def test_requests_are_answered(run: Path):
 
 
 def test_too_much_drift_pauses_until_people_say_go_on(run: Path):
+    method = JudgeSettings.read(run).method
     (run / "judge.json").unlink()
-    settings(run.parent, max_drift=1e-9, learning_rate=0.1).write(run)
+    settings(run.parent, max_drift=1e-9, learning_rate=0.1, method=method).write(run)
     store = store_of(run, repeat_share=0.0)
     with working(run) as tuner:
         judge(store, lambda: store.tuner()["state"] == "paused", shorter)
@@ -193,18 +227,44 @@ def test_too_much_drift_pauses_until_people_say_go_on(run: Path):
         judge(store, lambda: len(store.steps()) > steps + 2 or tuner.paused, shorter)
 
 
-def test_a_probe_that_two_updates_have_overtaken_is_recorded_as_abstained(run: Path):
-    store = store_of(run, repeat_share=0.0, comparison_share=0.0)
-    tuner = Tuner(run)
+def test_a_probe_that_two_updates_have_overtaken_is_recorded_as_abstained(direct: Path):
+    store = store_of(direct, repeat_share=0.0, comparison_share=0.0)
+    tuner = Tuner(direct)
     while tuner._ask_ahead(2):
         pass
-    stored, probe = tuner.probes[1]
-    tuner._updates_since = lambda step: 2 if step == probe.made_at and tuner.mezo.steps == 1 else 0  # type: ignore[method-assign]
-    judge(store, lambda: store.decided(tuner.probes[0][0].id), shorter)
+    first, second = store.open_probes()
+    tuner._updates_since = lambda step: 2 * (tuner.step == 1)  # type: ignore[method-assign]
+    judge(store, lambda: store.decided(first.id), shorter)
     assert tuner._apply_decided()
     assert tuner._apply_decided()
-    assert store.probe(stored.id).state in ("withdrawn", "expired")
+    assert store.probe(second.id).state in ("withdrawn", "expired")
     assert store.steps()[1].coefficients == (0.0,)
+    tuner.mezo.close()
+
+
+def test_every_decided_pair_is_replayed_and_ties_are_not(parts: Kind, tmp_path: Path):
+    run = new_run(parts, tmp_path, "replay")
+    store = store_of(run, repeat_share=0.0, comparison_share=0.0)
+    with working(run) as tuner:
+        judge(store, lambda: len(store.steps()) >= 4, lambda s: Choice.TIE if "film" in s.prompt else shorter(s))
+    kept = {pair.pair for pair in store.preference_pairs() if pair.probe in {step.probe for step in store.steps()}}
+    films = {pair.pair for pair in store.preference_pairs() if "film" in pair.prompt}
+    assert isinstance(tuner.learner, Replay)
+    assert len(tuner.learner.replay.pairs) == len(kept - films)
+
+
+def test_the_exported_model_says_what_the_tuned_one_says(parts: Kind, tmp_path: Path):
+    run = new_run(parts, tmp_path, "replay")
+    tuner = Tuner(run)
+    with torch.no_grad():
+        tuner.model.lm_head.bias.normal_(0.0, 2.0)
+    exported = load_model(str(Path(tuner._export()["path"]).with_suffix("")))
+    said = [
+        Generation(Scratch(m, ParameterSet(m.named_parameters())), tuner.tokenizer, Prompt("{prompt}"), max_new_tokens=8)
+        .answers([{"prompt": "the film was"}], [CENTRE], noise_seed=1)
+        for m in (tuner.model, exported)
+    ]  # fmt: skip
+    assert said[0] == said[1]
     tuner.mezo.close()
 
 
@@ -217,7 +277,7 @@ def test_the_trajectory_is_brought_into_line_with_the_store(run: Path, written: 
     whole = path.read_bytes()
     header, records = read(path)
     if written in ("longer", "shorter", "other"):
-        extra = Record((1.0,), (0.5,))
+        extra = Record(*[(1.0,) * len(records[0].projected)] * 2)
         changed = {"longer": [*records, extra], "shorter": records[:-1], "other": [*records[:-1], extra]}[written]
         path.unlink()
         other = Trajectory.create(path, header)
@@ -240,7 +300,7 @@ def test_killed_at_any_moment_it_uses_every_verdict_once(run: Path):
     """SIGKILL at random points; the weights are those that the committed verdicts make, and no step is missing."""
     store = store_of(run, repeat_share=0.0)
     generator, kills = random.Random(0), 0
-    while kills < 5:
+    while kills < 3:
         process = subprocess.Popen(
             [sys.executable, "-m", "zorl.apps.tuner", "--run", str(run)],
             stderr=subprocess.DEVNULL,
@@ -262,17 +322,18 @@ def test_killed_at_any_moment_it_uses_every_verdict_once(run: Path):
     used = sum(step.figures["verdicts"] for step in steps)
     closed = sum(len(store.close_probe(step.probe)) for step in steps if store.probe(step.probe).state == "applied")
     assert used == closed
+    assert sum(s.choice is not None and s.kind == "probe" for s in store.showings()) >= used
 
 
-def test_settings_are_kept_and_others_refused(run: Path):
-    assert json.loads((run / "judge.json").read_text())["prompts"] == PROMPTS
-    settings(run.parent).write(run)
+def test_settings_are_kept_and_others_refused(direct: Path):
+    assert json.loads((direct / "judge.json").read_text())["prompts"] == PROMPTS
+    settings(direct.parent).write(direct)
     with pytest.raises(
         ValueError, match=r"holds a run with other learning_rate: 0\.01 there, 0\.5 now; choose another"
     ):
-        settings(run.parent, learning_rate=0.5).write(run)
+        settings(direct.parent, learning_rate=0.5).write(direct)
     with pytest.raises(ValueError, match="holds no judging run: judge.json is missing"):
-        Tuner(run.parent)
-    (run / "judge.json").write_text("{")
+        Tuner(direct.parent)
+    (direct / "judge.json").write_text("{")
     with pytest.raises(ValueError, match="does not hold the settings of a judging run"):
-        Tuner(run)
+        Tuner(direct)

@@ -211,6 +211,10 @@ class Generation:
         starts = ends - torch.tensor(answer_tokens, device=tokens.device)[:, None]
         return (likely * ((place >= starts) & (place < ends))).sum(dim=1).double().cpu()
 
+    def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The tokens of each row's prompt, as the model is given them to continue."""
+        return [encoded.ids.tolist() for encoded in self._encode(rows)]
+
     def _generate(self, prompts: Sequence[Encoded], noise_seed: int) -> list[list[int]]:
         """Token ids of the answers, each up to and with its end-of-sequence token."""
         module = self.evaluator.module

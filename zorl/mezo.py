@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,8 +140,8 @@ class MeZO(torch.optim.Optimizer):
         self._probes += 1
         return self._open[step]
 
-    def reopen(self, probe: Probe) -> None:
-        """Takes up a probe that an earlier process of this run asked, so that its answers can be told here.
+    def reopen(self, probe: Probe) -> Probe:
+        """Takes up a probe that was asked before, perhaps by an earlier process: the same one, under a new number.
 
         Raises:
             ValueError: its step is told already, or its directions are not that step's.
@@ -149,8 +150,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"probe {probe.id} is of step {probe.step}, and {self.steps} steps are told already")
         if probe.seeds != self._seeds(probe.step):
             raise ValueError(f"probe {probe.id} looks along other directions than step {probe.step} of this run")
-        self._open[probe.step] = probe
-        self._probes = max(self._probes, probe.id + 1)
+        self._open[probe.step] = replace(probe, id=self._probes)
+        self._probes += 1
+        return self._open[probe.step]
 
     def tell(self, probe_id: int, answers: Answers) -> Record:
         """Takes the answers to an open probe, commits the step to the trajectory, and leaves θ for `step` to move.

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from zorl.directions import canonical_name
 from zorl.models import load_model
+from zorl.output_bias import add_output_bias
 from zorl.parameters import ParameterSet, select, tensors_sha256
 from zorl.trajectory import TrajectoryError
 
@@ -130,6 +131,8 @@ class RunFolder:
             from peft import get_peft_config, get_peft_model
 
             loaded = get_peft_model(loaded, get_peft_config(dict(header["peft"])))
+        if header.get("output_bias"):
+            add_output_bias(loaded)
         available = dict(select(loaded))
         if missing := recorded.keys() - {canonical_name(n) for n in available}:
             raise TrajectoryError(

@@ -1,0 +1,158 @@
+"""`zorl judge`: a page on which people say which of two answers is better, and a model that is tuned by what they say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import webbrowser
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from zorl.apps.arguments import JudgeArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import JUDGE
+from zorl.apps.embedded import REVIEWER
+from zorl.apps.inputs import check_model_folder, say
+from zorl.apps.judge_prompts import built_in_prompts, read_prompts
+from zorl.apps.judge_settings import JudgeSettings
+from zorl.apps.page.app import Page
+from zorl.apps.page.security import is_local, read_users, sign_in
+from zorl.apps.supervisor import Supervisor
+from zorl.rewards.judgment_store import JudgmentStore
+
+TUNER = (sys.executable, "-m", "zorl.apps.tuner", "--run")
+STORED = ("votes_per_pair", "lease_seconds", "repeat_share", "comparison_share")  # settings that the store keeps
+
+
+def run(argv: Sequence[str]) -> str:
+    """The command. Runs until it is interrupted.
+
+    Raises:
+        ValueError: an argument does not fit, or the folder holds another run.
+    """
+    given = parse(JUDGE, argv)
+    arguments = build(JudgeArguments, given)
+    users = read_users(Path(arguments.users)) if arguments.users else {}
+    auth = sign_in(arguments.password, users)
+    if not is_local(arguments.host) and auth is None:
+        raise ValueError(
+            f"--host {arguments.host} lets other machines in, so it needs --password, or --users FILE with lines "
+            "name:password"
+        )
+    guidelines = None if arguments.guidelines is None else _read_guidelines(Path(arguments.guidelines))
+    folder = Path(arguments.run).expanduser()
+    settings = make_settings(folder, given)
+    settings.write(folder)
+    with _claimed(folder), _quiet_environment() as scratch:
+        kept: dict[str, Any] = {name: given[name] for name in STORED if name in given}
+        store = JudgmentStore(folder / "judgments.sqlite", **kept)
+        page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines)
+        tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: store.set_tuner("failed", told))
+        store.set_tuner("starting")
+        address = page.open(arguments.host, arguments.port)
+        try:
+            tuner.start()
+            _tell(address, folder, arguments, page)
+            _wait()
+        finally:
+            tuner.stop()
+            page.close()
+            store.set_tuner("stopped", "zorl judge is not running.")
+    return f"Stopped. Every verdict is kept in {folder}; zorl judge --run {folder} goes on."
+
+
+def make_settings(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
+    """The settings of a run: what was given, over what the folder holds, over the defaults.
+
+    Raises:
+        ValueError: a file of prompts is damaged, or there is no such model; see `read_prompts`.
+    """
+    values = {f.name: given[f.name] for f in fields(JudgeSettings) if f.name in given}
+    for name in ("prompts", "held_out"):
+        if name in values:
+            values[name] = read_prompts(Path(values[name]).expanduser())
+    if "model" in values:
+        check_model_folder(values["model"])
+        if Path(values["model"]).expanduser().is_dir():
+            values["model"] = str(Path(values["model"]).expanduser().resolve())
+    if (folder / "judge.json").exists():
+        kept = JudgeSettings.read(folder)
+        return JudgeSettings(**{f.name: values.get(f.name, getattr(kept, f.name)) for f in fields(kept)})
+    if "model" in values and "prompts" not in values:
+        raise ValueError("--prompts is needed with --model: the built-in prompts are for the embedded model")
+    return JudgeSettings(**{"model": str(REVIEWER), "prompts": built_in_prompts(), **values})
+
+
+def _read_guidelines(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"--guidelines {path}: there is no such file")
+    guidelines = path.read_text(encoding="utf-8-sig")
+    if not guidelines.strip():
+        raise ValueError(f"--guidelines {path}: the file is empty; its first line is the question that raters see")
+    return guidelines
+
+
+def _tell(address: str, folder: Path, arguments: JudgeArguments, page: Page) -> None:
+    say(f"judge at {address}    (Ctrl-C stops; the run is kept in {folder})")
+    if not is_local(arguments.host):
+        say("passwords and verdicts travel unencrypted: put a proxy with TLS in front where the network is not yours")
+    if not arguments.no_browser:
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+
+def _wait() -> None:
+    """Until Ctrl-C or SIGTERM."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        say("stopping")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Keeps the run to this process.
+
+    Raises:
+        ValueError: another page has it.
+    """
+    lock = FileLock(folder / "judge.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another zorl judge has {folder} open; stop it, or choose another --run folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _quiet_environment() -> Iterator[Path]:
+    """A private folder for what the page serves as files; and Gradio calls nobody but us."""
+    with tempfile.TemporaryDirectory(prefix="zorl-judge-") as scratch:
+        local = "localhost,127.0.0.1,::1"
+        kept = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "NO_PROXY")}
+        os.environ |= {
+            "GRADIO_TEMP_DIR": str(Path(scratch) / "served"),
+            "NO_PROXY": f"{kept['NO_PROXY']},{local}" if kept["NO_PROXY"] else local,
+        }
+        try:
+            yield Path(scratch)
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,115 @@
+"""How verdicts become updates of the model: directly, or by replay.
+
+Direct: the two answers of a pair are those of θ+εz and θ−εz, and the verdicts on them are the loss difference of one step.
+
+Replay: the two answers are samples of the model as it is. Every pair that was ever decided stays: a step asks, by forward
+passes alone, which of θ+εz and θ−εz makes the preferred answers likelier (`zorl.preference_replay`). No click is spent
+on a direction that says nothing, and none is forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from zorl.answer_logits import TokenAnswer
+from zorl.directions import derive_seed
+from zorl.generation import Generation
+from zorl.mezo import MeZO
+from zorl.preference_replay import JudgedPair as Preference
+from zorl.preference_replay import PreferenceReplay
+from zorl.probe import CENTRE, Choice, Probe, Verdict, Verdicts
+from zorl.prompts import Answer
+from zorl.rewards.judgment_records import JudgedPair, NewPair, StoredProbe, Vote
+from zorl.rewards.majority import majority
+from zorl.trajectory import Record
+
+_VERDICTS_AN_UPDATE = 4  # of replay
+
+
+class Learner(Protocol):
+    def pairs(self, prompts: Sequence[str], ahead: int, noise_seed: int) -> tuple[list[NewPair], dict[str, Any]]:
+        """What people are to compare, `ahead` steps from now; and what the store keeps of it (epsilon and seeds)."""
+
+    def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
+        """Moves the model by the votes on a probe; what each update was.
+
+        Args:
+            votes: on this probe; none where it has expired.
+            judged: all decided pairs of the run in force, these included, oldest first.
+        """
+
+
+class Direct:
+    """The verdicts on the sides of directions are the loss difference of one step (see `zorl.estimators`)."""
+
+    def __init__(self, mezo: MeZO, policy: Generation) -> None:
+        self.mezo, self.policy = mezo, policy
+
+    def pairs(self, prompts: Sequence[str], ahead: int, noise_seed: int) -> tuple[list[NewPair], dict[str, Any]]:
+        probe = self.mezo.ask(ahead)
+        rows = [{"prompt": prompt} for prompt in prompts]
+        found = []
+        for direction in range(len(probe.seeds)):
+            mine = list(range(direction, len(rows), len(probe.seeds)))
+            points = probe.points[2 * direction : 2 * direction + 2]
+            plus, minus = self.policy.answers([rows[i] for i in mine], points, noise_seed=noise_seed)
+            found += [
+                NewPair(direction, i, prompts[i], text(a), text(b)) for i, a, b in zip(mine, plus, minus, strict=True)
+            ]
+        return found, {"epsilon": probe.epsilon, "seeds": probe.seeds}
+
+    def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
+        points = self.mezo.estimator.points(stored.seeds, stored.epsilon)
+        # Always from the store: what was asked in this process and what an earlier one asked are told alike.
+        probe = self.mezo.reopen(Probe(stored.id, stored.step, stored.epsilon, stored.seeds, points, stored.made_at))
+        verdicts = [Verdict(2 * v.direction, 2 * v.direction + 1, v.row, v.choice) for v in votes]
+        nobody = [Verdict(2 * i, 2 * i + 1, 0, Choice.ABSTAIN) for i in range(len(stored.seeds))]
+        record = self.mezo.tell(probe.id, Verdicts(tuple(verdicts or nobody)))
+        self.mezo.step()
+        return [record]
+
+
+class Replay:
+    """Steps on every pair that was ever decided (see `zorl.preference_replay`)."""
+
+    def __init__(self, mezo: MeZO, policy: Generation, replay: PreferenceReplay) -> None:
+        self.mezo, self.policy, self.replay = mezo, policy, replay
+
+    def pairs(self, prompts: Sequence[str], ahead: int, noise_seed: int) -> tuple[list[NewPair], dict[str, Any]]:
+        rows = [{"prompt": prompt} for prompt in prompts]
+        first, second = (
+            self.policy.answers(rows, [CENTRE], noise_seed=derive_seed(noise_seed, "answer", i))[0] for i in range(2)
+        )
+        ids = self.policy.prompt_ids(rows)
+        return [
+            NewPair(0, i, prompt, text(a), text(b), json.dumps([ids[i], a.completion_ids, b.completion_ids]))
+            for i, (prompt, a, b) in enumerate(zip(prompts, first, second, strict=True))
+        ], {}
+
+    def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
+        self.replay.pairs = []
+        self.replay.add([preference for pair in judged if (preference := preference_of(pair)) is not None])
+        records = []
+        for _ in range(max(1, len(votes) // _VERDICTS_AN_UPDATE) if votes and self.replay.pairs else 0):
+            probe = self.mezo.ask()
+            records.append(self.mezo.tell(probe.id, self.replay.ask(probe.points, probe.step).answers))
+            self.mezo.step()
+        return records
+
+
+def preference_of(pair: JudgedPair) -> Preference | None:
+    """What the raters prefer; None where they prefer neither, or an answer is empty."""
+    choice = majority(vote.choice for vote in pair.votes)
+    prompt, plus, minus = (tuple(ids) for ids in json.loads(pair.tokens))
+    if choice not in (Choice.FIRST, Choice.SECOND) or not plus or not minus:
+        return None
+    answers = TokenAnswer(prompt, plus), TokenAnswer(prompt, minus)
+    return Preference(*(answers if choice is Choice.FIRST else answers[::-1]))
+
+
+def text(answer: Answer) -> str:
+    """What people are shown of an answer."""
+    assert isinstance(answer.completion, str)
+    return answer.completion.strip()

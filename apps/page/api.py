@@ -1,0 +1,67 @@
+"""The API for other programs, over gradio_client: the Judge tab without the browser."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+
+from zorl.apps.page.desk import Desk
+from zorl.probe import Choice
+from zorl.rewards.judgment_records import Showing
+
+
+def build(desk: Desk) -> None:
+    """Adds /next_pair, /vote, /undo and /progress. `rater` is a name; where raters sign in it may be empty."""
+
+    def who(rater: str, request: gr.Request) -> str:
+        return desk.name(rater, request.username)
+
+    def next_pair(rater: str, request: gr.Request) -> dict[str, Any] | None:
+        """The pair to judge: showing (its id), prompt, first and second; null where there is none yet: ask again."""
+        try:
+            return _told(desk.next_pair(who(rater, request)).showing)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def vote(rater: str, showing: int, choice: str, request: gr.Request) -> dict[str, Any] | None:
+        """Keeps a verdict: first, second, tie, "both bad" or abstain. It is durable when this returns. Gives the next pair."""
+        try:
+            turn = desk.vote(who(rater, request), showing, _choice(choice))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        if turn.notice:
+            raise gr.Error(turn.notice, print_exception=False)
+        return _told(turn.showing)
+
+    def undo(rater: str, request: gr.Request) -> dict[str, Any] | None:
+        """Takes this rater's latest verdict back and gives its pair again; an error where a step has used it."""
+        try:
+            return _told(desk.store.undo(desk.store.rater(who(rater, request))))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def progress(rater: str, request: gr.Request) -> dict[str, Any]:
+        """Steps done, verdicts to the next step, pairs in the queue, and what the model does."""
+        try:
+            return asdict(desk.progress(who(rater, request) if rater or desk.logins else None))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    for function in (next_pair, vote, undo, progress):
+        gr.api(function, api_name=function.__name__, concurrency_limit=None, queue=False)
+
+
+def _choice(choice: str) -> Choice:
+    try:
+        return Choice(choice)
+    except ValueError:
+        raise ValueError(f"choice must be one of {', '.join(map(repr, map(str, Choice)))}, got {choice!r}") from None
+
+
+def _told(showing: Showing | None) -> dict[str, Any] | None:
+    """What a rater may know of a pair, under the names of `Showing`."""
+    if showing is None:
+        return None
+    return {"showing": showing.id, "prompt": showing.prompt, "first": showing.first, "second": showing.second}

@@ -1,0 +1,117 @@
+"""The page: a head, four tabs, and how it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from zorl.apps.judge_settings import JudgeSettings
+from zorl.apps.page import api, export_tab, judge_tab, progress_tab, try_tab
+from zorl.apps.page.components import html_block
+from zorl.apps.page.desk import Desk
+from zorl.apps.page.markup import text
+from zorl.apps.page.security import Guard, is_local
+from zorl.apps.page.theme import theme
+from zorl.rewards.judgment_store import JudgmentStore
+
+NAME_KEY, NAME_SECRET = "zorl-rater", "not a secret"  # where a browser keeps the rater's name; it outlives a restart
+
+
+class Page:
+    """The page of one run.
+
+    Args:
+        store: the run's judgments.
+        settings: what the run is made of.
+        run: its folder.
+        scratch: an empty folder for the files that people fetch.
+        auth: says whether a name and a password fit; None: nobody signs in.
+        guidelines: for the raters; None: those that ship with zorl.
+    """
+
+    def __init__(
+        self,
+        store: JudgmentStore,
+        settings: JudgeSettings,
+        run: Path,
+        scratch: Path,
+        *,
+        auth: Callable[[str, str], bool] | None = None,
+        guidelines: str | None = None,
+    ) -> None:
+        self.auth = auth
+        self.scratch = scratch
+        self.desk = Desk(store, logins=auth is not None)
+        guidelines = _text("guidelines.txt") if guidelines is None else guidelines
+        with gr.Blocks(title=f"zorl judge: {run.name}", analytics_enabled=False) as self.blocks:
+            api.build(self.desk)  # first, for the names: /vote is this one
+            name, remembered = self._head(run, settings)
+            with gr.Tabs() as tabs:
+                with gr.Tab("Judge", id="judge"):
+                    judge_tab.build(self.blocks, self.desk, guidelines, name, remembered)
+                with gr.Tab(progress_tab.TITLE, id="progress"):
+                    progress_tab.build(tabs, store)
+                with gr.Tab("Try it", id="try"):
+                    try_tab.build(store, settings.prompts[0])
+                with gr.Tab("Export", id="export"):
+                    export_tab.build(store, run, scratch)
+
+    def open(self, host: str = "127.0.0.1", port: int | None = None) -> str:
+        """Serves the page, in threads of its own, and gives its address.
+
+        Raises:
+            OSError: the port is taken, or the host is not an address of this machine.
+        """
+        _, address, _ = self.blocks.launch(
+            server_name=host,
+            server_port=port,
+            auth=self.auth,
+            auth_message="Sign in under the name that your verdicts are kept with.",
+            theme=theme(),
+            # Not as `css`: Gradio would write every rule twice, under a selector of its own.
+            head=f"<style>{_text('page.css')}</style><script>{_text('keys.js')}</script>",
+            app_kwargs={"middleware": [Middleware(Guard, local=is_local(host))]},
+            # Files are served from the scratch folder; the environment is not asked for more.
+            allowed_paths=[str(self.scratch)],
+            max_file_size=1,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            num_workers=0,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=["api", "settings"],
+            quiet=True,
+            prevent_thread_lock=True,
+            max_threads=64,
+        )
+        return str(address)
+
+    def close(self) -> None:
+        """Stops serving."""
+        self.blocks.close(verbose=False)
+
+    def _head(self, run: Path, settings: JudgeSettings) -> tuple[gr.Textbox, gr.BrowserState | None]:
+        """Brand and run on the left, the rater's name on the right."""
+        model = Path(settings.model).name
+        with gr.Row(elem_id="head"):
+            html_block(f'<div class="z-brand"><b>zorl judge</b><span>{text(run.name)} · {text(model)}</span></div>')
+            name = gr.Textbox(
+                label="Judging as",
+                elem_id="who",
+                max_length=40,
+                max_lines=1,
+                interactive=self.auth is None,
+                scale=0,
+                min_width=240,
+            )
+        remembered = None if self.auth else gr.BrowserState(None, storage_key=NAME_KEY, secret=NAME_SECRET)
+        return name, remembered
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")

@@ -1,0 +1,153 @@
+"""The Export tab: verdicts, model and trajectory as files."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from zorl.apps.page.components import LIGHT, html_block
+from zorl.apps.page.markup import notice_html, text
+from zorl.apps.page.tuner_requests import Requests
+from zorl.rewards.judgment_store import JudgmentStore
+from zorl.rewards.preferences import write_events, write_preferences
+
+SECONDS = 0.7  # between two looks for the model
+WRITING = "Writing the tuned model…"
+# Clicks the link that Gradio has just put behind a hidden button.
+FETCH = """(id) => {
+  const link = document.querySelector(`#${id}`)?.closest('a') ?? document.querySelector(`a#${id}, #${id} a`);
+  (link ?? document.getElementById(id))?.click();
+}"""
+
+
+def build(store: JudgmentStore, run: Path, folder: Path) -> None:
+    """Fills the tab.
+
+    Args:
+        run: the run's folder.
+        folder: where files are made for people to fetch; Gradio serves copies of these, and nothing else.
+    """
+    with gr.Row(elem_classes="z-exports", equal_height=True):
+        _file(
+            "Preferences",
+            "JSON Lines with prompt, chosen and rejected, as TRL's DPOTrainer reads them. The majority of the verdicts "
+            "on a pair; ties are left out.",
+            "preferences",
+            lambda: _preferences(store, folder),
+        )
+        _file(
+            "Raw log",
+            "JSON Lines with everything that happened, in order: pairs shown, verdicts, undos, late verdicts.",
+            "log",
+            lambda: _events(store, folder),
+        )
+    with gr.Row(elem_classes="z-exports", equal_height=True):
+        _model(store, run, folder)
+        _file(
+            "Trajectory",
+            "The few kilobytes that turn the starting model into the tuned one, at any step: zorl replay.",
+            "trajectory",
+            lambda: _trajectory(run, folder),
+        )
+
+
+def _file(title: str, about: str, id: str, make: Callable[[], tuple[Path, str]]) -> None:
+    """A card with a button. A click makes the file afresh and hands it to the browser."""
+    with gr.Column(elem_classes="z-file"):
+        button, said = _card(title, about, id)
+        link = gr.DownloadButton(visible="hidden", elem_id=f"fetch-{id}")
+
+        def write() -> tuple[Any, ...]:
+            try:
+                file, told = make()
+            except (ValueError, OSError) as error:
+                return gr.skip(), notice_html(str(error)), ""
+            return str(file), notice_html(told), f"fetch-{id}"
+
+        target = gr.Textbox(visible=False)
+        button.click(write, None, [link, said, target], **LIGHT).then(None, [target], None, js=FETCH)
+
+
+def _model(store: JudgmentStore, run: Path, folder: Path) -> None:
+    """The same for the model, which the process that tunes has to write."""
+    wanted = Requests(store, "export_model")
+    with gr.Column(elem_classes="z-file"):
+        button, said = _card(
+            "Tuned model",
+            "A zip file with weights and tokenizer, for AutoModelForCausalLM.from_pretrained.",
+            "model",
+        )
+        link = gr.DownloadButton(visible="hidden", elem_id="fetch-model")
+        asked, target = gr.Number(0, visible=False, precision=0), gr.Textbox(visible=False)
+        timer = gr.Timer(SECONDS, active=False)
+
+        def ask() -> tuple[Any, ...]:
+            return wanted.ask(), gr.Timer(active=True), notice_html(wanted.waiting(WRITING))
+
+        def look(request: float | None) -> tuple[Any, ...]:
+            """Timer, link, message, and which link to click."""
+            try:
+                result = wanted.answer(int(request)) if request else {}
+                if result is None:
+                    return gr.skip(), gr.skip(), notice_html(wanted.waiting(WRITING)), ""
+                if not result:
+                    return gr.Timer(active=False), gr.skip(), gr.skip(), ""
+                file = _zipped(Path(str(result["path"])), run, folder)
+            except (ValueError, OSError) as error:
+                return gr.Timer(active=False), gr.skip(), notice_html(str(error)), ""
+            return gr.Timer(active=False), str(file), notice_html("The model is ready."), "fetch-model"
+
+        button.click(ask, None, [asked, timer, said], **LIGHT)
+        timer.tick(look, [asked], [timer, link, said, target], **LIGHT).then(None, [target], None, js=FETCH)
+
+
+def _card(title: str, about: str, id: str) -> tuple[gr.Button, gr.HTML]:
+    html_block(f'<div class="z-export"><h2>{text(title)}</h2><p>{text(about)}</p></div>')
+    button = gr.Button(f"Download {title.lower()}", elem_id=f"export-{id}")
+    return button, html_block(elem_id=f"said-{id}")
+
+
+def _preferences(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
+    file = folder / "preferences.jsonl"
+    written = write_preferences(store, file)
+    if not written.preferences:
+        raise ValueError(f"There is no preference yet: {written.ties} ties, {written.abstained} without an opinion.")
+    return (
+        file,
+        f"{written.preferences} preferences. Left out: {written.ties} ties, {written.abstained} without an opinion.",
+    )
+
+
+def _events(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
+    file = folder / "judgments.jsonl"
+    return file, f"{write_events(store, file)} events."
+
+
+def _trajectory(run: Path, folder: Path) -> tuple[Path, str]:
+    source = run / "trajectory.zorl"
+    if not source.is_file():
+        raise ValueError("There is no trajectory yet: the first step has not been made.")
+    return Path(shutil.copy(source, folder / "trajectory.zorl")), ""
+
+
+def _zipped(path: Path, run: Path, folder: Path) -> Path:
+    """What the tuner wrote, a folder or a file of the run, as one file to fetch.
+
+    Raises:
+        ValueError: it is not a part of the run.
+    """
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"The model was written to {path}, outside the run's folder {run}: fetch it from there.")
+    if path.is_file():
+        return Path(shutil.copy(path, folder / path.name))
+    target = folder / "model.zip"
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # weights do not shrink
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(path))
+    return target

@@ -1,0 +1,168 @@
+"""The Judge tab: a prompt, two answers, one key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from zorl.apps.page.components import LIGHT, html_block
+from zorl.apps.page.desk import Desk, Turn, new_name
+from zorl.apps.page.markup import answers_html, notice_html, prompt_html, text
+from zorl.probe import Choice
+from zorl.rewards.judgment_records import Progress, Showing
+
+SECONDS = 1.0  # between two looks at the store, where nobody clicks
+WAITING = "The model is writing the next pairs…"
+# label, id, the verdict, how it is styled; the keys are in keys.js, and page.css prints them on the buttons
+BUTTONS = (
+    ("A is better", "vote-a", Choice.FIRST),
+    ("Tie", "vote-tie", Choice.TIE),
+    ("Both bad", "vote-bad", Choice.BOTH_BAD),
+    ("B is better", "vote-b", Choice.SECOND),
+    ("Skip", "vote-skip", Choice.ABSTAIN),
+)
+STATES = {
+    "starting": "loading the model",
+    "generating": "writing pairs",
+    "waiting": "waiting for verdicts",
+    "paused": "paused",
+    "stopped": "stopped",
+    "failed": "failed",
+}
+DOWN = ("failed", "stopped", "paused")  # states in which no pair is going to come by itself
+
+
+def pair_html(showing: Showing | None, progress: Progress) -> str:
+    """The pair in front of a rater. `data-showing` tells keys.js which pair is on the screen."""
+    if showing is None:
+        said = progress.tuner.get("message") if progress.tuner.get("state") in DOWN else ""
+        more = f"<p>{text(said)}</p>" if said else "<p>This page goes on by itself.</p>"
+        return f'<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span><h2>{WAITING}</h2>{more}</div>'
+    return (
+        f'<article class="z-pair" data-showing="{showing.id}"><section class="z-prompt" aria-label="Prompt">'
+        f"<h2>Prompt</h2>{prompt_html(showing.prompt)}</section>"
+        f"{answers_html(showing.first, showing.second, ('Answer A', 'Answer B'), ('A', 'B'))}</article>"
+    )
+
+
+def status_html(progress: Progress) -> str:
+    """Verdicts to the next step, steps done, pairs in the queue, and what the model does."""
+    state = str(progress.tuner.get("state", "starting"))
+    step = progress.steps + 1
+    needed, given = progress.votes_needed, progress.votes_given
+    said = f"<b>{given}</b> of {needed} verdicts to step {step}" if needed else f"Step {step} is being prepared"
+    bar = (
+        f'<div class="z-bar" role="progressbar" aria-valuemin="0" aria-valuemax="{max(needed, 1)}" aria-valuenow="{given}" '
+        f'aria-label="Verdicts to step {step}"><i style="width:{min(given / max(needed, 1), 1.0):.0%}"></i></div>'
+    )
+    facts = "".join(
+        f"<li><b>{number}</b> {label}</li>"
+        for number, label in (
+            (progress.steps, "step done" if progress.steps == 1 else "steps done"),
+            (progress.open_pairs, "pair in the queue" if progress.open_pairs == 1 else "pairs in the queue"),
+            (progress.verdicts, "verdict so far" if progress.verdicts == 1 else "verdicts so far"),
+        )
+    )
+    doing = (
+        f'<li class="z-model z-is-{text(state)}" title="{text(progress.tuner.get("message", ""))}">'
+        f"Model: {text(STATES.get(state, state))}</li>"
+    )
+    return f'<div class="z-status"><div class="z-next"><span>{said}</span>{bar}</div><ul>{facts}{doing}</ul></div>'
+
+
+def guidelines_html(guidelines: str) -> str:
+    """The first line is the question, and stays in view; the rest folds away. Lines that begin with a dash are a list."""
+    question, _, rest = guidelines.strip().partition("\n")
+    blocks = []
+    for block in rest.strip().split("\n\n"):
+        lines = block.strip().splitlines()
+        if lines and all(line.startswith("- ") for line in lines):
+            blocks.append(f"<ul>{''.join(f'<li>{text(line[2:])}</li>' for line in lines)}</ul>")
+        elif lines:
+            blocks.append(f"<p>{text(' '.join(lines))}</p>")
+    heading = f"<h1>{text(question)}</h1>"
+    if not blocks:
+        return f'<div class="z-guidelines">{heading}</div>'
+    return f'<div class="z-guidelines">{heading}<details><summary>Guidelines</summary>{"".join(blocks)}</details></div>'
+
+
+def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, remembered: gr.BrowserState | None) -> None:
+    """Fills the tab.
+
+    Args:
+        blocks: the page.
+        name: the field with the rater's name.
+        remembered: where the browser keeps it; None where raters sign in.
+    """
+    html_block(guidelines_html(guidelines), elem_id="guidelines")
+    status = html_block(elem_id="status")
+    notice = html_block(elem_id="notice")
+    pair = html_block(pair_html(None, desk.progress()), elem_id="pair")
+    # The page says which pair it shows: a verdict on what is no longer there is never taken for one on what came after.
+    showing = gr.Number(0, visible=False, precision=0)
+    with gr.Column(elem_id="actions"):
+        with gr.Row(elem_id="verdicts", equal_height=True):
+            verdicts = [gr.Button(label, elem_id=id, elem_classes="z-key") for label, id, _ in BUTTONS[:4]]
+        with gr.Row(elem_id="extras"):
+            undo = gr.Button("Undo", elem_id="undo", elem_classes="z-key", size="sm")
+            verdicts.append(gr.Button("Skip", elem_id="vote-skip", elem_classes="z-key", size="sm"))
+    shown = [pair, showing, status, notice]
+
+    def turned(act: Callable[[str], Turn], given: str, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            who = desk.name(given, request.username)
+            turn = act(who)
+            progress = desk.progress(who)
+        except ValueError as error:
+            return gr.skip(), gr.skip(), gr.skip(), notice_html(str(error))
+        return (
+            pair_html(turn.showing, progress),
+            turn.showing.id if turn.showing else 0,
+            status_html(progress),
+            notice_html(turn.notice),
+        )
+
+    def voter(choice: Choice) -> Callable[..., tuple[Any, ...]]:
+        def vote(shown: float | None, given: str, request: gr.Request) -> tuple[Any, ...]:
+            act = partial(desk.vote, showing=int(shown), choice=choice) if shown else desk.next_pair
+            return turned(act, given, request)
+
+        return vote
+
+    def take_back(given: str, request: gr.Request) -> tuple[Any, ...]:
+        return turned(desk.undo, given, request)
+
+    def look(shown: float | None, given: str, request: gr.Request) -> tuple[Any, ...]:
+        """Of the timer: fetches a pair where none is shown, else no more than the figures."""
+        if not shown:
+            found = turned(desk.next_pair, given, request)
+            return (*found[:3], gr.skip())
+        try:
+            who = desk.name(given, request.username)
+            return gr.skip(), gr.skip(), status_html(desk.progress(who)), gr.skip()
+        except ValueError:
+            return (gr.skip(),) * 4
+
+    for button, (_, _, choice) in zip(verdicts, BUTTONS, strict=True):
+        button.click(voter(choice), [showing, name], shown, **LIGHT)
+    undo.click(take_back, [name], shown, **LIGHT)
+    gr.Timer(SECONDS).tick(look, [showing, name], shown, **LIGHT)
+
+    def greet(kept: str | None, request: gr.Request) -> tuple[Any, ...]:
+        who = request.username or kept or new_name()
+        return who, who, *turned(desk.next_pair, who, request)
+
+    def welcome(request: gr.Request) -> tuple[Any, ...]:
+        return request.username, *turned(desk.next_pair, "", request)
+
+    def rename(given: str, request: gr.Request) -> tuple[Any, ...]:
+        return given.strip(), *turned(desk.next_pair, given, request)
+
+    if remembered is None:
+        blocks.load(welcome, None, [name, *shown], **LIGHT)
+    else:
+        blocks.load(greet, [remembered], [name, remembered, *shown], **LIGHT)
+        gr.on([name.blur, name.submit], rename, [name], [remembered, *shown], **LIGHT)

@@ -1,0 +1,96 @@
+// Keys for the Judge tab, and what a screen reader is told. Model text passes through here as text alone.
+(() => {
+  const KEYS = {
+    a: "vote-a", ArrowLeft: "vote-a", b: "vote-b", ArrowRight: "vote-b",
+    t: "vote-tie", x: "vote-bad", s: "vote-skip", u: "undo",
+  };
+  const PRINTED = {
+    "vote-a": "a ArrowLeft", "vote-b": "b ArrowRight", "vote-tie": "t", "vote-bad": "x", "vote-skip": "s", undo: "u",
+  };
+  const BUSY = 3000; // milliseconds after which a verdict that was not answered may be given again
+  const WRITING = "input, textarea, select, [contenteditable], [role=tab], [role=slider], [role=radio], dialog";
+  let pair = null;
+  let shown = null;
+  let noted = "";
+  let sent = { showing: null, at: 0 };
+
+  const showing = () => pair?.querySelector("[data-showing]")?.dataset.showing ?? null;
+  const visible = (element) => element !== null && element.offsetParent !== null;
+
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.defaultPrevented) return;
+    const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (!id || event.target.closest?.(WRITING)) return;
+    const button = document.getElementById(id);
+    if (!visible(button)) return;
+    event.preventDefault();
+    button.click();
+  });
+
+  // One verdict for what is on the screen, however often a button or a key is pressed before the next pair is there.
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("#actions button");
+    if (!button || button.id === "undo") return;
+    const now = showing();
+    const again = now !== null && sent.showing === now && Date.now() - sent.at < BUSY;
+    if (now === null || again) {
+      event.stopImmediatePropagation();
+      event.preventDefault();
+      return;
+    }
+    sent = { showing: now, at: Date.now() };
+    button.classList.add("z-pressed");
+    setTimeout(() => button.classList.remove("z-pressed"), 160);
+  }, true);
+
+  const announcer = document.createElement("div");
+  announcer.id = "announcer";
+  announcer.className = "z-unseen";
+  announcer.setAttribute("role", "status");
+  announcer.setAttribute("aria-live", "polite");
+
+  const said = (selector) => pair.querySelector(selector)?.textContent.trim() ?? "";
+  const look = () => {
+    const now = showing();
+    const note = document.querySelector("#notice p")?.textContent ?? "";
+    if (now === shown && note === noted) return;
+    sent = { showing: null, at: 0 };
+    shown = now;
+    noted = note;
+    for (const id of Object.keys(PRINTED)) {
+      if (id !== "undo") document.getElementById(id)?.setAttribute("aria-disabled", String(now === null));
+    }
+    const news = now === null
+      ? said("h2")
+      : `New pair. Prompt: ${said(".z-prompt .z-text, .z-turns")}. Answer A: ${said(".z-a .z-text")}. Answer B: ${said(".z-b .z-text")}`;
+    announcer.textContent = `${note} ${news}`.trim();
+  };
+
+  // What a reader has opened stays open when its figures change.
+  const open = new Set();
+  const key = (details) => details.closest("[aria-label]")?.getAttribute("aria-label").split(":")[0] ?? "";
+  document.addEventListener("toggle", (event) => {
+    if (!event.target.closest?.("#charts")) return;
+    if (event.target.open) open.add(key(event.target));
+    else if (event.target.isConnected) open.delete(key(event.target));
+  }, true);
+
+  // The page is built by script, and again when a tab is opened: find its parts whenever they change.
+  const settle = () => {
+    if (!announcer.isConnected) document.body.append(announcer);
+    const found = document.getElementById("pair");
+    if (found !== pair) {
+      pair = found;
+      shown = undefined;
+    }
+    for (const [id, keys] of Object.entries(PRINTED)) {
+      const button = document.getElementById(id);
+      if (button && !button.hasAttribute("aria-keyshortcuts")) button.setAttribute("aria-keyshortcuts", keys);
+    }
+    for (const details of document.querySelectorAll("#charts details:not([open])")) {
+      if (open.has(key(details))) details.open = true;
+    }
+    if (pair) look();
+  };
+  new MutationObserver(settle).observe(document.documentElement, { childList: true, subtree: true });
+})();

@@ -1,0 +1,116 @@
+"""Who may see the page, and what it may load."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Gradio's front end is made of inline scripts and functions built from text; whatever is not served by the page is refused.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+# What Gradio serves and this page has no use for: files from a browser, and fetching from other machines.
+CLOSED = (
+    "/gradio_api/upload",
+    "/gradio_api/proxy=",
+    "/gradio_api/file=http",
+    "/gradio_api/stream",
+    "/proxy=",
+    "/upload",
+)
+
+
+class Guard:
+    """ASGI middleware: a strict Content-Security-Policy, no unused routes, and on this machine's own address no other name.
+
+    The name is checked because a foreign site can point its own name at 127.0.0.1 (DNS rebinding), and would then be
+    read by the browser as the same site.
+    """
+
+    def __init__(self, app: ASGIApp, local: bool) -> None:
+        self.app = app
+        self.local = local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if self.local and not is_local(_host(Headers(scope=scope).get("host", ""))):
+            await PlainTextResponse("This page answers to the name localhost alone.", 403)(scope, receive, send)
+            return
+        if scope["path"].startswith(CLOSED):
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receive, send_guarded)
+
+
+def is_local(host: str) -> bool:
+    """Whether an address or name is this machine's own, out of reach for others."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def read_users(path: Path) -> dict[str, str]:
+    """Names and passwords from a file of lines `name:password`; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: a line is something else, a name is there twice, or there is none; the message names file and line.
+    """
+    users: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, colon, password = line.partition(":")
+        name = name.strip()
+        if not (colon and name and password):
+            raise ValueError(f"{path}, line {number}: expected name:password")
+        if name in users:
+            raise ValueError(f"{path}, line {number}: the name {name!r} is there twice")
+        users[name] = password
+    if not users:
+        raise ValueError(f"{path} names nobody: expected lines such as ada:her-password")
+    return users
+
+
+def sign_in(password: str | None, users: Mapping[str, str]) -> Callable[[str, str], bool] | None:
+    """What Gradio asks when somebody signs in; None where nobody has to.
+
+    With a password for all, any name may sign in, and is the rater's name.
+    """
+    if password is None and not users:
+        return None
+
+    def check(name: str, given: str) -> bool:
+        expected = users.get(name, "") if users else password or ""
+        known = bool(expected) and 0 < len(name.strip()) <= 40 and name.isprintable()
+        return hmac.compare_digest(given.encode(), expected.encode()) and known
+
+    return check
+
+
+def _host(header: str) -> str:
+    """The host of a Host header, without the port."""
+    if header.startswith("["):
+        return header.partition("]")[0] + "]"
+    return header.partition(":")[0]

@@ -1,0 +1,410 @@
+"""The page in a real browser: Chromium, driven by Playwright, against texts that a made-up tuner feeds."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import re
+import socket
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_dataset
+from playwright.sync_api import Browser, Download, Page, expect, sync_playwright
+
+import zorl.apps.page.app
+from zorl.apps.judge_settings import JudgeSettings
+from zorl.apps.page.security import sign_in
+from zorl.probe import Choice
+from zorl.rewards.judgment_store import AlreadyClosed, JudgmentStore, ShowingRecord
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1> ![x](http://example.com/x.png) ${window.hacked=1}"
+TEXTS = [
+    ("the drama was", "truly witty . it was a hit .", "truly dull . it was a flop ."),
+    ("the plot was", "far from flat .", "flat ."),
+    ("the score was", "superb .", "weak ."),
+]
+
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM} to show the page in")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A page that is served, its store, and what works beside it."""
+
+    address: str
+    store: JudgmentStore
+    run: Path
+    tuner: Any
+    browser: Browser
+
+    @contextlib.contextmanager
+    def visit(self, width: int = 1280, dark: bool = False) -> Iterator[Page]:
+        """A browser of its own, on the Judge tab with a pair in front of it. Leaving checks that nothing went wrong."""
+        context = self.browser.new_context(
+            viewport={"width": width, "height": 844},
+            color_scheme="dark" if dark else "light",
+            accept_downloads=True,
+        )
+        context.set_default_timeout(10_000)
+        page = context.new_page()
+        errors: list[str] = []
+        elsewhere: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "request",
+            lambda r: elsewhere.append(r.url) if not r.url.startswith((self.address, "data:", "blob:")) else None,
+        )
+        page.goto(self.address)
+        try:
+            yield page
+            assert page.evaluate("window.hacked") is None
+            assert errors == []
+            assert elsewhere == []
+        finally:
+            context.close()
+
+    def answered(self, rater: str) -> list[ShowingRecord]:
+        return [record for record in self.store.showings() if record.rater == rater and record.choice is not None]
+
+    def make_steps(self, count: int) -> None:
+        """Verdicts of somebody who is not at a browser, until so many steps more are made."""
+        rater = self.store.rater("robot")
+        wanted = len(self.store.steps()) + count
+        deadline = time.monotonic() + 20
+        while len(self.store.steps()) < wanted:
+            assert time.monotonic() < deadline, "no steps are made"
+            pair = self.store.next_pair(rater)
+            if pair is None:
+                time.sleep(0.01)
+            else:
+                with contextlib.suppress(AlreadyClosed):
+                    self.store.vote(pair.id, rater, Choice.FIRST)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def serve(
+    folder: Path, browser: Browser, tuner: Any, texts: list[tuple[str, str, str]], **options: Any
+) -> Iterator[Site]:
+    run, scratch = folder / "run", folder / "scratch"
+    run.mkdir()
+    scratch.mkdir()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Gradio leaves event loops to the garbage collector
+        patch.setenv("GRADIO_TEMP_DIR", str(scratch / "served"))
+        store = JudgmentStore(run / "judgments.sqlite", repeat_share=0, comparison_share=0.3)
+        made = tuner(run / "judgments.sqlite", texts, per_step=8)
+        made.work()
+        page = zorl.apps.page.app.Page(store, JudgeSettings("model", ["the drama was"]), run, scratch, **options)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        address = page.open(port=port)
+        try:
+            yield Site(address, store, run, made, browser)
+        finally:
+            page.close()
+            del page
+            gc.collect()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, browser: Browser, pretend_tuner: Any) -> Iterator[Site]:
+    with serve(tmp_path_factory.mktemp("site"), browser, pretend_tuner, TEXTS) as site:
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.wait(0.05):
+                site.tuner.work()
+
+        beside = threading.Thread(target=work)
+        beside.start()
+        yield site
+        stop.set()
+        beside.join()
+
+
+def test_people_judge_with_the_keyboard_tie_skip_and_take_back(site: Site) -> None:
+    with site.visit() as page:
+        name = call_me(page, "ada")
+        given = [
+            ("a", "first"),
+            ("t", "tie"),
+            ("ArrowRight", "second"),
+            ("x", "both bad"),
+            ("s", "abstain"),
+            ("B", "second"),
+        ]
+        for key, _ in given:
+            press(page, key)
+        assert [record.choice for record in site.answered(name)] == [choice for _, choice in given]
+        before = shown(page)
+        page.keyboard.press("u")
+        expect(page.locator("#notice")).to_contain_text("Taken back")
+        assert shown(page) != before
+        assert len(site.answered(name)) == len(given) - 1
+
+
+def test_the_buttons_do_what_their_keys_do_and_say_so(site: Site) -> None:
+    with site.visit() as page:
+        name = call_me(page, "bea")
+        for label in ("A is better", "Tie", "Both bad", "B is better", "Skip"):
+            now = shown(page)
+            button = page.get_by_role("button", name=re.compile(f"^{label}"))
+            assert button.get_attribute("aria-keyshortcuts")
+            assert button.evaluate("e => getComputedStyle(e, '::after').content").strip('"')
+            button.click()
+            expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
+        choices = [record.choice for record in site.answered(name)]
+        assert choices == ["first", "tie", "both bad", "second", "abstain"]
+
+
+def test_a_reload_in_mid_pair_brings_the_same_pair_in_the_same_order(site: Site) -> None:
+    with site.visit() as page:
+        call_me(page, "cy")
+        press(page, "a")
+        before = (shown(page), page.locator(".z-a .z-text").inner_text(), page.locator(".z-b .z-text").inner_text())
+        page.reload()
+        expect(page.locator("#who input")).to_have_value("cy")
+        page.wait_for_selector("[data-showing]")
+        after = (shown(page), page.locator(".z-a .z-text").inner_text(), page.locator(".z-b .z-text").inner_text())
+        assert after == before
+
+
+def test_a_second_rater_has_pairs_of_their_own(tmp_path: Path, browser: Browser, pretend_tuner: Any) -> None:
+    served = serve(tmp_path, browser, pretend_tuner, TEXTS)  # afresh: nobody has left with a pair in front of them
+    with served as site, site.visit() as ada, site.visit() as bob:
+        for page in (ada, bob):
+            page.wait_for_selector("[data-showing]")
+        assert ada.locator("#who input").input_value() != bob.locator("#who input").input_value()
+        call_me(ada, "dora")
+        call_me(bob, "eve")
+        assert shown(ada) != shown(bob)
+        press(ada, "a")
+        press(bob, "b")
+        assert [record.choice for record in site.answered("dora")] == ["first"]
+        assert [record.choice for record in site.answered("eve")] == ["second"]
+        pairs = {record.pair for name in ("dora", "eve") for record in site.answered(name)}
+        assert len(pairs) == 2
+
+
+def test_keys_are_letters_while_somebody_writes_and_nothing_on_other_tabs(site: Site) -> None:
+    with site.visit() as page:
+        call_me(page, "flo")
+        page.locator("#who input").focus()
+        page.keyboard.type("bats")
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator("#who input")).to_have_value("flobats")
+        page.get_by_role("tab", name="Try it").click()
+        page.locator("body").press("a")
+        page.wait_for_timeout(300)
+        assert site.answered("flo") == site.answered("flobats") == []
+
+
+def test_a_key_pressed_twice_is_one_verdict_on_what_was_seen(site: Site) -> None:
+    with site.visit() as page:
+        name = call_me(page, "gus")
+        now = shown(page)
+        page.evaluate("for (const id of ['vote-a', 'vote-b', 'vote-a']) document.getElementById(id).click()")
+        expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
+        page.wait_for_timeout(300)
+        assert [(str(record.showing), record.choice) for record in site.answered(name)] == [(now, "first")]
+
+
+def test_a_verdict_that_comes_too_late_is_explained(site: Site) -> None:
+    with site.visit() as page:
+        name = call_me(page, "hal")
+        pair = next(record.pair for record in site.store.showings() if str(record.showing) == shown(page))
+        now = shown(page)
+        for probe in site.store.open_probes():
+            site.store.withdraw(probe.id)
+        site.tuner.ahead.clear()
+        page.keyboard.press("a")
+        expect(page.locator("#notice")).to_contain_text("This pair is already closed")
+        expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
+        assert pair not in {record.pair for record in site.answered(name)}
+
+
+def test_a_screen_reader_is_told_of_the_new_pair(site: Site) -> None:
+    with site.visit() as page:
+        call_me(page, "ida")
+        press(page, "t")
+        announcer = page.get_by_role("status").filter(has_text="New pair")
+        expect(announcer).to_contain_text(page.locator(".z-a .z-text").inner_text())
+        assert announcer.get_attribute("aria-live") == "polite"
+        expect(page.get_by_role("progressbar")).to_have_attribute("aria-label", re.compile("Verdicts to step"))
+        expect(page.get_by_role("region", name="Answer A")).to_be_visible()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_a_phone_in_light_and_in_dark(site: Site, dark: bool) -> None:
+    with site.visit(width=390, dark=dark) as page:
+        page.wait_for_selector("[data-showing]")
+        for tab in ("Progress", "Try it", "Export", "Judge"):
+            page.get_by_role("tab", name=tab).click()
+            expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for id in ("vote-a", "vote-b", "vote-tie", "vote-bad", "vote-skip", "undo"):
+            box = page.locator(f"#{id}").bounding_box()
+            assert box is not None
+            assert box["y"] + box["height"] <= 844
+            assert box["height"] >= 44
+        red, green, blue = contrast(page, ".z-a .z-text")
+        assert (red + green + blue > 380) == dark
+
+
+def test_the_charts_move_when_steps_are_made(site: Site) -> None:
+    with site.visit() as page:
+        page.wait_for_selector("[data-showing]")
+        site.make_steps(2)
+        page.get_by_role("tab", name="Progress").click()
+        drift = page.get_by_role("figure", name=re.compile("^Drift"))
+        expect(drift.locator(".z-curve")).to_have_count(1)
+        before = drift.locator(".z-headline").inner_text()
+        site.make_steps(3)
+        expect(drift.locator(".z-headline")).not_to_have_text(before)
+        expect(
+            page.get_by_role("figure", name=re.compile("^Win rate")).locator(".z-band, .z-dot").first
+        ).to_be_attached()
+        expect(page.get_by_role("table", name="Raters").get_by_role("rowheader", name="robot")).to_be_visible()
+
+
+def test_a_run_goes_back_after_a_question(site: Site) -> None:
+    with site.visit() as page:
+        site.make_steps(2)
+        page.get_by_role("tab", name="Progress").click()
+        asked: list[str] = []
+        page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+        page.locator("#rewind-step input").fill("1")
+        page.get_by_role("button", name="Go back to this step").click()
+        expect(page.locator("#rewind-said")).to_contain_text("The model is back.")
+        assert asked == ["Go back to step 1? The steps after it are undone, and their verdicts stay in the raw log."]
+        page.locator("#rewind-step input").fill("1000")
+        page.get_by_role("button", name="Go back to this step").click()
+        expect(page.locator("#rewind-said")).to_contain_text("so a step from 0 to")
+
+
+def test_a_prompt_of_one_s_own_is_answered_by_both_models(site: Site) -> None:
+    with site.visit() as page:
+        page.get_by_role("tab", name="Try it").click()
+        page.get_by_role("textbox", name="Prompt").fill("the <i>hero</i>")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.get_by_role("region", name="Starting model")).to_contain_text("the <i>hero</i> as it was")
+        expect(page.get_by_role("region", name=re.compile("Current model, after step"))).to_contain_text(
+            "<b>as it is</b>"
+        )
+        page.get_by_role("textbox", name="Prompt").fill("nothing")
+        page.get_by_role("button", name="Compare").click()
+        expect(page.locator("#try-answers")).to_contain_text("try cannot be done")
+
+
+def test_the_exports_load(site: Site, tmp_path: Path) -> None:
+    site.make_steps(2)
+    (site.run / "trajectory.zorl").write_bytes(b"a few bytes")
+    with site.visit() as page:
+        page.get_by_role("tab", name="Export").click()
+
+        def fetch(what: str) -> Path:
+            with page.expect_download() as waiting:
+                page.get_by_role("button", name=f"Download {what}").click()
+            download: Download = waiting.value
+            download.save_as(tmp_path / download.suggested_filename)
+            return tmp_path / download.suggested_filename
+
+        preferences = load_dataset(
+            "json", data_files=str(fetch("preferences")), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert preferences.column_names == ["prompt", "chosen", "rejected"]
+        assert len(preferences) >= 4
+        assert set(preferences["prompt"]) <= {prompt for prompt, _, _ in TEXTS}
+        events = [json.loads(line) for line in fetch("raw log").read_text(encoding="utf-8").splitlines()]
+        assert {"shown", "vote", "committed"} <= {event["action"] for event in events}
+        assert fetch("trajectory").read_bytes() == b"a few bytes"
+        with zipfile.ZipFile(fetch("tuned model")) as archive:
+            assert archive.namelist() == ["config.json"]
+        expect(page.locator("#said-preferences")).to_contain_text("preferences. Left out:")
+
+
+def test_hostile_text_stays_text(tmp_path: Path, browser: Browser, pretend_tuner: Any) -> None:
+    texts = [(f"prompt {HOSTILE}", f"one {HOSTILE}", f"two {HOSTILE}")]
+    with serve(tmp_path, browser, pretend_tuner, texts, guidelines=f"Which? {HOSTILE}\n\n{HOSTILE}") as site:
+        site.store.set_tuner("waiting", HOSTILE)
+        with site.visit() as page:
+            page.wait_for_selector("[data-showing]")
+            assert page.locator(".z-prompt .z-text").inner_text() == f"prompt {HOSTILE}"
+            seen = {page.locator(f".z-{side} .z-text").inner_text() for side in "ab"}
+            assert seen == {f"one {HOSTILE}", f"two {HOSTILE}"}
+            assert page.locator(".z-pair img, .z-pair a, .z-pair script, #guidelines img").count() == 0
+            call_me(page, "<b>x</b>")
+            press(page, "a")
+            page.get_by_role("tab", name="Progress").click()
+            expect(page.get_by_role("rowheader", name="<b>x</b>")).to_be_visible()
+
+
+def test_raters_sign_in_where_there_are_passwords(tmp_path: Path, browser: Browser, pretend_tuner: Any) -> None:
+    check = sign_in(None, {"ada": "secret"})
+    with serve(tmp_path, browser, pretend_tuner, TEXTS, auth=check) as site, site.visit() as page:
+        page.get_by_label("username").fill("ada")
+        page.get_by_label("password").fill("secret")
+        page.get_by_role("button", name=re.compile("log ?in", re.IGNORECASE)).click()
+        page.wait_for_selector("[data-showing]")
+        expect(page.locator("#who input")).to_have_value("ada")
+        expect(page.locator("#who input")).to_be_disabled()
+        press(page, "b")
+        assert [record.choice for record in site.answered("ada")] == ["second"]
+
+
+def call_me(page: Page, name: str) -> str:
+    """Gives the rater a name, and waits for their first pair."""
+    page.wait_for_selector("[data-showing]")
+    now = shown(page)
+    page.locator("#who input").fill(name)
+    page.locator("#who input").press("Enter")
+    expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
+    page.locator("#who input").blur()
+    return name
+
+
+def shown(page: Page) -> str:
+    """Id of the showing on the screen."""
+    return str(page.locator("[data-showing]").get_attribute("data-showing"))
+
+
+def press(page: Page, key: str) -> None:
+    """Judges by a key, and waits for the next pair."""
+    now = shown(page)
+    page.keyboard.press(key)
+    expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
+
+
+def contrast(page: Page, selector: str) -> tuple[int, int, int]:
+    """The colour of a text."""
+    red, green, blue = re.findall(r"\d+", page.locator(selector).evaluate("e => getComputedStyle(e).color"))[:3]
+    return int(red), int(green), int(blue)
