@@ -179,3 +179,7 @@ class JudgeArguments:
     users: str | None = _flag("A file of lines name:password: who may judge.")
     guidelines: str | None = _flag("A text file for the raters; its first line is the question that stays in view.")
     no_browser: bool = _flag("Do not open the page in a browser.", False)
+    page_only: bool = _flag(
+        "Tune nothing here: the questions are those of zorl train --judge human --judgments RUN/judgments.sqlite.",
+        False,
+    )

@@ -184,7 +184,7 @@ works at once, offline, with a small model that ships with zorl. The same comman
         "The run": "run model prompts held_out",
         "Judging": "prompts_per_step comparisons_per_step votes_per_pair lease_seconds repeat_share comparison_share guidelines",
         "Tuning": "method learning_rate epsilon directions parameters brake max_drift max_completion_length temperature seed",
-        "The page": "host port password users no_browser",
+        "The page": "host port password users no_browser page_only",
     },
     examples="""\
 zorl judge                                                              # try it: a model and prompts are built in

@@ -49,17 +49,21 @@ def run(argv: Sequence[str]) -> str:
         )
     guidelines = None if arguments.guidelines is None else _read_guidelines(Path(arguments.guidelines))
     folder = Path(arguments.run).expanduser()
-    settings = make_settings(folder, given)
-    settings.write(folder)
+    if arguments.page_only:
+        settings = _of_another_process(folder)
+    else:
+        settings = make_settings(folder, given)
+        settings.write(folder)
     with _claimed(folder), _quiet_environment() as scratch:
         kept: dict[str, Any] = {name: given[name] for name in STORED if name in given}
         store = JudgmentStore(folder / "judgments.sqlite", **kept)
         page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines)
         tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: store.set_tuner("failed", told))
-        store.set_tuner("starting")
+        store.set_tuner(*(("waiting", "zorl train asks the questions") if arguments.page_only else ("starting",)))
         address = page.open(arguments.host, arguments.port)
         try:
-            tuner.start()
+            if not arguments.page_only:
+                tuner.start()
             _tell(address, folder, arguments, page)
             _wait()
         finally:
@@ -89,6 +93,20 @@ def make_settings(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
     if "model" in values and "prompts" not in values:
         raise ValueError("--prompts is needed with --model: the built-in prompts are for the embedded model")
     return JudgeSettings(**{"model": str(REVIEWER), "prompts": built_in_prompts(), **values})
+
+
+def _of_another_process(folder: Path) -> JudgeSettings:
+    """What the page says of a run that `zorl train` tunes.
+
+    Raises:
+        ValueError: the folder holds a run of `zorl judge`.
+    """
+    if (folder / "judge.json").exists():
+        raise ValueError(
+            f"{folder} holds a run that zorl judge tunes; leave --page_only out, or choose another --run folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return JudgeSettings(model="zorl train", prompts=["Once upon a time"])
 
 
 def _read_guidelines(path: Path) -> str:

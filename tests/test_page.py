@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from zorl.apps.page.markup import answers_html, prompt_html
 from zorl.apps.page.security import is_local, read_users, sign_in
 from zorl.apps.supervisor import Supervisor
 from zorl.probe import Choice
+from zorl.rewards import HumanJudge
 from zorl.rewards.judgment_store import JudgmentStore, NewPair, Progress, Showing
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> ![x](http://example.com/x.png) ${alert(1)} {{7*7}}"
@@ -457,6 +459,29 @@ def test_the_command_serves_a_page_keeps_a_tuner_beside_it_and_ends_both_when_to
     assert JudgmentStore(run / "judgments.sqlite").tuner()["state"] == "stopped"
 
 
+def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> None:
+    run, port, found = tmp_path / "run", _free_port(), []
+    command = [sys.executable, "-m", "zorl.apps.cli", "judge", "--run", str(run), "--port", str(port), "--page_only"]
+    process = subprocess.Popen([*command, "--no_browser"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _until(lambda: _answers(port), 60)
+        people = HumanJudge(run / "judgments.sqlite", poll_seconds=0.05)
+        asking = threading.Thread(target=lambda: found.extend(people(["p"], ["one"], ["two"], request_id="1")))
+        asking.start()
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        _until(lambda: client.predict(rater="ann", api_name="/next_pair") is not None)
+        pair = client.predict(rater="ann", api_name="/next_pair")
+        client.predict(rater="ann", showing=pair["showing"], choice="second", api_name="/vote")
+        asking.join(20)
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert found == [Choice.FIRST if pair["second"] == "one" else Choice.SECOND]
+    (run / "judge.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run that zorl judge tunes; leave --page_only out"):
+        judge.run(["--run", str(run), "--page_only", "--no_browser"])
+
+
 # --- helpers -------------------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +536,11 @@ def _get(address: str, path: str) -> httpx.Response:
     request.url = request.url.copy_with(raw_path=path.encode())
     with httpx.Client(trust_env=False) as client:
         return client.send(request)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _until(condition: Callable[[], bool], seconds: float = 10) -> None:
