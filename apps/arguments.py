@@ -139,7 +139,7 @@ class JudgeArguments:
         "Prompts, likewise, for blind comparisons with the starting model. Default: those of --prompts."
     )
     method: str = _flag(
-        "How verdicts become steps: replay makes the most of each, on the output layer alone; direct is MeZO on them.",
+        "How verdicts become steps: replay learns from all of them at each; direct makes one MeZO step of the latest.",
         JudgeSettings.method,
     )
     prompts_per_step: int | None = _flag("Pairs that people judge for one step. Default: the method's own.")
@@ -164,7 +164,7 @@ class JudgeArguments:
     parameters: list[str] | None = field(
         default=None,
         metadata=_several(
-            "Shell patterns of the parameters to tune. Default: a bias on the output with replay, all with direct."
+            "Shell patterns of the parameters to tune, such as '*' for all. Default: a bias for each token on the output."
         ),
     )
     brake: float = _flag("What a nat of divergence from the starting model costs, with replay.", JudgeSettings.brake)

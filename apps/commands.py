@@ -177,8 +177,8 @@ JUDGE = Command(
     usage="[--model M --prompts FILE] [--run DIR]",
     about="""\
 Opens a page on which people say which of two answers is better, with one key. Their verdicts, and nothing else, tune the
-model while they read: each step asks of a few prompts whether θ+εz or θ−εz answers better. With no flags at all it
-works at once, offline, with a small model that ships with zorl. The same command goes on with the run.""",
+model while they read, by forward passes alone. With no flags at all it works at once, offline, with a small model that
+ships with zorl. The same command goes on with the run.""",
     types=lambda: (JudgeArguments,),
     sections={
         "The run": "run model prompts held_out",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("replay", "direct")
-# What a setting that is not given becomes, by method: what `benchmarks/human_efficiency.py` was run with.
+# What a setting that is not given becomes, by method: what did best in `docs/human_efficiency.md`.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "replay": {"learning_rate": 0.4, "epsilon": "0.1", "directions": 16, "prompts_per_step": 8},
-    "direct": {"learning_rate": 0.002, "epsilon": "0.02", "directions": 1, "prompts_per_step": 4},
+    "replay": {"learning_rate": 0.4, "epsilon": "0.1", "directions": 32, "prompts_per_step": 8},
+    "direct": {"learning_rate": 0.2, "epsilon": "0.5", "directions": 1, "prompts_per_step": 4},
 }
 
 
@@ -31,7 +31,7 @@ class JudgeSettings:
         learning_rate: typical change of a parameter in one update.
         epsilon: a number, or "auto".
         directions: of one update.
-        parameters: shell patterns of the parameters to tune; empty: the output bias with "replay", all with "direct".
+        parameters: shell patterns of the parameters to tune; empty: a bias a token on the output (`zorl.output_bias`).
         brake: what a nat of divergence from the starting model costs an answer, with "replay".
         seed: of directions and sampling.
         max_drift: nats a token between the current and the starting model at which tuning pauses; 0: never.
@@ -75,7 +75,7 @@ class JudgeSettings:
     @property
     def output_bias(self) -> bool:
         """Whether the one thing that is tuned is a bias a token on the output embedding."""
-        return self.method == "replay" and not self.parameters
+        return not self.parameters
 
     def write(self, run: Path) -> None:
         """Writes `judge.json` into the run's folder.

@@ -40,6 +40,7 @@ from zorl.run_folder import RunFolder
 from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 
 _DRIFT_PROMPTS = 16
+_PAIRS_AN_UPDATE = 16  # of replay
 _AHEAD = 2  # probes that people can work on: one that is being judged, one that is ready when it is done
 _MOST_UPDATES = 1  # that θ may have seen since a probe was written
 _IDLE_SECONDS = 0.1
@@ -73,7 +74,9 @@ class Tuner:
         self.mezo = self._optimizer(tuned)
         self.learner: Learner = Direct(self.mezo, self.policy)
         if self.settings.method == "replay":
-            replay = PreferenceReplay(*readers, brake=self.settings.brake, seed=self.settings.seed)
+            replay = PreferenceReplay(
+                *readers, brake=self.settings.brake, batch_size=_PAIRS_AN_UPDATE, seed=self.settings.seed
+            )
             self.learner = Replay(self.mezo, self.policy, replay)
         rows = [{"prompt": prompt} for prompt in self._held_out[:_DRIFT_PROMPTS]]
         self.meter = DriftMeter(self.policy, self.start, *readers, rows, noise_seed=self.settings.seed)
