@@ -70,7 +70,7 @@ class Tuner:
         tuned = ParameterSet(select(self.model, patterns))
         now, before = Scratch(self.model, tuned), starting_evaluator(self.model, tuned)
         self.policy, self.start = self._policy(now), self._policy(before)
-        readers = [self._reader(evaluator) for evaluator in (now, before)]
+        readers = self._reader(now), self._reader(before)
         self.mezo = self._optimizer(tuned)
         self.learner: Learner = Direct(self.mezo, self.policy)
         if self.settings.method == "replay":

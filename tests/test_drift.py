@@ -1,69 +1,110 @@
-"""Drift: a starting model that stays, and a distance that is zero at the start."""
+"""Drift: nothing at the start, and seen when the model moves."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-from zorl.directions import Step
-from zorl.drift import StartingModel, drift
+from zorl.answer_logits import AnswerLogits
+from zorl.drift import Drift, DriftMeter, distinct_2, starting_evaluator
 from zorl.generation import Generation
+from zorl.output_bias import add_output_bias, output_bias_name
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
-from zorl.probe import CENTRE, Point
-from zorl.prompts import Answer, Prompt
+from zorl.probe import CENTRE
+from zorl.prompts import Prompt
 
-ROWS = [{"prompt": text} for text in ("the film was", "a great", "the user asked and the assistant said")]
-
-
-def policies(parts: Any, patterns: list[str] | None = None) -> tuple[Generation, Generation, ParameterSet]:
-    """A model that may be tuned, answered by itself and by what it was."""
-    model = copy.deepcopy(parts.model)
-    tuned = ParameterSet(select(model, patterns))
-    made = [
-        Generation(evaluator, parts.tokenizer, Prompt("{prompt}"), max_new_tokens=8)
-        for evaluator in (Scratch(model, tuned), StartingModel(model, tuned))
-    ]
-    return made[0], made[1], tuned
+TOKENS = torch.tensor([[5, 6, 7, 8]])
+ROWS = [{"text": text} for text in ("the film", "who wrote the book?", "good or bad")]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "qwen2"])
-def test_drift_is_zero_at_the_start_and_positive_after_a_step(parts: Callable[[str], Any], kind: str):
-    policy, start, tuned = policies(parts(kind))
-    (answers,) = policy.answers(ROWS, [CENTRE], noise_seed=1)
-    assert drift(policy, start, ROWS, answers) == 0.0
-    tuned.add([Step(seed=5, coefficient=0.05)], "rademacher")
-    rows = ROWS * 20
-    (answers,) = policy.answers(rows, [CENTRE], noise_seed=1)
-    near = drift(policy, start, rows, answers)
-    tuned.add([Step(seed=5, coefficient=0.05)], "rademacher")
-    (answers,) = policy.answers(rows, [CENTRE], noise_seed=1)
-    assert 0.0 < near < drift(policy, start, rows, answers)
+def logits(evaluator):
+    return evaluator.evaluate(CENTRE, lambda: evaluator.module(TOKENS).logits)
 
 
-def test_the_starting_model_stays_and_copies_the_tuned_parameters_alone(parts: Callable[[str], Any]):
-    policy, start, tuned = policies(parts("gpt2"), ["*ln_f*"])
-    (before,) = start.answers(ROWS, [CENTRE], noise_seed=1)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_starting_model_stays_when_the_tuned_one_moves(parts, kind):
+    model = copy.deepcopy(parts(kind).model)
+    before = model(TOKENS).logits.detach()
+    start = starting_evaluator(model, ParameterSet(select(model)))
     with torch.no_grad():
-        for tensor in tuned.values():
-            tensor.add_(0.5)
-    assert start.answers(ROWS, [CENTRE], noise_seed=1)[0] == before
-    named = dict(policy.evaluator.module.named_parameters())
-    apart = {n for n, p in start.evaluator.module.named_parameters() if p.data_ptr() != named[n].data_ptr()}
-    assert apart == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+        for parameter in model.parameters():
+            parameter += 0.1
+    assert not torch.equal(model(TOKENS).logits, before)
+    assert torch.equal(logits(start), before)
 
 
-def test_the_starting_model_knows_one_point(parts: Callable[[str], Any]):
-    _, start, _ = policies(parts("gpt2"))
-    with pytest.raises(ValueError, match=r"stays where it is; it cannot go to offset 0\.1"):
-        start.answers(ROWS, [Point(1, 0.1)])
+def test_what_is_not_tuned_is_shared(parts):
+    model = copy.deepcopy(parts("llama").model)
+    start = starting_evaluator(model, ParameterSet(select(model, "*norm*")))
+    for (name, mine), (_, its) in zip(model.named_parameters(), start.module.named_parameters(), strict=True):
+        assert (mine.data_ptr() == its.data_ptr()) == ("norm" not in name)
 
 
-def test_answers_without_tokens_have_no_drift(parts: Callable[[str], Any]):
-    policy, start, _ = policies(parts("gpt2"))
-    assert math.isnan(drift(policy, start, ROWS, [Answer("", [])] * len(ROWS)))
+def test_a_tied_weight_that_is_tuned_is_copied_once(parts):
+    model = copy.deepcopy(parts("gpt2").model)
+    start = starting_evaluator(model, ParameterSet(select(model, "transformer.wte.weight")))
+    assert start.module.get_output_embeddings().weight is start.module.get_input_embeddings().weight
+    assert start.module.get_output_embeddings().weight is not model.get_output_embeddings().weight
+
+
+def meter(part, **options):
+    model = copy.deepcopy(part.model)
+    bias = add_output_bias(model)
+    parameters = ParameterSet(select(model, output_bias_name(model)))
+    evaluators = Scratch(model, parameters), starting_evaluator(model, parameters)
+    policies = [
+        Generation(evaluator, part.tokenizer, Prompt("{text}"), max_new_tokens=12, **options)
+        for evaluator in evaluators
+    ]
+    readers = [AnswerLogits(evaluator, evaluator.parameters) for evaluator in evaluators]
+    return bias, DriftMeter(*policies, *readers, ROWS, noise_seed=3)
+
+
+def test_there_is_none_at_the_start(parts):
+    _, drift = meter(parts("llama"))
+    found = drift.measure()
+    assert found.kl == pytest.approx(0.0, abs=1e-6)
+    assert found.perplexity == pytest.approx(1.0, abs=1e-5)
+    assert found.distinct_2 == 1.0
+    assert found.within(0.1)
+
+
+def test_a_model_that_says_one_word_alone_has_drifted(parts):
+    bias, drift = meter(parts("llama"))
+    with torch.no_grad():
+        bias[9] += 50.0
+    found = drift.measure()
+    assert found.kl > 1.0
+    assert found.perplexity > 1.5
+    assert not found.within(0.1)
+
+
+def test_a_model_that_says_nothing_any_more_has_drifted_without_measure(parts):
+    bias, drift = meter(parts("llama"))
+    with torch.no_grad():
+        bias[parts("llama").tokenizer.eos_token_id] += 100.0
+    found = drift.measure()
+    assert found.distinct_2 == 0.0
+    assert not found.within(0.1)
+
+
+def test_the_bound_holds_on_both_sides():
+    assert Drift(0.1, 1.09, 0.91).within(0.1)
+    assert not Drift(0.1, 0.85, 1.0).within(0.1)
+    assert not Drift(0.1, 1.0, 1.11).within(0.1)
+
+
+def test_distinct_2_is_the_share_of_different_word_pairs():
+    assert distinct_2(["a b a b", "A b"]) == 0.5  # ab ba ab, ab
+    assert distinct_2(["a", ""]) == 0.0
+
+
+def test_no_prompts_are_refused(parts):
+    part = parts("llama")
+    policy = Generation(part.evaluator, part.tokenizer, Prompt("{text}"), max_new_tokens=4)
+    reader = AnswerLogits(part.evaluator, part.evaluator.parameters)
+    with pytest.raises(ValueError, match="drift is measured on prompts, and there are none"):
+        DriftMeter(policy, policy, reader, reader, [])

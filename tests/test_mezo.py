@@ -18,7 +18,7 @@ from zorl.mezo import MeZO
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
 from zorl.probe import Choice, Scores, Verdict, Verdicts
-from zorl.updates import UpdateName
+from zorl.updates import UpdateName, bfloat16
 
 UPDATES: tuple[UpdateName, ...] = ("sgd", "normalized")
 each_method = pytest.mark.parametrize(
@@ -356,6 +356,17 @@ def test_answers_of_another_probe_leave_it_open():
     assert optimizer.steps == 0
     optimizer.tell(probe.id, Scores(torch.zeros(2, 1)))
     assert optimizer.steps == 1
+
+
+# three votes for the plus side, a tie, and one without an opinion: 3.5 votes to 0.5
+@pytest.mark.parametrize(
+    ("comparison", "projected"), [("share", -0.75), ("logit", -math.log((3.5 + 0.5) / (0.5 + 0.5))), ("sign", -1.0)]
+)
+def test_what_verdicts_say_is_a_choice(comparison: str, projected: float):
+    optimizer = MeZO([("w", torch.zeros(3))], epsilon=0.5, comparison=comparison)
+    choices = (*[Choice.FIRST] * 3, Choice.TIE, Choice.ABSTAIN)
+    verdicts = Verdicts(tuple(Verdict(0, 1, i, choice) for i, choice in enumerate(choices)))
+    assert optimizer.tell(optimizer.ask().id, verdicts).projected == (bfloat16(projected),)
 
 
 def test_a_probe_asked_ahead_looks_along_its_own_steps_directions():

@@ -762,6 +762,7 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
         ({"epsilon": "inf"}, "epsilon must be a positive number or 'auto', got 'inf'"),
         ({"epsilon": "large"}, "epsilon must be a positive number or 'auto', got 'large'"),
         ({"n_spsa": "0"}, "n_spsa needs at least one direction"),
+        ({"comparison": "loud"}, "comparison must be one of share, logit, sign, got 'loud'"),
         ({"distribution": "uniform"}, "distribution must be one of rademacher, gaussian, got 'uniform'"),
         ({"forward_batch_size": 0}, "forward_batch_size must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),

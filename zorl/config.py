@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from transformers import TrainingArguments
 
+from zorl.comparisons import COMPARISONS
 from zorl.directions import DISTRIBUTIONS
 from zorl.expected_reward import LabelReward
 from zorl.schedules import Directions
@@ -53,6 +54,13 @@ class MeZOConfig(TrainingArguments):
     update: str = field(
         default="normalized",
         metadata={"help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own."},
+    )
+    comparison: str = field(
+        default="share",
+        metadata={
+            "help": "What a judge's verdicts say of the difference of two sides: share (the mean preference), logit (as a "
+            "logistic rater would feel it, shrunk) or sign (the majority alone)."
+        },
     )
     informative_target: float = field(
         default=0.8, metadata={"help": "Share of probes in which the two sides differ that epsilon=auto keeps."}
@@ -117,6 +125,8 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {self.distribution!r}")
         if self.label_reward not in get_args(LabelReward):
             raise ValueError(f"label_reward must be 'expected' or 'best', got {self.label_reward!r}")
+        if self.comparison not in COMPARISONS:
+            raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)}, got {self.comparison!r}")
         Directions.parse(self.n_spsa)
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")

@@ -1,63 +1,131 @@
-"""How far tuning has carried a model from where it started, measured by forward passes.
+"""How far a tuned model has drifted from where it started, from forward passes alone.
 
-A reward or a judge can be pleased by text that falls apart, so what a run gains is worth what it keeps. The measure is
-KL(π_θ ‖ π_θ₀) a token, estimated on answers that the tuned model itself wrote: the mean of log π_θ(y|x) − log π_θ₀(y|x)
-(the penalty of Ziegler et al. 2019, eq. 2, without a reward model around it).
+A win is cheap where the text may fall apart: what a person, or any reward, does not ask about is free to get worse.
+Three figures tell. KL is what tuning has spent, on text of the tuned model alone (the penalty of Ziegler et al. 2019,
+eq. 2). Perplexity under the starting model rises when answers turn odd; distinct-2 (Li et al. 2016) falls when they
+repeat themselves.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from zorl.answer_logits import AnswerLogits, TokenAnswer, chosen, divergence
 from zorl.generation import Generation
 from zorl.parameters import ParameterSet
-from zorl.probe import CENTRE, Point
+from zorl.perturbation import Scratch
+from zorl.probe import CENTRE
 from zorl.prompts import Answer
 
-T = TypeVar("T")
+
+def starting_evaluator(model: nn.Module, parameters: ParameterSet) -> Scratch:
+    """Runs the model as it is *now*, whatever becomes of it: with a copy of the tuned parameters, sharing everything else.
+
+    Make it before `MeZO` resumes a trajectory, while the parameters hold the base weights.
+    """
+    copies = {id(tensor): tensor.detach().clone() for tensor in parameters.values()}
+    parts = {id(p): nn.Parameter(copies[id(p)], requires_grad=False) for p in model.parameters() if id(p) in copies}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    module = copy.deepcopy(model, memo=shared | parts)
+    return Scratch(module, ParameterSet((name, parts[id(tensor)]) for name, tensor in parameters.items()))
 
 
-class StartingModel:
-    """The model as it is now, whatever becomes of it: an evaluator that knows one point.
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Of the current model's answers.
 
-    Copies the tuned parameters and shares everything else with the model.
-
-    Args:
-        model: before its first step.
-        parameters: the tuned ones, taken from this model.
+    Attributes:
+        kl: mean over the tokens of the divergence KL(current ‖ start) between the next-token distributions, in nats.
+        perplexity: of the answers under the starting model, as a multiple of that of its own answers.
+        distinct_2: share of word pairs that are different ones, as a multiple of that of its own answers.
     """
 
-    def __init__(self, model: nn.Module, parameters: ParameterSet) -> None:
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        memo |= {id(t): nn.Parameter(t.detach().clone(), requires_grad=False) for t in parameters.values()}
-        self.module: Any = copy.deepcopy(model, memo=memo).eval()
+    kl: float
+    perplexity: float
+    distinct_2: float
 
-    @torch.no_grad()
-    def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
-        """The result of `forward()`.
-
-        Raises:
-            ValueError: the point is not the centre.
-        """
-        if point.offset != 0.0:
-            raise ValueError(f"the starting model stays where it is; it cannot go to offset {point.offset}")
-        return forward()
+    def within(self, bound: float) -> bool:
+        """Whether perplexity and distinct-2 are both within a share `bound` of the start, such as 0.1."""
+        return abs(self.perplexity - 1.0) <= bound and abs(self.distinct_2 - 1.0) <= bound
 
 
-def drift(policy: Generation, start: Generation, rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> float:
-    """KL divergence of the tuned model from the starting one, in nats a token; NaN where all answers are empty.
+class DriftMeter:
+    """Measures drift on fixed prompts, with sampling noise that both models share. The starting model answers once.
 
     Args:
-        policy: answers at θ.
-        start: answers with the starting model.
-        rows: prompts.
-        answers: of the tuned model to these prompts.
+        current: what is measured.
+        start: the same policy of the starting model (see `starting_evaluator`).
+        reader: reads answers in the current model.
+        start_reader: and in the starting one.
+        rows: of the prompts; more of them, a steadier figure.
+        noise_seed: of sampling.
+
+    Raises:
+        ValueError: there are no rows, or the starting model has nothing to say to any.
     """
-    now, before = (p.log_likelihoods(rows, answers, [CENTRE])[0] for p in (policy, start))
-    tokens = sum(len(answer.completion_ids) for answer in answers)
-    return (now - before).sum().item() / tokens if tokens else float("nan")
+
+    def __init__(
+        self,
+        current: Generation,
+        start: Generation,
+        reader: AnswerLogits,
+        start_reader: AnswerLogits,
+        rows: Sequence[Mapping[str, Any]],
+        noise_seed: int = 0,
+    ) -> None:
+        if not rows:
+            raise ValueError("drift is measured on prompts, and there are none")
+        self._current, self._reader, self._start_reader = current, reader, start_reader
+        self._rows, self._noise_seed = list(rows), noise_seed
+        self._prompts = current.prompt_ids(self._rows)
+        (answers,) = start.answers(self._rows, [CENTRE], noise_seed=noise_seed)
+        tokens = self._tokens(answers)
+        if not tokens:
+            raise ValueError("the starting model answered none of the prompts with a single token")
+        self._log_perplexity = -chosen(start_reader.log_probabilities(tokens), tokens).mean().item()
+        start_reader.forget()
+        self._distinct_2 = distinct_2(text_of(answer) for answer in answers)
+
+    def measure(self) -> Drift:
+        """Of the current model as it is now."""
+        (answers,) = self._current.answers(self._rows, [CENTRE], noise_seed=self._noise_seed)
+        tokens = self._tokens(answers)
+        if not tokens:  # it says nothing any more
+            return Drift(math.inf, math.inf, 0.0)
+        now, before = (reader.log_probabilities(tokens) for reader in (self._reader, self._start_reader))
+        kl = divergence(now, before).mean().item()
+        log_perplexity = -chosen(before, tokens).mean().item()
+        for reader in (self._reader, self._start_reader):
+            reader.forget()
+        distinct = distinct_2(text_of(answer) for answer in answers)
+        return Drift(
+            kl,
+            math.exp(log_perplexity - self._log_perplexity),
+            distinct / self._distinct_2 if self._distinct_2 else math.nan,
+        )
+
+    def _tokens(self, answers: Sequence[Answer]) -> list[TokenAnswer]:
+        return [
+            TokenAnswer(tuple(prompt), tuple(answer.completion_ids))
+            for prompt, answer in zip(self._prompts, answers, strict=True)
+            if answer.completion_ids
+        ]
+
+
+def distinct_2(texts: Iterable[str]) -> float:
+    """Different pairs of neighbouring words, as a share of all of them (Li et al. 2016); 0 where there are none."""
+    pairs = [pair for text in texts for words in [text.lower().split()] for pair in pairwise(words)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def text_of(answer: Answer) -> str:
+    """What the model wrote, in plain text or as the assistant of a conversation."""
+    completion = answer.completion
+    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from zorl.comparisons import Comparison
 from zorl.directions import DISTRIBUTIONS, Distribution, Step
 from zorl.epsilon import Epsilon
 from zorl.estimators import SPSA
@@ -43,6 +44,7 @@ class MeZO(torch.optim.Optimizer):
         update: `"sgd"` (the paper's) or `"normalized"`.
         seed: the master seed, from which every direction follows.
         informative_target: for `epsilon="auto"`.
+        comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
         trajectory: a file to log to. Where it exists the run is resumed: the parameters must hold the base weights, and
             are brought to where the log ends.
         header: what else to write into the trajectory's header (JSON values), and to compare on resuming.
@@ -68,6 +70,7 @@ class MeZO(torch.optim.Optimizer):
         update: UpdateName = "sgd",
         seed: int = 0,
         informative_target: float = 0.8,
+        comparison: Comparison = "share",
         trajectory: str | Path | None = None,
         header: Mapping[str, Any] | None = None,
     ) -> None:
@@ -89,7 +92,7 @@ class MeZO(torch.optim.Optimizer):
         self.distribution = distribution
         self.seed = seed
         self.directions = Directions.parse(n_spsa)
-        self.estimator = SPSA()
+        self.estimator = SPSA(comparison)
         self.rule = update_rule(update)
         self.epsilon = Epsilon(epsilon, self.parameters.dtypes, target=informative_target)
         self.steps = 0
@@ -110,6 +113,7 @@ class MeZO(torch.optim.Optimizer):
             "epsilon": epsilon,
             "informative_target": informative_target,
             "update": update,
+            "comparison": comparison,
             **(header or {}),
         }
         self._path = None if trajectory is None else Path(trajectory)

@@ -288,6 +288,7 @@ class MeZOTrainer(ForwardTrainer):
                 update=args.update,  # type: ignore[arg-type]
                 seed=args.seed,
                 informative_target=args.informative_target,
+                comparison=args.comparison,  # type: ignore[arg-type]
                 trajectory=self.folder.trajectory,
                 header=self._header(),
             )
