@@ -11,7 +11,7 @@ METHODS = ("replay", "direct")
 # What a setting that is not given becomes, by method: what did best in `docs/human_efficiency.md`.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "replay": {"learning_rate": 0.4, "epsilon": "0.1", "directions": 32, "prompts_per_step": 8},
-    "direct": {"learning_rate": 0.2, "epsilon": "0.5", "directions": 1, "prompts_per_step": 4},
+    "direct": {"learning_rate": 0.12, "epsilon": "0.5", "directions": 1, "prompts_per_step": 4},
 }
 
 

@@ -482,7 +482,7 @@ def test_a_finished_run_says_so_and_can_be_extended(zorl: Callable[..., Outcome]
 
 @pytest.mark.parametrize(
     "stop",
-    ["train 9 int", "evaluation 4 int", "evaluation 7 int"],
+    ["train 5 int", "evaluation 4 int", "evaluation 7 int"],
     ids=["in a step", "in an evaluation", "in the last evaluation"],
 )
 def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_path: Path, stop: str) -> None:
@@ -504,7 +504,7 @@ def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_pa
 def test_a_killed_run_continues_to_the_same_bits(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
     reward = ["--reward", f"{files.rewards}:stopping", "--no_calibrate", "--json"]
     whole = zorl(train(files, tmp_path / "whole", *reward)).json
-    files.write("stop", "train 8 kill")
+    files.write("stop", "train 4 kill")
     words = train(files, tmp_path / "out", *reward)
     killed = subprocess.run(
         [sys.executable, "-m", "zorl.apps.cli", *words],

@@ -313,7 +313,7 @@ def test_the_log_tells_what_a_user_needs_to_see(make: Callable[..., MeZOTrainer]
     evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     assert [entry["step"] for entry in evaluations] == [2, 4, 6]
     assert {"eval_macro_f1", "eval_short", "eval_accuracy", "eval_runtime"} <= evaluations[0].keys()
-    assert [entry["learning_rate"] for entry in entries] == pytest.approx([5e-4 * 4 / 6, 5e-4 * 1 / 6])
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx([1e-3 * 4 / 6, 1e-3 * 1 / 6])
 
 
 def test_several_evaluation_sets_are_told_apart(make: Callable[..., MeZOTrainer]):
