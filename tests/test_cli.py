@@ -482,11 +482,11 @@ def test_a_finished_run_says_so_and_can_be_extended(zorl: Callable[..., Outcome]
 
 @pytest.mark.parametrize(
     "stop",
-    ["train 5 int", "evaluation 4 int", "evaluation 7 int"],
+    ["train 9 int", "evaluation 4 int", "evaluation 7 int"],
     ids=["in a step", "in an evaluation", "in the last evaluation"],
 )
 def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_path: Path, stop: str) -> None:
-    reward = ["--reward", f"{files.rewards}:stopping", "--no_calibrate", "--json"]
+    reward = ["--reward", f"{files.rewards}:stopping", "--label_reward", "best", "--no_calibrate", "--json"]
     whole = zorl(train(files, tmp_path / "whole", *reward))
     files.write("stop", stop)
     stopped = zorl(train(files, tmp_path / "out", *reward))
@@ -502,9 +502,9 @@ def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_pa
 
 
 def test_a_killed_run_continues_to_the_same_bits(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
-    reward = ["--reward", f"{files.rewards}:stopping", "--no_calibrate", "--json"]
+    reward = ["--reward", f"{files.rewards}:stopping", "--label_reward", "best", "--no_calibrate", "--json"]
     whole = zorl(train(files, tmp_path / "whole", *reward)).json
-    files.write("stop", "train 4 kill")
+    files.write("stop", "train 8 kill")
     words = train(files, tmp_path / "out", *reward)
     killed = subprocess.run(
         [sys.executable, "-m", "zorl.apps.cli", *words],
