@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -92,9 +93,8 @@ class Tuner:
 
     def work(self, stop: threading.Event) -> bool:
         """Works until told to stop. True: the run was sent back to an earlier step, and wants a new Tuner."""
-        parent = os.getppid()
         try:
-            while not stop.is_set() and os.getppid() == parent:
+            while not stop.is_set():
                 if self._answer_requests():
                     return True
                 # People never wait for a comparison, and drift is measured after every step all the same.
@@ -320,6 +320,17 @@ def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredSt
     whole.replace(path)
 
 
+def stop_with_the_page(stop: threading.Event) -> None:
+    """Stops when the page's process is gone, even if it was killed: its end of our standard input is closed then."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        stop.set()
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, as zorl judge made it")
@@ -327,6 +338,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    stop_with_the_page(stop)
     if sys.platform != "win32":
         os.nice(5)  # the page goes first
     with RunFolder(run).claimed():

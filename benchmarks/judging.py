@@ -4,7 +4,7 @@
     python benchmarks/judging.py load        # 50 raters, 10,000 verdicts, everything killed again and again
     python benchmarks/judging.py report      # docs/judging.md from the results
 
-Both run `zorl judge` as a user would, on the embedded model, and use its public API (`gradio_client`). `load` notes every verdict
+Both run `zorl judge` as a user would, on the embedded model, and use its public API over plain HTTP. `load` notes every verdict
 that was acknowledged; at the end each of them must be in the store, once.
 """
 
@@ -30,8 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
-from gradio_client import Client
 from tqdm.auto import tqdm
 
 from zorl.rewards.judgment_store import JudgmentStore
@@ -91,14 +91,23 @@ def serving(*flags: str) -> Iterator[tuple[Page, Path]]:
         shutil.rmtree(run.parent)
 
 
-def connect(url: str, stop: threading.Event) -> Client | None:
-    """A client of the page, as soon as it is there."""
-    while not stop.is_set():
-        try:
-            return Client(url, verbose=False)
-        except Exception:  # whatever a server says that is just starting
-            time.sleep(0.2)
-    return None
+class Api:
+    """The page's API. A call raises httpx.HTTPError where nobody answers, and `RefusedError` where the page says no."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client = httpx.Client(timeout=30)
+
+    def __call__(self, name: str, *data: Any) -> Any:
+        answer = self.client.post(f"{self.url}/gradio_api/run/{name}", json={"data": list(data)})
+        told = answer.json()
+        if answer.status_code != 200:
+            raise RefusedError(str(told.get("error") or told))
+        return told["data"][0]
+
+
+class RefusedError(Exception):
+    """What the page said in place of taking a verdict."""
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------
@@ -111,18 +120,15 @@ def latency(raters: int, clicks: int) -> dict[str, Any]:
     stop, posted = threading.Event(), []
 
     def program(name: str) -> None:
-        client = connect(page.url, stop)
-        generator, pair = random.Random(name), None
-        while not stop.is_set() and client is not None:
+        api, generator, pair = Api(page.url), random.Random(name), None
+        while not stop.is_set():
             if pair is None:
-                pair = client.predict(rater=name, api_name="/next_pair")
+                pair = api("next_pair", name)
                 time.sleep(0.05)
                 continue
             time.sleep(generator.uniform(0, 2 * THINKING))
             began = time.perf_counter()
-            pair = client.predict(
-                rater=name, showing=pair["showing"], choice=generator.choice(["first", "second"]), api_name="/vote"
-            )
+            pair = api("vote", name, pair["showing"], generator.choice(["first", "second"]))
             posted.append(1e3 * (time.perf_counter() - began))
 
     on_screen: list[float] = []
@@ -169,24 +175,24 @@ def load(raters: int, verdicts: int, kills: int) -> dict[str, Any]:
     bar = tqdm(total=verdicts, desc="verdicts")
 
     def program(name: str) -> None:
-        generator, client, pair, choice = random.Random(name), None, None, ""
+        api, generator, pair, choice = Api(page.url), random.Random(name), None, ""
         while not stop.is_set():
             try:
-                client = client or connect(page.url, stop)
-                if client is None:
-                    return
                 if pair is None:
-                    pair = client.predict(rater=name, api_name="/next_pair")
+                    pair = api("next_pair", name)
                     choice = generator.choice(["first", "second", "tie", "both bad", "abstain"])
                     stop.wait(0.05 if pair is None else 0)
                     continue
                 voted = pair["showing"]
-                pair = client.predict(rater=name, showing=voted, choice=choice, api_name="/vote")
-            except Exception as error:  # a page that was killed in mid-answer, in all its forms
-                if "already closed" in str(error).lower():
-                    pair = None
-                else:
-                    client = None  # the same verdict is posted again: it must count once
+                pair = api("vote", name, voted, choice)
+            except RefusedError:  # the pair was closed while the page was away
+                pair = None
+                continue
+            except (
+                httpx.HTTPError,
+                ValueError,
+            ):  # killed in mid-answer: the same verdict is posted again, and must count once
+                time.sleep(0.2)
                 continue
             choice = generator.choice(["first", "second", "tie", "both bad", "abstain"])
             with lock:
@@ -196,7 +202,7 @@ def load(raters: int, verdicts: int, kills: int) -> dict[str, Any]:
                     stop.set()
 
     began = time.monotonic()
-    with serving("--prompts_per_step", "64", "--max_completion_length", "8") as (page, run):
+    with serving("--prompts_per_step", "64", "--votes_per_pair", "5", "--max_completion_length", "8") as (page, run):
         threads = [threading.Thread(target=program, args=(f"rater {i}",)) for i in range(raters)]
         for thread in threads:
             thread.start()

@@ -304,6 +304,7 @@ def test_killed_at_any_moment_it_uses_every_verdict_once(run: Path):
     while kills < 3:
         process = subprocess.Popen(
             [sys.executable, "-m", "zorl.apps.tuner", "--run", str(run)],
+            stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -324,6 +325,16 @@ def test_killed_at_any_moment_it_uses_every_verdict_once(run: Path):
     closed = sum(len(store.close_probe(step.probe)) for step in steps if store.probe(step.probe).state == "applied")
     assert used == closed
     assert sum(s.choice is not None and s.kind == "probe" for s in store.showings()) >= used
+
+
+def test_it_ends_with_the_page_that_was_killed(direct: Path):
+    """Also where the page goes before the model is loaded."""
+    command = [sys.executable, "-m", "zorl.apps.tuner", "--run", str(direct)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert store_of(direct).tuner()["state"] == "stopped"
 
 
 def test_settings_are_kept_and_others_refused(direct: Path):
