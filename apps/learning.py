@@ -17,8 +17,7 @@ from zorl.answer_logits import TokenAnswer
 from zorl.directions import derive_seed
 from zorl.generation import Generation
 from zorl.mezo import MeZO
-from zorl.preference_replay import JudgedPair as Preference
-from zorl.preference_replay import PreferenceReplay
+from zorl.preference_replay import Preference, PreferenceReplay
 from zorl.probe import CENTRE, Choice, Probe, Verdict, Verdicts
 from zorl.prompts import Answer
 from zorl.rewards.judgment_records import JudgedPair, NewPair, StoredProbe, Vote

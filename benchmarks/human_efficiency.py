@@ -40,7 +40,7 @@ from zorl.objectives import JudgeObjective
 from zorl.output_bias import add_output_bias, output_bias_name
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
-from zorl.preference_replay import JudgedPair, PreferenceReplay
+from zorl.preference_replay import Preference, PreferenceReplay
 from zorl.probe import CENTRE, Choice
 from zorl.rewards import RewardJudge
 
@@ -238,7 +238,7 @@ def run_cell(path: str, name: str, preference: str, seed: int, start: dict[str, 
     }  # fmt: skip
 
 
-def judged(policy: Generation, rater: Rater, rows: Sequence[dict[str, str]], noise: int) -> list[JudgedPair]:
+def judged(policy: Generation, rater: Rater, rows: Sequence[dict[str, str]], noise: int) -> list[Preference]:
     """Verdicts on two answers of the current model to each prompt. Identical ones are shown to nobody."""
     prompts = policy.prompt_ids(rows)
     first, second = (policy.answers(rows, [CENTRE], noise_seed=derive_seed(noise, side))[0] for side in (0, 1))
@@ -250,7 +250,7 @@ def judged(policy: Generation, rater: Rater, rows: Sequence[dict[str, str]], noi
     for i, choice in zip(shown, choices, strict=True):
         a, b = (TokenAnswer(tuple(prompts[i]), tuple(side[i].completion_ids)) for side in (first, second))
         if choice in (Choice.FIRST, Choice.SECOND):
-            pairs.append(JudgedPair(a, b) if choice is Choice.FIRST else JudgedPair(b, a))
+            pairs.append(Preference(a, b) if choice is Choice.FIRST else Preference(b, a))
     return pairs
 
 

@@ -13,12 +13,12 @@ from zorl.mezo import MeZO
 from zorl.output_bias import add_output_bias, output_bias_name
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
-from zorl.preference_replay import JudgedPair, PreferenceReplay
+from zorl.preference_replay import Preference, PreferenceReplay
 from zorl.probe import CENTRE, Point, Scores
 
 PAIRS = [
-    JudgedPair(TokenAnswer((5, 6), (7, 8, 9)), TokenAnswer((5, 6), (10, 11))),
-    JudgedPair(TokenAnswer((9,), (7, 7)), TokenAnswer((9,), (12, 13, 14))),
+    Preference(TokenAnswer((5, 6), (7, 8, 9)), TokenAnswer((5, 6), (10, 11))),
+    Preference(TokenAnswer((9,), (7, 7)), TokenAnswer((9,), (12, 13, 14))),
 ]
 
 
@@ -92,7 +92,7 @@ def test_turning_a_verdict_round_turns_its_score_round(parts):
     _, (current, start) = readers(parts("llama"))
     one, other = (PreferenceReplay(current, start, beta=0.01, brake=0.0) for _ in range(2))
     one.add(PAIRS)
-    other.add([JudgedPair(pair.other, pair.preferred) for pair in PAIRS])
+    other.add([Preference(pair.other, pair.preferred) for pair in PAIRS])
     gained = [scores(replay, point) - scores(replay, CENTRE) for replay in (one, other)]
     torch.testing.assert_close(gained[0].sum(), -gained[1].sum(), atol=1e-2, rtol=0.1)
 
@@ -117,7 +117,7 @@ def test_steps_make_preferred_answers_likelier_and_repeat_themselves(parts):
 def test_a_step_sees_a_batch_of_its_own_and_all_points_the_same(parts):
     _, (current, start) = readers(parts("llama"))
     replay = PreferenceReplay(current, start, batch_size=3)
-    replay.add([JudgedPair(TokenAnswer((5,), (6 + i,)), TokenAnswer((5,), (20 + i,))) for i in range(10)])
+    replay.add([Preference(TokenAnswer((5,), (6 + i,)), TokenAnswer((5,), (20 + i,))) for i in range(10)])
     values = {step: replay.ask([Point(1, 0.2), Point(1, 0.2)], step).answers.values for step in (0, 0, 1)}
     assert values[0].shape == (2, 3)
     assert torch.equal(values[0][0], values[0][1])
@@ -127,7 +127,7 @@ def test_a_step_sees_a_batch_of_its_own_and_all_points_the_same(parts):
 def test_only_the_newest_pairs_are_kept(parts):
     _, (current, start) = readers(parts("llama"))
     replay = PreferenceReplay(current, start, capacity=2)
-    newest = [JudgedPair(TokenAnswer((5,), (6 + i,)), TokenAnswer((5,), (9,))) for i in range(5)]
+    newest = [Preference(TokenAnswer((5,), (6 + i,)), TokenAnswer((5,), (9,))) for i in range(5)]
     for pair in newest:
         replay.add([pair])
     assert replay.pairs == newest[-2:]

@@ -32,7 +32,7 @@ from zorl.probe import Point, Scores
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedPair:
+class Preference:
     """Two answers to one prompt of which the first was preferred. Ties teach nothing here and are no pairs."""
 
     preferred: TokenAnswer
@@ -81,9 +81,9 @@ class PreferenceReplay:
         self.current, self.start = current, start
         self.beta, self.brake = beta, brake
         self.batch_size, self.capacity, self.seed = batch_size, capacity, seed
-        self.pairs: list[JudgedPair] = []
+        self.pairs: list[Preference] = []
 
-    def add(self, pairs: Sequence[JudgedPair]) -> None:
+    def add(self, pairs: Sequence[Preference]) -> None:
         """Takes verdicts in; the oldest go where there are too many."""
         self.pairs = [*self.pairs, *pairs][-self.capacity :]
         if len(self.pairs) == self.capacity:
@@ -131,7 +131,7 @@ class PreferenceReplay:
         mezo.step()
         return asked
 
-    def _drawn(self, step: int) -> list[JudgedPair]:
+    def _drawn(self, step: int) -> list[Preference]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "replay", step))
         order = torch.randperm(len(self.pairs), generator=generator).tolist()
         return [self.pairs[i] for i in order[: self.batch_size]]
