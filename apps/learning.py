@@ -28,6 +28,8 @@ _VERDICTS_AN_UPDATE = 4  # of replay
 
 
 class Learner(Protocol):
+    ahead: int  # probes that people can work on at once
+
     def pairs(self, prompts: Sequence[str], ahead: int, noise_seed: int) -> tuple[list[NewPair], dict[str, Any]]:
         """What people are to compare, `ahead` steps from now; and what the store keeps of it (epsilon and seeds)."""
 
@@ -42,6 +44,8 @@ class Learner(Protocol):
 
 class Direct:
     """The verdicts on the sides of directions are the loss difference of one step (see `zorl.estimators`)."""
+
+    ahead = 2  # one that is being judged, and one that is ready when it is done; a third would be asked of an old model
 
     def __init__(self, mezo: MeZO, policy: Generation) -> None:
         self.mezo, self.policy = mezo, policy
@@ -72,6 +76,8 @@ class Direct:
 
 class Replay:
     """Steps on every pair that was ever decided (see `zorl.preference_replay`)."""
+
+    ahead = 6  # what people prefer is worth knowing of a slightly older model too: nobody waits for the next pair
 
     def __init__(self, mezo: MeZO, policy: Generation, replay: PreferenceReplay) -> None:
         self.mezo, self.policy, self.replay = mezo, policy, replay

@@ -42,7 +42,6 @@ from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 
 _DRIFT_PROMPTS = 16
 _PAIRS_AN_UPDATE = 16  # of replay
-_AHEAD = 2  # probes that people can work on: one that is being judged, one that is ready when it is done
 _MOST_UPDATES = 1  # that θ may have seen since a probe was written
 _IDLE_SECONDS = 0.1
 
@@ -98,7 +97,12 @@ class Tuner:
                 if self._answer_requests():
                     return True
                 # People never wait for a comparison, and drift is measured after every step all the same.
-                if not (self._ask_ahead(1) or self._compare() or self._apply_decided() or self._ask_ahead(_AHEAD)):
+                if not (
+                    self._ask_ahead(1)
+                    or self._compare()
+                    or self._apply_decided()
+                    or self._ask_ahead(self.learner.ahead)
+                ):
                     self._say_what_is_awaited()
                     stop.wait(_IDLE_SECONDS)
             return False
@@ -115,7 +119,9 @@ class Tuner:
         """Writes the pairs of one more probe, if fewer than `ready` wait for people."""
         open_ones, step = self.store.open_probes(), self.step
         waiting = [stored for stored in open_ones if not self.store.decided(stored.id)]
-        if self.paused or len(waiting) >= ready or len(open_ones) > _AHEAD:  # decided ones are applied first
+        if (
+            self.paused or len(waiting) >= ready or len(open_ones) > self.learner.ahead
+        ):  # decided ones are applied first
             return False
         self.store.set_tuner("generating", "writing the next pairs")
         next_one = next(i for i in itertools.count(step) if i not in {stored.step for stored in open_ones})

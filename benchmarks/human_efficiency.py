@@ -333,6 +333,9 @@ def report() -> str:
             lines += [f"| {method.label} | {v} | {row(runs, v)} |" for v in VERDICTS]
     lines += [
         "",
+        "A mean within the bound is not every run within it, and a difference below two standard errors is none. The methods "
+        "differ in more than one thing: replay is braked, and keeps its drift where the verdicts alone go on to spend it.",
+        "",
         "## Each preference, after 200 verdicts",
         "",
         "| method | preference | win rate | perplexity × | distinct-2 × | KL, nats a token | within the bound | decided |",
@@ -383,10 +386,11 @@ CHOICES = """\
 Settings were chosen on two seeds (101, 102), three preferences and 12 development prompts that are in neither the tuning nor
 the held-out list; the five seeds and the held-out prompts were used for the tables above alone. Most of it was done in a
 faster program that runs all six at once and makes SPSA's projections from exact gradients; the last choice was checked in
-this one (learning rate 0.45: 0.79 at perplexity 1.09 and distinct-2 0.91 after 200 verdicts). Two seeds leave a win rate
-uncertain by about 0.03. The preferences were written down first and not changed. Temperature and length were raised from 1.0
-and 48 tokens to 0.8 and 64 after the first runs, because there three quarters of the pairs or more were ties for friendship
-and for dialogue. Figures below are win rate at perplexity, after 200 verdicts where nothing else is said.
+this one at a learning rate of 0.45 (0.79 at perplexity 1.09 and distinct-2 0.91 after 200 verdicts), and then lowered to 0.4,
+which was not run there, to stay clear of the bound. Two seeds leave a win rate uncertain by about 0.03. The preferences were
+written down first and not changed. Temperature and length were raised from 1.0 and 48 tokens to 0.8 and 64 after the first
+runs, because there three quarters of the pairs or more were ties for friendship and for dialogue. Figures below are win rate
+at perplexity, after 200 verdicts where nothing else is said.
 
 * *Parameters.* What a set could do with the exact gradient of the log-likelihood of preferred less other answers, on clean
   labels: output bias (512 numbers) 0.77 at 0.98 and 0.94 at 1.08; biases of the MLPs' gates and inputs (1720) 0.84 at 1.03
@@ -400,17 +404,18 @@ and for dialogue. Figures below are win rate at perplexity, after 200 verdicts w
 * *Per-coordinate steps* (Adam, exact gradients) on the same pairs: 0.81 at 1.58 for all parameters, learning from preferred
   answers alone; 0.86 at 4.4 for steering vectors (at temperature 1.0 and 48 tokens). They lost to plain steps along the
   directions.
-* *The brake.* None: 0.86 at 1.18. 0.05: 0.78 at 1.09. 0.1: 0.70 at 1.06. A larger β (0.3, with 0.05 and a smaller
-  learning rate) learns more slowly: 0.66 at 1.04.
+* *The brake.* None: 0.86 at 1.18. 0.05: 0.78 at 1.09. 0.1: 0.70 at 1.06. A larger β (0.3, with 0.05 and a smaller learning
+  rate) learns more slowly: 0.66 at 1.04.
 * *Directions and pairs a step.* 16 and 32: 0.78 at 1.09. 32 and 16: 0.75 at 1.07. 16 and 16: 0.73 at 1.05. No order that two
   seeds could show.
 * *What is shown.* Two answers of the current model: 0.78 at 1.09. The sides of a direction (ε 0.3) with shared noise,
   replayed alike: 0.76 at 1.13.
 * *Verdicts alone.* Output bias, ε 0.5: one prompt a direction 0.68 at 1.16 (learning rate 0.1) and 0.85 at 4.2 (0.3); four
   prompts 0.73 at 1.30 (0.2). The rate in the table, 0.12, lies between these, to end near the bound. All parameters, ε 0.02,
-  learning rate 0.002: four prompts 0.71 at 1.75, one prompt 0.79 at 36.
+  learning rate 0.002: four prompts 0.71 at 1.75, one prompt 0.79 at 36. At half that rate, the untuned full-parameter run:
+  0.60 at 1.05 with four prompts.
 * *Share, sign or shrunk logit* of four verdicts (`zorl.comparisons`), output bias, learning rate 0.2: 0.73 at 1.30, 0.66 at
-  1.18, 0.00 at 0.00. No order that two seeds could show, so the plain share stays the default."""
+  1.18, 0.72 at 1.26. No order that two seeds could show, so the plain share stays the default."""
 
 
 def plot(target: Path) -> None:

@@ -39,7 +39,7 @@ from zorl.rewards.judgment_store import JudgmentStore
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-THINKING = 1.0  # seconds that a program waits before a verdict, on average: quicker than people
+THINKING = 3.0  # seconds that a program waits before a verdict, on average: as quick as people at their best
 
 
 class Page:

@@ -388,22 +388,3 @@ def test_models_that_do_not_generate_are_refused(parts):
     model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2))
     with pytest.raises(TypeError, match="T5ForConditionalGeneration is none"):
         policy(with_model(parts("gpt2"), model))
-
-
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_the_likelihood_of_an_answer_is_the_product_of_its_tokens(parts, kind):
-    some = parts(kind)
-    generation = Generation(some.evaluator, some.tokenizer, Prompt("{prompt}"), max_new_tokens=6, batch_size=2)
-    rows = [{"prompt": text} for text in ("the film", "a great story , a terrible plot", "it was odd")]
-    points = [CENTRE, Point(3, 0.05)]
-    (answers,) = generation.answers(rows, [CENTRE], noise_seed=2)
-    answers[2] = Answer("", [])
-    found = generation.log_likelihoods(rows, answers, points)
-    for p, point in enumerate(points):
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            prompt = some.tokenizer(row["prompt"])["input_ids"]
-            ids = torch.tensor([[*prompt, *answer.completion_ids]])
-            logits = some.evaluator.evaluate(point, lambda ids=ids: some.evaluator.module(input_ids=ids).logits)
-            each = logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
-            assert found[p, i].item() == pytest.approx(each.sum().item(), abs=1e-4)
-    assert found[0, 2] == 0.0

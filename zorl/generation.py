@@ -174,43 +174,6 @@ class Generation:
             )
         return answers
 
-    def log_likelihoods(
-        self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer], points: Sequence[Point]
-    ) -> Tensor:
-        """How likely each row's answer is, as the sum over its tokens: the model's own probabilities, at temperature 1.
-
-        Args:
-            answers: one a row, with their tokens; one without tokens has a log-likelihood of 0.
-
-        Returns:
-            float64, shape `(len(points), len(rows))`, on the CPU.
-        """
-        encoded = self._encode(rows)
-        texts = [[*one.ids.tolist(), *answer.completion_ids] for one, answer in zip(encoded, answers, strict=True)]
-        buckets = length_buckets([len(text) for text in texts], self.batch_size, FORWARD_TOKENS)
-
-        def forward() -> Tensor:
-            result = torch.zeros(len(rows), dtype=torch.float64)
-            for bucket in buckets:
-                ids = [np.array(texts[i], dtype=np.int32) for i in bucket]
-                result[bucket] = self._read(ids, [len(answers[i].completion_ids) for i in bucket])
-            return result
-
-        if not rows:
-            return torch.zeros(len(points), 0, dtype=torch.float64)
-        return torch.stack([self.evaluator.evaluate(point, forward) for point in points])
-
-    def _read(self, texts: Sequence[np.ndarray], answer_tokens: Sequence[int]) -> Tensor:
-        """Log-likelihood of the last `answer_tokens` tokens of each text, shape `(texts,)`."""
-        module = self.evaluator.module
-        tokens, mask = padded(texts, self._pad_id, "right", next(module.parameters()).device)
-        logits = module(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        likely = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None].long())[..., 0]  # (texts, T − 1)
-        place = torch.arange(1, tokens.shape[1], device=tokens.device)
-        ends = torch.tensor([len(text) for text in texts], device=tokens.device)[:, None]
-        starts = ends - torch.tensor(answer_tokens, device=tokens.device)[:, None]
-        return (likely * ((place >= starts) & (place < ends))).sum(dim=1).double().cpu()
-
     def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """The tokens of each row's prompt, as the model is given them to continue."""
         return [encoded.ids.tolist() for encoded in self._encode(rows)]
