@@ -24,7 +24,7 @@ from zorl.rewards.judgment_records import JudgedPair, NewPair, StoredProbe, Vote
 from zorl.rewards.majority import majority
 from zorl.trajectory import Record
 
-_VERDICTS_AN_UPDATE = 4  # of replay
+_PAIRS_AN_UPDATE = 4  # that people have judged, of replay
 
 
 class Learner(Protocol):
@@ -97,7 +97,8 @@ class Replay:
         self.replay.pairs = []
         self.replay.add([preference for pair in judged if (preference := preference_of(pair)) is not None])
         records = []
-        for _ in range(max(1, len(votes) // _VERDICTS_AN_UPDATE) if votes and self.replay.pairs else 0):
+        shown = len({vote.pair for vote in votes})  # several votes on one pair make one preference
+        for _ in range(max(1, shown // _PAIRS_AN_UPDATE) if shown and self.replay.pairs else 0):
             probe = self.mezo.ask()
             records.append(self.mezo.tell(probe.id, self.replay.ask(probe.points, probe.step).answers))
             self.mezo.step()

@@ -136,7 +136,7 @@ class Tuner:
         """Makes the next step, if its verdicts are in. Steps are made in order."""
         step = self.step
         stored = next((stored for stored in self.store.open_probes() if stored.step == step), None)
-        if stored is None:
+        if stored is None or self.paused:
             return False
         votes: list[Vote] | None = []
         if stored.seeds and self._updates_since(stored.made_at) > _MOST_UPDATES:

@@ -202,7 +202,8 @@ def load(raters: int, verdicts: int, kills: int) -> dict[str, Any]:
                     stop.set()
 
     began = time.monotonic()
-    with serving("--prompts_per_step", "64", "--votes_per_pair", "5", "--max_completion_length", "8") as (page, run):
+    flags = ("--prompts_per_step", "64", "--votes_per_pair", "5", "--max_completion_length", "8", "--max_drift", "0")
+    with serving(*flags) as (page, run):
         threads = [threading.Thread(target=program, args=(f"rater {i}",)) for i in range(raters)]
         for thread in threads:
             thread.start()
