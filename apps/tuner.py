@@ -119,9 +119,8 @@ class Tuner:
         """Writes the pairs of one more probe, if fewer than `ready` wait for people."""
         open_ones, step = self.store.open_probes(), self.step
         waiting = [stored for stored in open_ones if not self.store.decided(stored.id)]
-        if (
-            self.paused or len(waiting) >= ready or len(open_ones) > self.learner.ahead
-        ):  # decided ones are applied first
+        # Decided ones are applied first: one more would be asked of a model that is older than it may be.
+        if self.paused or len(waiting) >= ready or len(open_ones) >= self.learner.ahead:
             return False
         self.store.set_tuner("generating", "writing the next pairs")
         next_one = next(i for i in itertools.count(step) if i not in {stored.step for stored in open_ones})

@@ -468,10 +468,13 @@ def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> Non
         people = HumanJudge(run / "judgments.sqlite", poll_seconds=0.05)
         asking = threading.Thread(target=lambda: found.extend(people(["p"], ["one"], ["two"], request_id="1")))
         asking.start()
-        client = Client(f"http://127.0.0.1:{port}", verbose=False)
-        _until(lambda: client.predict(rater="ann", api_name="/next_pair") is not None)
-        pair = client.predict(rater="ann", api_name="/next_pair")
-        client.predict(rater="ann", showing=pair["showing"], choice="second", api_name="/vote")
+
+        def call(name: str, *data: Any) -> Any:
+            return httpx.post(f"http://127.0.0.1:{port}/gradio_api/run/{name}", json={"data": data}).json()["data"][0]
+
+        _until(lambda: call("next_pair", "ann") is not None)
+        pair = call("next_pair", "ann")
+        call("vote", "ann", pair["showing"], "second")
         asking.join(20)
     finally:
         process.terminate()
