@@ -426,7 +426,7 @@ def plot(target: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ("#1f6f8b", "#c2571a", "#8fb8c6", "#e3b08f", "#b98a6a", "#6b6b6b")
+    colours = ("#1f6f8b", "#c2571a")  # the ablations are in the table
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for (name, method), colour in zip(METHODS.items(), colours, strict=False):
         if not (runs := found(name)):
