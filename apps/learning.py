@@ -20,7 +20,7 @@ from zorl.mezo import MeZO
 from zorl.preference_replay import Preference, PreferenceReplay
 from zorl.probe import CENTRE, Choice, Probe, Verdict, Verdicts
 from zorl.prompts import Answer
-from zorl.rewards.judgment_records import JudgedPair, NewPair, StoredProbe, Vote
+from zorl.rewards.judgment_records import AUTOMATIC, JudgedPair, NewPair, StoredProbe, Vote
 from zorl.rewards.majority import majority
 from zorl.trajectory import Record
 
@@ -97,7 +97,8 @@ class Replay:
         self.replay.pairs = []
         self.replay.add([preference for pair in judged if (preference := preference_of(pair)) is not None])
         records = []
-        shown = len({vote.pair for vote in votes})  # several votes on one pair make one preference
+        # Several votes on one pair make one preference; identical answers were shown to nobody.
+        shown = len({vote.pair for vote in votes if vote.rater != AUTOMATIC})
         for _ in range(max(1, shown // _PAIRS_AN_UPDATE) if shown and self.replay.pairs else 0):
             probe = self.mezo.ask()
             records.append(self.mezo.tell(probe.id, self.replay.ask(probe.points, probe.step).answers))
