@@ -225,8 +225,8 @@ def report() -> str:
         "",
         "What was looked at beforehand, and so is not independent of these figures. The fitted start, the expected reward of "
         "labels and the default learning rate of 1e-3 were chosen with the first seed, on 1000 rows of each task's training "
-        "file and not on the test sets, from about thirty runs at rates from 1e-4 to 4e-3. Prompt and label words of TREC are those "
-        "with the best fitted threshold, on the test set, of eleven tried without tuning; all methods share them. An "
+        "file and not on the test sets, from about thirty runs at rates from 1e-4 to 4e-3. Prompt and label words of TREC are "
+        "those with the best fitted threshold, on the test set, of eleven tried without tuning; all methods share them. An "
         "earlier default rate, 5e-4, was kept for a while after 1e-3 and 2e-3 had done worse on TREC's test set with macro-F1 of "
         "the best labels. The published grid was widened by its largest rate after the first results, because the best had been "
         "on the edge. The budget was fixed before the first of these runs. The published recipe's runs with the first seed, "
