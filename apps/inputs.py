@@ -54,7 +54,7 @@ def check_model_folder(name: str) -> None:
 def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = None) -> Prompt:
     """The prompt that flags describe, over the one that was saved with a model.
 
-    Where they describe the saved one, its label biases stay; they mean nothing for another.
+    Where they describe the saved one, its label head stays; it means nothing for another.
 
     Raises:
         ValueError: template and label words do not fit together, or a label word is not given as label=word.
@@ -75,9 +75,9 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
         label_words=words,
         chat=arguments.chat or remembered.chat,
         system=remembered.system if arguments.system is None else arguments.system,
-        label_bias=None,
+        label_head=None,
     )
-    return remembered if asked == replace(remembered, label_bias=None) else asked
+    return remembered if asked == replace(remembered, label_head=None) else asked
 
 
 def load(

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     # 4. Train, and compare with what the model did before and with one fitted threshold. A run that was cut short goes on.
     comparison = Comparison(trainer, test)
     comparison.measure("zero_shot")
-    trainer.calibrate()
+    trainer.calibrate("bias")
     comparison.measure("threshold")
     resuming = trainer.folder.trajectory.exists()
     with comparison.timed():

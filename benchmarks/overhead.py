@@ -34,7 +34,7 @@ def trainer_in(folder: str) -> MeZOTrainer:
         prompt=Prompt(reviews.PROMPT, reviews.LABEL_WORDS),
         train_dataset=train,
         args=MeZOConfig(
-            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, calibrate=False, disable_tqdm=True,
+            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, calibration="none", disable_tqdm=True,
             logging_strategy="no", save_strategy="no", use_cpu=True, epsilon="1e-3",
         ),
     )  # fmt: skip

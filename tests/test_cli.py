@@ -373,7 +373,14 @@ def test_flags_win_over_a_yaml_file(zorl: Callable[..., Outcome], files: Files, 
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in config.items()]
     # YAML reads a bare no as false and 1e-3 as text; neither is meant.
-    lines += ["label_words:", "  no: no", "  yes: yes", "learning_rate: 1e-3", "calibrate: no", "dataset_split: null"]
+    lines += [
+        "label_words:",
+        "  no: no",
+        "  yes: yes",
+        "learning_rate: 1e-3",
+        "calibration: none",
+        "dataset_split: null",
+    ]
     path = files.write("run.yaml", "\n".join(lines))
     result = zorl("train", "--config", path, "--max_steps", "3", "--output_dir", str(tmp_path / "out"), "--json").json
     assert result["steps"] == 3
@@ -486,7 +493,7 @@ def test_a_finished_run_says_so_and_can_be_extended(zorl: Callable[..., Outcome]
     ids=["in a step", "in an evaluation", "in the last evaluation"],
 )
 def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_path: Path, stop: str) -> None:
-    reward = ["--reward", f"{files.rewards}:stopping", "--label_reward", "best", "--no_calibrate", "--json"]
+    reward = ["--reward", f"{files.rewards}:stopping", "--label_reward", "best", "--calibration", "none", "--json"]
     whole = zorl(train(files, tmp_path / "whole", *reward))
     files.write("stop", stop)
     stopped = zorl(train(files, tmp_path / "out", *reward))
@@ -502,7 +509,7 @@ def test_ctrl_c_loses_nothing(zorl: Callable[..., Outcome], files: Files, tmp_pa
 
 
 def test_a_killed_run_continues_to_the_same_bits(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
-    reward = ["--reward", f"{files.rewards}:stopping", "--label_reward", "best", "--no_calibrate", "--json"]
+    reward = ["--reward", f"{files.rewards}:stopping", "--label_reward", "best", "--calibration", "none", "--json"]
     whole = zorl(train(files, tmp_path / "whole", *reward)).json
     files.write("stop", "train 8 kill")
     words = train(files, tmp_path / "out", *reward)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from zorl.label_head import LabelHead
 from zorl.objectives import JudgeObjective, RewardObjective, make_objective
 from zorl.probe import CENTRE, Choice, Point, Scores, Verdicts
 from zorl.prompts import Answer, Prompt
@@ -95,20 +96,45 @@ def test_the_expected_reward_weighs_each_labels_reward_by_its_probability(policy
 def test_a_collapsed_classifier_still_finds_a_difference(parts: Callable[[str], Any]) -> None:
     """Where all answers are one label accuracy is flat, and its expectation is not."""
     some = parts("gpt2")
-    collapsed = LabelWords(some.evaluator, some.tokenizer, replace(PROMPT, label_bias={"bad": 30.0, "good": 0.0}))
+    collapsed = LabelWords(some.evaluator, some.tokenizer, replace(PROMPT, label_head=LabelHead((30.0, 0.0))))
     flat = RewardObjective(collapsed, RewardFunctions(accuracy()), label_reward="best").ask(ROWS, POINTS, 0).answers
     assert flat.values[0].tolist() == flat.values[1].tolist()  # type: ignore[union-attr]
     steep = RewardObjective(collapsed, RewardFunctions(accuracy())).ask(ROWS, POINTS, 0).answers
     assert steep.values[0].mean() != steep.values[1].mean()  # type: ignore[union-attr]
 
 
-def test_the_calibration_scores_the_answers_that_the_biased_scores_choose(policy: LabelWords) -> None:
-    share = lambda completions, label, **_: [float(c == t) for c, t in zip(completions, label, strict=True)]  # noqa: E731
-    objective = RewardObjective(policy, RewardFunctions(share))
-    calibration = objective.calibration(ROWS)
-    assert torch.equal(calibration.scores, policy.scores(ROWS, [CENTRE])[0])
-    assert calibration.objective(calibration.scores + torch.tensor([0.0, 100.0])) == pytest.approx(2 / 3)
-    assert calibration.objective(calibration.scores + torch.tensor([100.0, 0.0])) == pytest.approx(1 / 3)
+def test_a_goal_of_labels_is_the_reward_as_a_function_of_scores(policy: LabelWords) -> None:
+    asked: list[int] = []
+
+    def right(completions: list[str], label: list[str], **_: Any) -> list[float]:
+        asked.append(len(completions))
+        return [float(c == t) for c, t in zip(completions, label, strict=True)]
+
+    goal = RewardObjective(policy, RewardFunctions(right)).label_goal(ROWS)
+    assert torch.equal(goal.scores, policy.scores(ROWS, [CENTRE])[0])
+    assert goal.best(goal.scores + torch.tensor([0.0, 100.0])) == pytest.approx(2 / 3)
+    assert goal.best(goal.scores + torch.tensor([100.0, 0.0])) == pytest.approx(1 / 3)
+    points = torch.stack([goal.scores, goal.scores.flip(1)])
+    asked.clear()
+    for _ in range(2):
+        values = goal.expected(points[:, [0, 2]], torch.tensor([0, 2]), 0).values
+        assert torch.allclose(values, points[:, [0, 2], 1].exp().double())
+    assert asked == [len(ROWS) * 2], "each label is scored once, however often the goal is asked"
+
+
+def test_a_goal_of_a_set_is_the_reward_of_drawn_answers(policy: LabelWords) -> None:
+    share = lambda completions, label, **_: sum(c == t for c, t in zip(completions, label, strict=True)) / len(label)  # noqa: E731
+    goal = RewardObjective(policy, RewardFunctions(share)).label_goal(ROWS)
+    sure = torch.tensor([[-100.0, 0.0], [0.0, -100.0]])
+    values = goal.expected(torch.stack([sure, sure.flip(0)]), torch.tensor([0, 1]), 5).values
+    assert values.tolist() == [[1.0], [0.0]], "rows 0 and 1 are good and bad"
+
+
+def test_the_goal_of_cross_entropy_is_the_likelihood_of_the_truth(policy: LabelWords) -> None:
+    goal = make_objective(policy, loss="cross_entropy").label_goal(ROWS)  # type: ignore[attr-defined]
+    expected = goal.expected(goal.scores[None], torch.arange(3), 0).values[0]
+    assert torch.allclose(expected, goal.scores[[0, 1, 2], [1, 0, 1]].double())
+    assert goal.best(goal.scores) == pytest.approx(expected.mean().item())
 
 
 def test_a_judge_never_learns_the_side_and_identical_answers_tie_unseen() -> None:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from zorl.directions import Step
+from zorl.label_head import LabelHead
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Point
@@ -283,8 +284,8 @@ def test_half_precision_logits_are_normalised_in_single_precision(parts):
 
 def test_a_label_bias_is_added_to_the_log_probabilities(parts):
     part = parts("bert")
-    bias = {"negative": 1.0, "positive": -0.5, "neither": 0.0}
-    biased = policy(part, Prompt(PROMPT.template, PROMPT.label_words, label_bias=bias)).scores(ROWS, [CENTRE])
+    head = LabelHead((1.0, -0.5, 0.0))
+    biased = policy(part, Prompt(PROMPT.template, PROMPT.label_words, label_head=head)).scores(ROWS, [CENTRE])
     expected = (policy(part).scores(ROWS, [CENTRE]) + torch.tensor([1.0, -0.5, 0.0])).log_softmax(-1)
     torch.testing.assert_close(biased, expected)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
+from zorl.label_head import LabelHead
 from zorl.parameters import ParameterSet
 from zorl.reward_functions import RewardError
 from zorl.rewards import accuracy, f1
@@ -74,7 +76,7 @@ def make(base: Callable[[str], str], tmp_path: Path) -> Callable[..., MeZOTraine
                 "logging_steps": 2,
                 "save_strategy": "no",
                 "disable_tqdm": True,
-                "calibrate": False,
+                "calibration": "none",
                 **(settings or {}),
             },
         )
@@ -133,14 +135,42 @@ def test_macro_f1_itself_rises(make: Callable[..., MeZOTrainer]):
     assert after["eval_accuracy"] > before["eval_accuracy"]
 
 
-def test_tuning_starts_where_a_fitted_bias_ends(make: Callable[..., MeZOTrainer]):
-    settings = {"calibrate": True, "max_steps": 1}
-    trainer = make(reward_funcs=f1(), settings=settings, eval_dataset=TRAIN)
+@pytest.mark.parametrize("goal", [{"reward_funcs": f1()}, {"reward_funcs": accuracy()}, {"loss": "cross_entropy"}])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_tuning_starts_where_a_fitted_head_ends(make: Callable[..., MeZOTrainer], kind: str, goal: dict[str, Any]):
+    trainer = make(kind=kind, **goal, settings={"calibration": "head", "max_steps": 1}, eval_dataset=TRAIN)
     before = weights(trainer), trainer.evaluate()["eval_reward"]
+    trainer.calibrate("bias")
+    assert trainer.prompt.label_head is not None
+    assert trainer.prompt.label_head.weight is None
+    biased = trainer.evaluate()["eval_reward"]
     trainer.calibrate()
     assert weights(trainer) == before[0]
-    assert trainer.evaluate()["eval_reward"] > before[1]
-    assert trainer.prompt.label_bias is not None
+    assert trainer.evaluate()["eval_reward"] >= biased >= before[1]
+    assert trainer.forwards == math.ceil(len(TRAIN) / 8), "the rows are evaluated once for both"
+    fitted = trainer.prompt.label_head
+    trainer.train()
+    assert trainer.folder.read_settings() == {} or trainer.prompt.label_head == fitted
+
+
+def test_a_run_goes_on_with_the_head_that_it_was_started_with(make: Callable[..., MeZOTrainer]):
+    settings = {"calibration": "head", "max_steps": 4}
+    whole = make(reward_funcs=accuracy(), settings=settings)
+    whole.train()
+    half = make("half", reward_funcs=accuracy(), settings=settings, callbacks=[StopAt(2)])
+    half.train()
+    rest = make("half", reward_funcs=accuracy(), settings=settings)
+    rest.train(resume_from_checkpoint=True)
+    assert weights(rest) == weights(whole)
+    assert rest.prompt.label_head == whole.prompt.label_head
+
+
+def test_a_head_that_the_prompt_came_with_stays(make: Callable[..., MeZOTrainer]):
+    prompt = replace(PROMPT, label_head=LabelHead((0.25, -0.25)))
+    trainer = make(reward_funcs=accuracy(), prompt=prompt, settings={"calibration": "head", "max_steps": 1})
+    trainer.train()
+    assert trainer.prompt.label_head == prompt.label_head
+    assert trainer.calibration_forwards == 0
 
 
 def test_a_callable_loss_is_minimised(make: Callable[..., MeZOTrainer]):
@@ -433,7 +463,7 @@ def test_the_best_step_is_what_is_kept(make: Callable[..., MeZOTrainer], tmp_pat
 @pytest.mark.parametrize("stop", [1, 3, 5, 8])
 def test_a_run_that_was_stopped_continues_to_the_same_bits(make: Callable[..., MeZOTrainer], stop: int):
     """24 rows in batches of 8: an epoch is three steps."""
-    settings = {"max_steps": 10, "n_spsa": "1-3/8", "calibrate": True, "eval_strategy": "steps", "eval_steps": 2}
+    settings = {"max_steps": 10, "n_spsa": "1-3/8", "calibration": "bias", "eval_strategy": "steps", "eval_steps": 2}
     options = {"settings": settings, "reward_funcs": f1(), "eval_dataset": EVAL}
     straight = make("straight", **options)
     end = tuned(straight)

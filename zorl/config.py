@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from zorl.comparisons import COMPARISONS
 from zorl.directions import DISTRIBUTIONS
 from zorl.expected_reward import LabelReward
+from zorl.head_tuning import Calibration
 from zorl.schedules import Directions
 
 
@@ -26,7 +27,7 @@ class MeZOConfig(TrainingArguments):
 
     # Defaults of TrainingArguments that differ here.
     learning_rate: float = field(
-        default=1e-3, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
+        default=3e-4, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
     per_device_train_batch_size: int = field(
@@ -83,14 +84,15 @@ class MeZOConfig(TrainingArguments):
             "the likeliest label."
         },
     )
-    calibrate: bool = field(
-        default=True,
+    calibration: str = field(
+        default="head",
         metadata={
-            "help": "Prompts with label words: start from one fitted bias a label, so that tuning begins where a "
-            "threshold ends. Calls the reward about 100 times a label."
+            "help": "Prompts with label words: where tuning starts. 'head': a linear head on the model's last state, tuned by "
+            "MeZO on the reward itself before the model is (a reward of a whole set is called about 6,000 times); 'bias': "
+            "one fitted bias a label, a threshold (about 100 calls a label); 'none'."
         },
     )
-    calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit the biases to, at most."})
+    calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})
     forward_batch_size: int = field(
         default=64, metadata={"help": "Rows a forward: lower it when memory runs out; results do not change."}
     )
@@ -127,6 +129,8 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"label_reward must be 'expected' or 'best', got {self.label_reward!r}")
         if self.comparison not in COMPARISONS:
             raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)}, got {self.comparison!r}")
+        if self.calibration not in get_args(Calibration):
+            raise ValueError(f"calibration must be 'head', 'bias' or 'none', got {self.calibration!r}")
         Directions.parse(self.n_spsa)
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")

@@ -40,7 +40,7 @@ def expected_reward(scores: Tensor, rewards: Tensor) -> Tensor:
     return torch.where(known.any(dim=1), values, math.nan)
 
 
-def sample_labels(scores: Tensor, noise_seed: int, draws: int = DRAWS) -> Tensor:
+def sample_labels(scores: Tensor, noise_seed: int, draws: int) -> Tensor:
     """Labels drawn by their probabilities, with noise that all points share (the Gumbel-max trick; Gumbel 1954).
 
     Args:

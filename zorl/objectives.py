@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from zorl.directions import derive_seed
-from zorl.expected_reward import LabelReward, expected_reward, sample_labels
+from zorl.expected_reward import DRAWS, LabelReward, expected_reward, sample_labels
+from zorl.head_tuning import LabelGoal
 from zorl.perturbation import Evaluator
 from zorl.policies import Policy, Row
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
@@ -58,14 +59,6 @@ class Objective(Protocol):
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         """Figures of θ itself on a whole split; `reward` is among them wherever there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What `zorl.calibration.fit_label_bias` needs to know of an objective."""
-
-    scores: Tensor  # (rows, labels)
-    objective: Callable[[Tensor], float]  # of scores like these; higher is better
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +110,33 @@ class RewardObjective:
         return figures
 
     def _ask_expected(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int, policy: LabelWords) -> Asked:
-        options = policy.every_answer(rows)  # [row][label]
+        every = policy.every_answer(rows)
         scores = policy.scores(rows, points).cpu()  # (points, rows, labels)
         if not self._scores_sets:
-            pairs = [(row, answer) for row, answers in zip(rows, options, strict=True) for answer in answers]
-            every = self._score(self.rewards, self._batch([row for row, _ in pairs]), [answer for _, answer in pairs])
-            self._scores_sets = every.set_level
-            if not every.set_level:
+            values = self._of_every_label(rows, every)
+            self._scores_sets = values.set_level
+            if not values.set_level:
                 means = {
-                    f"rewards/{name}/mean": expected_reward(scores, values.view(len(rows), -1)).nanmean().item()
-                    for name, values in zip(every.names, every.values, strict=True)
+                    f"rewards/{name}/mean": expected_reward(scores, of_one.view(len(rows), -1)).nanmean().item()
+                    for name, of_one in zip(values.names, values.values, strict=True)
                 }
-                total = every.total.view(len(rows), -1)
-                return Asked(Scores(expected_reward(scores, total)), means | _logged([every]))
-        drawn = sample_labels(scores, noise_seed).tolist()  # [draw][point][row]
+                total = values.total.view(len(rows), -1)
+                return Asked(Scores(expected_reward(scores, total)), means | _logged([values]))
+        return self._of_draws(rows, every, scores, noise_seed, DRAWS)
+
+    def _of_every_label(self, rows: Sequence[Row], every: Sequence[Sequence[Answer]]) -> RewardValues:
+        """Of each label as the answer to each row, row by row."""
+        pairs = [(row, answer) for row, answers in zip(rows, every, strict=True) for answer in answers]
+        return self._score(self.rewards, self._batch([row for row, _ in pairs]), [answer for _, answer in pairs])
+
+    def _of_draws(
+        self, rows: Sequence[Row], every: Sequence[Sequence[Answer]], scores: Tensor, noise_seed: int, draws: int
+    ) -> Asked:
+        """Of answers drawn by the labels' probabilities `(points, rows, labels)`."""
         batch = self._batch(rows)
         values = [
-            [self._score(self.rewards, batch, [o[i] for o, i in zip(options, one, strict=True)]) for one in draw]
-            for draw in drawn
+            [self._score(self.rewards, batch, [of[i] for of, i in zip(every, at, strict=True)]) for at in draw]
+            for draw in sample_labels(scores, noise_seed, draws).tolist()  # [draw][point][row]
         ]
         totals = torch.stack([stack_totals(of_points) for of_points in values])  # (draws, points, 1 or rows)
         every_value = [value for of_points in values for value in of_points]
@@ -144,16 +146,10 @@ class RewardObjective:
         means = [value.means() for value in values]
         return {f"rewards/{n}/mean": torch.tensor([m[n] for m in means]).nanmean().item() for n in self.rewards.names}
 
-    def calibration(self, rows: Sequence[Row]) -> Calibration:
-        """Label scores at θ, and the rewards as a function of them."""
+    def label_goal(self, rows: Sequence[Row]) -> LabelGoal:
+        """The rewards as a function of the label scores of these rows."""
         assert isinstance(self.policy, LabelWords)
-        names, batch = self.policy.label_names, self._batch(rows)
-
-        def reward(scores: Tensor) -> float:
-            answers = [Answer(names[i], []) for i in scores.argmax(dim=1).tolist()]
-            return self._score(self.rewards, batch, answers).total.nanmean().nan_to_num(nan=-math.inf).item()
-
-        return Calibration(self.policy.scores(rows, [CENTRE])[0].cpu(), reward)
+        return _RewardGoal(self, self.policy, rows)
 
     def _score(self, functions: RewardFunctions, batch: _Batch, answers: Sequence[Answer]) -> RewardValues:
         return functions(
@@ -167,6 +163,34 @@ class RewardObjective:
 
     def _batch(self, rows: Sequence[Row]) -> _Batch:
         return _Batch([self.policy.prompt.render(row).prompt for row in rows], columns_of(rows))
+
+
+class _RewardGoal:
+    """See `zorl.head_tuning.LabelGoal`."""
+
+    def __init__(self, objective: RewardObjective, policy: LabelWords, rows: Sequence[Row]) -> None:
+        self._objective, self._rows = objective, rows
+        self._every = policy.every_answer(rows)
+        self._batch = objective._batch(rows)
+        self._values: RewardValues | None = None
+        self.scores, self.states = policy.words_and_states(rows)
+
+    def best(self, scores: Tensor) -> float:
+        answers = [of[i] for of, i in zip(self._every, scores.argmax(dim=1).tolist(), strict=True)]
+        total = self._objective._score(self._objective.rewards, self._batch, answers).total
+        return total.nanmean().nan_to_num(nan=-math.inf).item()
+
+    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
+        if self._values is None:
+            self._values = self._objective._of_every_label(self._rows, self._every)
+        if not self._values.set_level:
+            return Scores(expected_reward(scores, self._values.total.view(len(self._rows), -1)[rows]))
+        chosen = rows.tolist()
+        mine, every = [self._rows[i] for i in chosen], [self._every[i] for i in chosen]
+        # One draw: a head is tuned in so many directions that the noise of draws averages out over them.
+        answers = self._objective._of_draws(mine, every, scores, noise_seed, draws=1).answers
+        assert isinstance(answers, Scores)
+        return answers
 
 
 @dataclass(slots=True)
@@ -192,13 +216,9 @@ class CrossEntropy:
             figures |= RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
         return figures
 
-    def calibration(self, rows: Sequence[Row]) -> Calibration:
-        """Label scores at θ, and the mean log-likelihood of the truth as a function of them."""
-        truth = self._truth(rows).unsqueeze(1)
-        return Calibration(
-            self.policy.scores(rows, [CENTRE])[0].cpu(),
-            lambda scores: scores.log_softmax(dim=1).gather(1, truth).mean().item(),
-        )
+    def label_goal(self, rows: Sequence[Row]) -> LabelGoal:
+        """The mean log-likelihood of the truth as a function of the label scores of these rows."""
+        return _LikelihoodGoal(self, rows)
 
     def _losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:  # (points, rows)
         scores = self.policy.scores(rows, points).cpu()  # (points, rows, labels)
@@ -207,6 +227,22 @@ class CrossEntropy:
     def _truth(self, rows: Sequence[Row]) -> Tensor:  # (rows,)
         labels = self.policy.label_names
         return torch.tensor([labels.index(str(row[self.label_column])) for row in rows])
+
+
+class _LikelihoodGoal:
+    """See `zorl.head_tuning.LabelGoal`."""
+
+    def __init__(self, objective: CrossEntropy, rows: Sequence[Row]) -> None:
+        self._truth = objective._truth(rows)
+        self.scores, self.states = objective.policy.words_and_states(rows)
+
+    def best(self, scores: Tensor) -> float:
+        """The mean log-likelihood: its best label is the likely one."""
+        return scores.log_softmax(dim=1).gather(1, self._truth.unsqueeze(1)).mean().item()
+
+    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
+        truth = self._truth[rows].expand(len(scores), -1).unsqueeze(2)
+        return Scores(scores.gather(2, truth).squeeze(2).double())
 
 
 @dataclass(slots=True)

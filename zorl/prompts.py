@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from zorl.label_head import LabelHead
+
 MASK = "mask"  # the reserved field: where the label word goes
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
@@ -75,7 +77,7 @@ class Prompt:
         chat: put the text through the tokenizer's chat template.
         system: a system message for the chat; implies `chat`.
         chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`.
-        label_bias: a number for each label, added to its log-probability (see `zorl.calibration`).
+        label_head: what was fitted to be added to the labels' log-probabilities (see `zorl.label_head`).
 
     Raises:
         ValueError: the template and the label words do not fit together; the message says how.
@@ -86,7 +88,7 @@ class Prompt:
     chat: bool = False
     system: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
-    label_bias: Mapping[str, float] | None = field(default=None, hash=False)
+    label_head: LabelHead | None = None
     _parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -100,9 +102,10 @@ class Prompt:
             raise ValueError(
                 f"the template {self.template!r} has {masks} {{mask}} fields; one label word goes in one place"
             )
-        if self.label_bias is not None and set(self.label_bias) != set(map(str, self.label_words or ())):
+        if self.label_head is not None and len(self.label_head.bias) != len(self.label_words or ()):
             raise ValueError(
-                f"label_bias has the labels {sorted(self.label_bias)}; it needs one number for each label word"
+                f"label_head is for {len(self.label_head.bias)} labels, and there are {len(self.label_words or ())}"
+                " label_words"
             )
         if self.label_words is None:
             if masks:
@@ -238,7 +241,7 @@ class Prompt:
             "chat": self.chat,
             "system": self.system,
             "chat_template_kwargs": options,
-            "label_bias": None if self.label_bias is None else dict(self.label_bias),
+            "label_head": None if self.label_head is None else self.label_head.to_dict(),
         }
 
     @classmethod
@@ -246,12 +249,13 @@ class Prompt:
         """Raises:
         ValueError: a key that is not a prompt's, or no template.
         """
-        known = ("template", "label_words", "chat", "system", "chat_template_kwargs", "label_bias")
+        known = ("template", "label_words", "chat", "system", "chat_template_kwargs", "label_head")
         unknown = [key for key in values if key not in known]
         if unknown or "template" not in values:
             problem = f"does not know {unknown[0]!r}" if unknown else "needs 'template'"
             raise ValueError(f"a prompt {problem}; its keys are {', '.join(known)}")
-        return cls(**values)
+        head = values.get("label_head")
+        return cls(**{**values, "label_head": None if head is None else LabelHead.from_dict(head)})
 
 
 def _parse(template: str) -> Iterable[tuple[str, str | None]]:

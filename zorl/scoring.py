@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from zorl.encoding import Encoded, Options, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
+from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
 from zorl.verbalizer import Verbalizer
 
@@ -83,10 +84,14 @@ class LabelWords:
         self.average_tokens = average_tokens
         self._pad_id = pad_token_id(processing_class)
         self._head = _head(module)
-        bias = prompt.label_bias
-        self._bias = None if bias is None else torch.tensor([float(bias[label]) for label in prompt.labels])  # (L,)
+        self._output = module.get_output_embeddings()
+        head = prompt.label_head
+        self._bias = None if head is None else torch.tensor(head.bias)  # (L,)
+        self._weight = None if head is None or head.weight is None else torch.tensor(head.weight)  # (L, H)
         verbalizer = Verbalizer(processing_class, prompt, masked=self.masked)
         self._label_rows = verbalizer.single_tokens
+        if self._weight is not None:
+            self._check_head(self._weight)
         self._encode = PromptEncoder(
             prompt,
             verbalizer,
@@ -142,29 +147,56 @@ class LabelWords:
             for one in self._encode(rows)
         ]
 
+    def words_and_states(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None]:
+        """What a label head is fitted to: the words' own scores at θ, without the head, and the state they are read from.
+
+        Returns:
+            Log-probabilities of shape `(rows, labels)`, and states of shape `(rows, width)`, both float32 on the CPU. No
+            states where words have several tokens, which are read at several positions, or where the model's head uses the
+            output embedding's weight without calling it.
+        """
+        encoded = self._encode(rows)
+        words, states = self._evaluate(encoded, [CENTRE], with_states=True)
+        return words[0].cpu(), None if states is None else states[0].cpu()
+
     def _scores(self, encoded: Sequence[Encoded], points: Sequence[Point]) -> Tensor:
-        device = next(self.evaluator.module.parameters()).device
+        scores, states = self._evaluate(encoded, points, with_states=self._weight is not None)
+        if self._weight is not None and len(encoded) and len(points):
+            if states is None:
+                raise ValueError(
+                    "the prompt's label_head reads the state before the output embedding, which this model never calls"
+                )
+            scores = scores + states @ self._weight.to(scores.device).T
+        return scores if self._bias is None else (scores + self._bias.to(scores.device)).log_softmax(dim=-1)
+
+    def _evaluate(
+        self, encoded: Sequence[Encoded], points: Sequence[Point], *, with_states: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The words' scores `(points, rows, labels)`, and if asked for the states `(points, rows, width)`."""
+        module = self.evaluator.module
+        device = next(module.parameters()).device
         batches = self._batches(encoded, device)
         label_rows = None if self._label_rows is None else self._label_rows.to(device)
 
-        def forward() -> Tensor:
-            result = torch.empty(len(encoded), len(self.prompt.labels), device=device)
-            for batch in batches:
-                result[batch.rows] = self._forward(batch, label_rows)
-            return result
+        def forward() -> tuple[Tensor, Tensor | None]:
+            parts = [self._forward(batch, label_rows) for batch in batches]
+            back = torch.cat([batch.rows for batch in batches]).argsort()  # from length buckets to the rows' own order
+            states = [of_batch for _, of_batch in parts if of_batch is not None] if with_states else []
+            return torch.cat([scores for scores, _ in parts])[back], torch.cat(states)[back] if states else None
 
         if not encoded or not points:
-            return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device)
-        scores = torch.stack([self.evaluator.evaluate(point, forward, head_rows=label_rows) for point in points])
-        return scores if self._bias is None else (scores + self._bias.to(device)).log_softmax(dim=-1)
+            return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device), None
+        found = [self.evaluator.evaluate(point, forward, head_rows=label_rows) for point in points]
+        states = [of_point for _, of_point in found if of_point is not None]
+        return torch.stack([scores for scores, _ in found]), torch.stack(states) if states else None
 
-    def _forward(self, batch: _Batch, label_rows: Tensor | None) -> Tensor:
-        """Log-probabilities of a batch, shape `(R, L)`."""
-        logits = self._logits(batch)
+    def _forward(self, batch: _Batch, label_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of a batch, `(R, L)`, and the states `(R, H)` of words of one token, where they can be had."""
+        logits, states = self._logits(batch)
         if label_rows is not None:  # normalising over the vocabulary first would cancel out
             if logits.shape[-1] != len(label_rows):  # a head that does not call the output embedding computes all rows
                 logits = logits[..., label_rows]
-            return logits[:, 0].float().log_softmax(dim=-1)
+            return logits[:, 0].float().log_softmax(dim=-1), None if states is None else states[:, 0].float()
         assert batch.input_of is not None
         assert batch.tokens is not None
         assert batch.weights is not None
@@ -172,12 +204,13 @@ class LabelWords:
         step = torch.arange(batch.tokens.shape[1], device=logits.device)
         normaliser = logits.logsumexp(dim=-1)  # (S, K)
         likelihood = logits[batch.input_of, step, batch.tokens] - normaliser[batch.input_of, step]  # (R·L, K)
-        return (likelihood * batch.weights).sum(dim=1).view(len(batch.rows), -1).log_softmax(dim=-1)
+        return (likelihood * batch.weights).sum(dim=1).view(len(batch.rows), -1).log_softmax(dim=-1), None
 
-    def _logits(self, batch: _Batch) -> Tensor:
-        """Logits at the batch's positions, shape `(S, K, vocabulary or label rows)`."""
+    def _logits(self, batch: _Batch) -> tuple[Tensor, Tensor | None]:
+        """At the batch's positions: logits `(S, K, vocabulary or label rows)`, and the states they are made of `(S, K, H)`."""
         size, width = batch.inputs["input_ids"].shape
         narrowed = False
+        read: list[Tensor] = []
 
         def at_positions(hidden: Tensor) -> Tensor:  # (S, T, H) -> (S, K, H)
             virtual = hidden.shape[1] - width  # prompt tuning puts tokens of its own in front
@@ -191,13 +224,30 @@ class LabelWords:
             narrowed = True
             return (at_positions(args[0]), *args[1:])
 
-        handle = None if self._head is None else self._head.register_forward_pre_hook(narrow)
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read.append(args[0] if args else next(iter(kwargs.values())))
+
+        handles = [self._output.register_forward_pre_hook(note, with_kwargs=True)]
+        if self._head is not None:
+            handles.append(self._head.register_forward_pre_hook(narrow, prepend=True))
         try:
             logits: Tensor = self.evaluator.module(**batch.inputs).logits
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
-        return logits if narrowed else at_positions(logits)
+        states = read[0] if read else None  # a head may compute with the embedding's weight and never call it
+        if narrowed:
+            return logits, states
+        return at_positions(logits), None if states is None else at_positions(states)
+
+    def _check_head(self, weight: Tensor) -> None:
+        width = self._output.weight.shape[1]
+        if self._label_rows is None:
+            raise ValueError("the prompt's label_head has weights, and these label words have several tokens: drop it")
+        if weight.shape[1] != width:
+            raise ValueError(
+                f"the prompt's label_head is for states of width {weight.shape[1]}, and this model's have {width}"
+            )
 
     def _batches(self, encoded: Sequence[Encoded], device: torch.device) -> list[_Batch]:
         inputs_per_row = max((len(_options(one).suffixes) for one in encoded), default=1)

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from zorl.calibration import fit_label_bias
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
 from zorl.directions import canonical_names, derive_seed
 from zorl.forward_trainer import ForwardTrainer
+from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
@@ -147,6 +148,7 @@ class MeZOTrainer(ForwardTrainer):
         self.mezo: MeZO | None = None
         self._rewound_to: int | None = None
         self.calibration_forwards = 0
+        self._goal_of_labels: LabelGoal | None = None
         # Trainer derives how it scales losses from the model's forward, which is not called here.
         self.model_accepts_loss_kwargs = False
 
@@ -188,7 +190,7 @@ class MeZOTrainer(ForwardTrainer):
             if exists:
                 self._resume_prompt()
                 self._forget_run()
-            elif self.args.calibrate and self.mezo is None:
+            elif self.mezo is None:
                 self.calibrate()
             self.create_optimizer()
             assert self.mezo is not None
@@ -210,10 +212,10 @@ class MeZOTrainer(ForwardTrainer):
             self.mezo = None
 
     def _resume_prompt(self) -> None:
-        """The run's prompt, with the biases that it started from."""
+        """The run's prompt, with the label head that it started from."""
         header, _ = read(self.folder.trajectory, until=0)
         recorded = Prompt.from_dict(header["prompt"])
-        if replace(recorded, label_bias=None) == replace(self.prompt, label_bias=None):
+        if replace(recorded, label_head=None) == replace(self.prompt, label_head=None):
             self._use_prompt(recorded)  # where it differs in more, the trajectory says so
         self.calibration_forwards = header["calibration_forwards"]
 
@@ -381,25 +383,42 @@ class MeZOTrainer(ForwardTrainer):
 
     # --- where tuning starts ---------------------------------------------------------------------------------------
 
-    def calibrate(self) -> None:
-        """Fits one bias a label to training rows, and keeps them in the prompt. Changes no weight.
+    def calibrate(self, kind: Calibration | None = None) -> None:
+        """Fits biases or a head for the labels to training rows, and keeps them in the prompt. Changes no weight.
 
-        The rows count among the run's forwards, as batches.
+        The rows count among the run's forwards, as batches. Does nothing where there are no label words, no rewards, or a
+        head that the prompt came with.
+
+        Args:
+            kind: "head", "bias" or "none"; by default `args.calibration`.
         """
+        kind = kind if kind is not None else self.args.calibration  # type: ignore[assignment]
+        if kind == "none" or (self.prompt.label_head is not None and self._goal_of_labels is None):
+            return
+        goal = self._label_goal()
+        if goal is None:
+            return
+        if kind == "bias":
+            head = fit_bias(goal)
+        else:
+            with tqdm(desc="label head", unit="step", leave=False, disable=self.args.disable_tqdm) as bar:
+                head = fit_head(goal, derive_seed(self.args.seed, "label head"), bar.update)
+        self._use_prompt(replace(self.prompt, label_head=head))
+
+    def _label_goal(self) -> LabelGoal | None:
+        """The objective on the rows that a start is fitted to, evaluated once; None where there is nothing to fit."""
         rows: Any = self.train_dataset
         objective = self.objective
         if not isinstance(objective, RewardObjective | CrossEntropy) or not isinstance(objective.policy, LabelWords):
-            return
-        if not isinstance(rows, list) or self.prompt.label_bias is not None:
-            return
-        sampler = StratifiedSampler(
-            len(rows), min(self.args.calibration_rows, len(rows)), self._labels(), self.args.seed
-        )
-        sample = [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
-        calibration = objective.calibration(sample)
-        bias, _ = fit_label_bias(calibration.scores, calibration.objective)
-        self._use_prompt(replace(self.prompt, label_bias=dict(zip(self.prompt.labels, bias.tolist(), strict=True))))
-        self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
+            return None
+        if self._goal_of_labels is None and isinstance(rows, list):
+            sampler = StratifiedSampler(
+                len(rows), min(self.args.calibration_rows, len(rows)), self._labels(), self.args.seed
+            )
+            sample = [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
+            self._goal_of_labels = objective.label_goal(sample)
+            self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
+        return self._goal_of_labels
 
     def _use_prompt(self, prompt: Prompt) -> None:
         self.prompt = prompt
