@@ -19,6 +19,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -122,7 +124,7 @@ def pretend_tuner() -> type[PretendTuner]:
 
 @pytest.fixture(scope="session")
 def parts() -> Callable[[str], Parts]:
-    """Model, evaluator and tokenizer by kind: bert, roberta, gpt2, opt, llama, qwen2. Shared: do not change them."""
+    """Model, evaluator and tokenizer by kind: bert, roberta, gpt2, opt, llama, qwen2, gpt_neox. Shared: do not change them."""
     return make_parts
 
 
@@ -155,6 +157,7 @@ def _byte_level(kind: str) -> PreTrainedTokenizerFast:
         "roberta": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
         "opt": {"bos_token": "</s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "</s>"},
         "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+        "gpt_neox": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
         "qwen2": {"eos_token": "<|end|>", "pad_token": "<|end|>"},
     }[kind]
     first = ["<s>", "<pad>", "</s>", "<unk>"] if kind in ("roberta", "opt") else sorted({*named.values()})
@@ -240,6 +243,8 @@ def _model(kind: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         return OPTForCausalLM(OPTConfig(**wide, init_std=width, ffn_dim=48, word_embed_proj_dim=32)).eval()
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**wide)).eval()
+    if kind == "gpt_neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**wide, intermediate_size=48)).eval()
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**wide, intermediate_size=48, num_key_value_heads=2)).eval()
     return Qwen2ForCausalLM(Qwen2Config(**wide, intermediate_size=48, num_key_value_heads=2)).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -188,13 +189,25 @@ def test_float32_is_one_rounded_sum_an_element(distribution: Distribution):
 
 @each_dtype
 def test_a_zero_coefficient_leaves_every_bit(dtype: torch.dtype):
-    theta = torch.tensor([0.0, -0.0, 1.5, -2.5], dtype=dtype)
-    for kernel in (reference, cpu):
+    theta = torch.tensor([[0.0, -0.0], [1.5, -2.5]], dtype=dtype)
+    for kernel, distribution in itertools.product((reference, cpu), DISTRIBUTIONS):
         moved, out = theta.clone(), torch.empty_like(theta)
-        kernel.add(moved, KEYS[:1], [0.0], "rademacher")
-        kernel.perturb(theta, KEYS[0], 0.0, "rademacher", out)
+        kernel.add(moved, KEYS[:4], [0.0] * 4, distribution)
+        kernel.perturb(theta, KEYS[0], 0.0, distribution, out)
         assert same_bits(moved, theta)
         assert same_bits(out, theta)
+
+
+@pytest.mark.parametrize("directions", [1, 3, 4, 7, 700])
+def test_rank_one_directions_that_are_folded_by_fours_keep_their_order(directions: int):
+    """Also more of them than the columns' signs are kept for at once."""
+    keys = [key(seed, "w") for seed in range(directions)]
+    coefficients = [(-1) ** i * 10.0 ** -(i % 9) for i in range(directions)]
+    for shape in ((9, 513), (3, 5000)):
+        expected, found = weights(shape, torch.float32), weights(shape, torch.float32)
+        reference.add(expected, keys, coefficients, "rank1")
+        cpu.add(found, keys, coefficients, "rank1")
+        assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

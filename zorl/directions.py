@@ -11,8 +11,9 @@ This file says *what* z is; `zorl.kernels` turns it into θ + c·z.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -21,8 +22,24 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Distribution = Literal["rademacher", "gaussian"]
-DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian")
+Distribution = Literal["rademacher", "gaussian", "rank1", "rank4"]
+DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian", "rank1", "rank4")
+
+
+def rank(distribution: Distribution) -> int:
+    """r of a low-rank direction; 0 for the dense ones.
+
+    A low-rank direction of a matrix is z = (u₁v₁ᵀ + … + uᵣvᵣᵀ) / √r with signs u and v (EGGROLL, Sarkar et al. 2025): a model
+    can be evaluated there without making the matrix. A tensor of more dimensions is a matrix of its first dimension by the
+    rest; vectors, and numbers, get independent signs. With r = 1 or 4 every element is an exact floating-point number.
+    """
+    return {"rank1": 1, "rank4": 4}.get(distribution, 0)
+
+
+def matrix_width(shape: Sequence[int]) -> int:
+    """Columns of a tensor as the matrix that low-rank directions see; 0 for vectors and numbers."""
+    return math.prod(shape[1:]) if len(shape) > 1 else 0
+
 
 # torch.compile, DistributedDataParallel and peft wrap a model and so lengthen the names of its parameters.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod\.|module\.|base_model\.model\.|base_layer\.)")

@@ -58,7 +58,7 @@ class Generation:
         top_k: sample among this many of the likeliest tokens.
         top_p: sample among the likeliest tokens that together have this probability.
         greedy: take the likeliest token; temperature, top_k and top_p then do nothing.
-        batch_size: prompts in a batch, at most.
+        batch_size: prompts in a batch, at most, those of all points together that it holds.
         max_length: tokens of a prompt and its answer, at most; by default what the model reads. The start of the row's
             values is cut to fit, never the template.
 
@@ -153,18 +153,20 @@ class Generation:
         encoded = self._encode(rows)
         conversational = [self.prompt.render(row).conversational for row in rows]
         overhead = FORWARD_TOKENS * self._max_new_tokens  # a batch takes a forward for every token
-        buckets = length_buckets([one.length for one in encoded], self.batch_size, overhead)
+        size = max(1, self.batch_size // max(1, self.evaluator.copies(len(points))))
+        buckets = length_buckets([one.length for one in encoded], size, overhead)
 
-        def forward() -> list[list[int]]:
-            completions: list[list[int]] = [[]] * len(encoded)
+        def forward(copies: int) -> list[list[list[int]]]:
+            completions: list[list[list[int]]] = [[[]] * len(encoded) for _ in range(copies)]
             for bucket in buckets:
-                for i, ids in zip(bucket, self._generate([encoded[i] for i in bucket], noise_seed), strict=True):
-                    completions[i] = ids
+                found = iter(self._generate([encoded[i] for i in bucket] * copies, noise_seed))
+                for of_copy in completions:
+                    for i in bucket:
+                        of_copy[i] = next(found)
             return completions
 
         answers = []
-        for point in points:
-            completions = self.evaluator.evaluate(point, forward)
+        for completions in self.evaluator.evaluate_all(points, forward):
             texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
             answers.append(
                 [

@@ -3,7 +3,7 @@
 In floating point θ + ε − ε is not θ, unless the additions are exact. So float32 tensors are snapped once to a grid of
 multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²³ of the tensor's largest),
 and ε and the coefficients are kept to multiples of it: then every sum is exact. Half precision has no bits to spare for
-that, and Gaussian directions fit no grid: these tensors are copied, which takes their memory once more.
+that, and directions that are not ±1 fit no grid: these tensors are copied, which takes their memory once more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class InPlace:
     """Moves θ itself to a point and back.
 
     Args:
-        parameters: float32 tensors are snapped to their grid here and now (Rademacher directions alone).
+        parameters: float32 tensors are snapped to their grid here and now (directions of ±1 alone).
         distribution: of z.
         reach: the largest |offset| that will be asked for: room for it is left in the grid.
     """
@@ -47,7 +47,7 @@ class InPlace:
         self.distribution = distribution
         self.reach = reach
         self._grids: dict[str, _Grid] = {}
-        if distribution == "rademacher":
+        if distribution in ("rademacher", "rank1"):
             for name, tensor in parameters.items():
                 if tensor.dtype == torch.float32:
                     self._grids[name] = _snap(tensor, reach)

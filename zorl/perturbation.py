@@ -8,7 +8,7 @@ scratch buffer that the next module reuses, and the module computes with those.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +41,19 @@ class Evaluator(Protocol):
             forward: calls `module`; it may be called twice, so it must have no other effect.
             head_rows: vocabulary rows, shape `(n,)`, int64: the output embedding computes these alone, in this order,
                 so that logits have shape `(..., n)`.
+        """
+
+    def copies(self, points: int) -> int:
+        """How many of so many points a forward of this evaluator holds."""
+
+    def evaluate_all(
+        self, points: Sequence[Point], forward: Callable[[int], list[T]], *, head_rows: Tensor | None = None
+    ) -> list[T]:
+        """The results of a forward at each point.
+
+        Args:
+            forward: called with a number of copies, runs `module` on a batch that is repeated so often along its first
+                dimension (all of the batch, then all of it again, …), and returns a result for each copy.
         """
 
 
@@ -99,7 +112,7 @@ class Scratch:
     def __init__(self, model: nn.Module, parameters: ParameterSet, distribution: Distribution = "rademacher") -> None:
         self.parameters = parameters
         self.distribution = distribution
-        self.module: Any = _replica(model)
+        self.module: Any = replica(model)
         names = {id(tensor): name for name, tensor in parameters.items()}
         self._slots: dict[nn.Module, list[_Slot]] = {}
         for module in self.module.modules():
@@ -115,7 +128,7 @@ class Scratch:
             if slots:
                 self._slots[module] = slots
         self._held = self._small_parameters()
-        self._head = _output_embedding(self.module)
+        self._head = output_embedding(self.module)
         for module in {*self._slots, *([self._head] if self._head is not None else [])}:
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave, always_call=True)
@@ -139,6 +152,16 @@ class Scratch:
                 if not missed:
                     return result
                 self._held |= missed
+
+    def copies(self, points: int) -> int:
+        """A point a forward."""
+        return 1
+
+    def evaluate_all(
+        self, points: Sequence[Point], forward: Callable[[int], list[T]], *, head_rows: Tensor | None = None
+    ) -> list[T]:
+        """See `Evaluator.evaluate_all`: one point after the other."""
+        return [self.evaluate(point, lambda: forward(1)[0], head_rows=head_rows) for point in points]
 
     @torch.no_grad()
     def _run(self, point: Point, forward: Callable[[], T], head_rows: Tensor | None) -> T:
@@ -276,7 +299,7 @@ class Scratch:
         return held
 
 
-def _replica(model: nn.Module) -> nn.Module:
+def replica(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the model, in eval mode."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=shared).eval()
@@ -294,7 +317,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _output_embedding(module: nn.Module) -> nn.Module | None:
+def output_embedding(module: nn.Module) -> nn.Module | None:
+    """The module that holds the output embedding of a language model; None for other models."""
     find = getattr(module, "get_output_embeddings", None)  # a transformers model with a language-model head, or not
     return find() if find is not None else None
 

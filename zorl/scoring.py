@@ -51,7 +51,7 @@ class LabelWords:
         evaluator: runs the model at points.
         processing_class: the model's tokenizer. Its padding side does not matter.
         prompt: with label words.
-        batch_size: inputs in a forward, at most.
+        batch_size: inputs in a forward, at most, those of all points together that it holds.
         max_length: tokens in an input, at most; by default what the model reads. The row's values are cut to fit (at
             their end for masked models, at their start for causal ones), never the template.
         average_tokens: score a word of several tokens by the mean of their log-likelihoods, not the sum.
@@ -173,48 +173,54 @@ class LabelWords:
         self, encoded: Sequence[Encoded], points: Sequence[Point], *, with_states: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The words' scores `(points, rows, labels)`, and if asked for the states `(points, rows, width)`."""
-        module = self.evaluator.module
-        device = next(module.parameters()).device
-        batches = self._batches(encoded, device)
-        label_rows = None if self._label_rows is None else self._label_rows.to(device)
-
-        def forward() -> tuple[Tensor, Tensor | None]:
-            parts = [self._forward(batch, label_rows) for batch in batches]
-            back = torch.cat([batch.rows for batch in batches]).argsort()  # from length buckets to the rows' own order
-            states = [of_batch for _, of_batch in parts if of_batch is not None] if with_states else []
-            return torch.cat([scores for scores, _ in parts])[back], torch.cat(states)[back] if states else None
-
+        device = next(self.evaluator.module.parameters()).device
         if not encoded or not points:
             return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device), None
-        found = [self.evaluator.evaluate(point, forward, head_rows=label_rows) for point in points]
+        batches = self._batches(encoded, device, self.evaluator.copies(len(points)))
+        label_rows = None if self._label_rows is None else self._label_rows.to(device)
+
+        def forward(copies: int) -> list[tuple[Tensor, Tensor | None]]:
+            parts = [self._forward(batch, label_rows, copies) for batch in batches]
+            back = torch.cat([batch.rows for batch in batches]).argsort()  # from length buckets to the rows' own order
+            states = [of_batch for _, of_batch in parts if of_batch is not None] if with_states else []
+            every_state = torch.cat(states, dim=1)[:, back] if states else [None] * copies
+            return list(zip(torch.cat([scores for scores, _ in parts], dim=1)[:, back], every_state, strict=True))
+
+        found = self.evaluator.evaluate_all(points, forward, head_rows=label_rows)
         states = [of_point for _, of_point in found if of_point is not None]
         return torch.stack([scores for scores, _ in found]), torch.stack(states) if states else None
 
-    def _forward(self, batch: _Batch, label_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of a batch, `(R, L)`, and the states `(R, H)` of words of one token, where they can be had."""
-        logits, states = self._logits(batch)
+    def _forward(self, batch: _Batch, label_rows: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of a batch, `(copies, R, L)`; and the states `(copies, R, H)`, of words of one token."""
+        logits, states = self._logits(batch, copies)
         if label_rows is not None:  # normalising over the vocabulary first would cancel out
             if logits.shape[-1] != len(label_rows):  # a head that does not call the output embedding computes all rows
                 logits = logits[..., label_rows]
-            return logits[:, 0].float().log_softmax(dim=-1), None if states is None else states[:, 0].float()
+            scores = logits[:, 0].float().log_softmax(dim=-1).view(copies, len(batch.rows), -1)
+            return scores, None if states is None else states[:, 0].float().view(copies, len(batch.rows), -1)
         assert batch.input_of is not None
         assert batch.tokens is not None
         assert batch.weights is not None
-        logits = logits.float()
+        logits = logits.float().view(copies, -1, *logits.shape[1:])  # (copies, S, K, vocabulary)
         step = torch.arange(batch.tokens.shape[1], device=logits.device)
-        normaliser = logits.logsumexp(dim=-1)  # (S, K)
-        likelihood = logits[batch.input_of, step, batch.tokens] - normaliser[batch.input_of, step]  # (R·L, K)
-        return (likelihood * batch.weights).sum(dim=1).view(len(batch.rows), -1).log_softmax(dim=-1), None
+        normaliser = logits.logsumexp(dim=-1)  # (copies, S, K)
+        likelihood = (
+            logits[:, batch.input_of, step, batch.tokens] - normaliser[:, batch.input_of, step]
+        )  # (copies, R·L, K)
+        return (likelihood * batch.weights).sum(dim=2).view(copies, len(batch.rows), -1).log_softmax(dim=-1), None
 
-    def _logits(self, batch: _Batch) -> tuple[Tensor, Tensor | None]:
-        """At the batch's positions: logits `(S, K, vocabulary or label rows)`, and the states they are made of `(S, K, H)`."""
-        size, width = batch.inputs["input_ids"].shape
+    def _logits(self, batch: _Batch, copies: int) -> tuple[Tensor, Tensor | None]:
+        """At the positions of a batch that is repeated so often: logits `(copies·S, K, vocabulary or label rows)`, and the states
+        that they are made of, `(copies·S, K, H)`."""
+        inputs = {name: t.repeat(copies, 1) if isinstance(t, Tensor) else t for name, t in batch.inputs.items()}
+        positions = batch.positions.repeat(copies, 1)
+        size, width = inputs["input_ids"].shape
         narrowed = False
         read: list[Tensor] = []
 
         def at_positions(hidden: Tensor) -> Tensor:  # (S, T, H) -> (S, K, H)
             virtual = hidden.shape[1] - width  # prompt tuning puts tokens of its own in front
-            index = (batch.positions + virtual).unsqueeze(-1)
+            index = (positions + virtual).unsqueeze(-1)
             return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
 
         def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -231,7 +237,7 @@ class LabelWords:
         if self._head is not None:
             handles.append(self._head.register_forward_pre_hook(narrow, prepend=True))
         try:
-            logits: Tensor = self.evaluator.module(**batch.inputs).logits
+            logits: Tensor = self.evaluator.module(**inputs).logits
         finally:
             for handle in handles:
                 handle.remove()
@@ -249,8 +255,8 @@ class LabelWords:
                 f"the prompt's label_head is for states of width {weight.shape[1]}, and this model's have {width}"
             )
 
-    def _batches(self, encoded: Sequence[Encoded], device: torch.device) -> list[_Batch]:
-        inputs_per_row = max((len(_options(one).suffixes) for one in encoded), default=1)
+    def _batches(self, encoded: Sequence[Encoded], device: torch.device, copies: int) -> list[_Batch]:
+        inputs_per_row = copies * max((len(_options(one).suffixes) for one in encoded), default=1)
         buckets = length_buckets([one.length for one in encoded], max(1, self.batch_size // inputs_per_row))
         return [self._batch(bucket, [encoded[i] for i in bucket], device) for bucket in buckets]
 

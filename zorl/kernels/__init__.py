@@ -1,12 +1,13 @@
 """θ ← θ + c·z(seed), in one pass and with the same bits wherever it runs.
 
-Two functions make up a kernel:
+Three functions make up a kernel:
 
 * `add(theta, keys, coefficients, distribution)` folds directions into θ in place, in index order, one rounding each.
   float32 rounds to nearest; bfloat16 and float16 round stochastically, with hashed bits of (seed, name, index), because
   round-to-nearest swallows updates smaller than half a unit in the last place.
 * `perturb(theta, key, offset, distribution, out, rows=None)` writes θ + offset·z (rounded to nearest) into `out` and
   leaves θ alone; with `rows` only those rows of a matrix.
+* `factors(index, key, r, columns=…)` gives the signs that a low-rank direction of a matrix is made of.
 
 `reference` is plain torch and runs on any device; `cpu` (numba) is the fast one on CPUs, held to the reference bit for bit.
 """
@@ -40,6 +41,8 @@ class Kernel(Protocol):
         out: Tensor,
         rows: Tensor | None = None,
     ) -> None: ...
+
+    def factors(self, index: Tensor, key: Key, r: int, *, columns: bool) -> Tensor: ...
 
 
 def kernel_for(theta: Tensor) -> Kernel:

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zorl.directions import Distribution, Key, half_normal_table
+from zorl.directions import Distribution, Key, half_normal_table, matrix_width, rank
 
 _BLOCK = 1 << 18  # elements worked on at once: bounds the memory of the int64 and float64 temporaries
 _MASK = 0xFFFFFFFF
+COLUMNS = 0x9E3779B9  # sets the stream of a low-rank direction's columns apart from that of its rows
 # dtype -> (explicit mantissa bits, exponent of the smallest normal number)
 _FORMATS = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
 
 
 def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distribution: Distribution) -> None:
     """θ ← θ + Σ cᵢ·z(keyᵢ), in place, in order, one rounding each (float32: nearest; half precision: stochastic)."""
+    width = matrix_width(theta.shape)
     flat = theta.detach().reshape(-1)  # a copy where theta is not contiguous
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK]
@@ -24,7 +26,7 @@ def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distr
         for key, coefficient in zip(keys, coefficients, strict=True):
             if coefficient == 0.0:
                 continue
-            change = sample(index, key, distribution) * coefficient
+            change = sample(index, key, distribution, width) * coefficient
             if theta.dtype == torch.float32:
                 block += change
             else:
@@ -60,7 +62,9 @@ def perturb(
         if offset == 0.0:
             flat[block] = source[block]
         else:
-            flat[block] = source[block].float() + sample(index[block], key, distribution) * offset
+            flat[block] = (
+                source[block].float() + sample(index[block], key, distribution, matrix_width(theta.shape)) * offset
+            )
 
 
 def check_rows(theta: Tensor, rows: Tensor) -> None:
@@ -69,13 +73,40 @@ def check_rows(theta: Tensor, rows: Tensor) -> None:
         raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} are asked of a parameter with {len(theta)} rows")
 
 
-def sample(index: Tensor, key: Key, distribution: Distribution) -> Tensor:
-    """z at the given flat element indices (int64, any shape), float32: ±1, or a Gaussian by quantile table."""
-    if distribution == "rademacher":  # one bit an element, 32 elements a hash
+def sample(index: Tensor, key: Key, distribution: Distribution, width: int = 0) -> Tensor:
+    """z at the given flat element indices (int64, any shape), float32: ±1, a Gaussian by quantile table, or low-rank.
+
+    Args:
+        width: columns of the parameter, where it is a matrix (see `zorl.directions.rank`).
+    """
+    r = rank(distribution)
+    if r and width:
+        words = _factor_words(index // width, key, columns=False) ^ _factor_words(index % width, key, columns=True)
+        different = torch.stack([(words >> j) & 1 for j in range(r)]).sum(dim=0)
+        return (r - 2 * different).float() * r**-0.5
+    if distribution != "gaussian":  # one bit an element, 32 elements a hash
         return ((_hash(index >> 5, key.z0, key.z1) >> (index & 31)) & 1).float() * 2 - 1
     word = _hash(index >> 1, key.z0, key.z1) >> ((index & 1) * 16)  # 16 bits an element: sign and quantile
     magnitude = half_normal_table().to(index.device)[word & 0x7FFF]
     return torch.where((word >> 15) & 1 == 1, magnitude, -magnitude)
+
+
+def factors(index: Tensor, key: Key, r: int, *, columns: bool) -> Tensor:
+    """u₁ … uᵣ of a low-rank direction at rows of a matrix, or v₁ … vᵣ at columns: z = u vᵀ / √r.
+
+    Args:
+        index: int64, shape `(n,)`.
+
+    Returns:
+        ±1, float32, shape `(n, r)`.
+    """
+    words = _factor_words(index, key, columns=columns)
+    return ((words[:, None] >> torch.arange(r, device=index.device)) & 1).float() * 2 - 1
+
+
+def _factor_words(index: Tensor, key: Key, *, columns: bool) -> Tensor:
+    """32 bits for each row or column: bit j is the sign in the j-th factor."""
+    return _hash(index, key.z0 ^ COLUMNS if columns else key.z0, key.z1)
 
 
 def _mix(x: Tensor) -> Tensor:

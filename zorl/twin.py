@@ -1,0 +1,379 @@
+"""Evaluating a model at many points in one forward: the batch is stacked, and low-rank directions never become matrices.
+
+For a linear layer and z = u vᵀ the output at θ + εz is x Wᵀ + ε (x v) uᵀ: the layer's own output and a term of rank one (EGGROLL,
+Sarkar et al. 2025; MobiZO). So one forward of a batch stacked P times, each part with a term of its own, evaluates P points: both
+sides of a direction, or of several. θ is only read, and only once. A `generate` is stacked in the same way, with its cache.
+
+While a forward runs, the tuned parameters of a replica are tensors that answer to the operations that language models apply
+to weights: linear layers, GPT-2's Conv1D, look-ups, normalisations, products and sums with vectors. Any other use of a tuned
+parameter is refused, so that nothing is ever computed with unmoved weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from zorl.directions import Distribution, Key, key, matrix_width, rank
+from zorl.interrupts import uninterrupted
+from zorl.kernels import kernel_for
+from zorl.parameters import ParameterSet
+from zorl.perturbation import output_embedding, replica
+from zorl.probe import Point
+
+T = TypeVar("T")
+# What a mixture of experts says of itself in its configuration: tokens leave their rows there.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class StackingError(RuntimeError):
+    """A model does something with its weights or its rows that cannot be done at several points in one forward.
+
+    Not a TypeError: Python's operators take that for a hint to try the other operand.
+    """
+
+
+class Twin:
+    """Evaluates a model at P points in one forward of a batch that is stacked P times.
+
+    The whole stack lies one point after the other along the first dimension of every activation. The replica shares all tensors
+    with the model, which may go on answering others meanwhile, and whose weights may be write-protected.
+
+    Args:
+        model: any module whose tuned parameters are used as language models use theirs.
+        parameters: the tuned ones, taken from this model.
+        distribution: of z, low-rank.
+
+    Raises:
+        ValueError: the distribution is not low-rank.
+        TypeError: the model is a mixture of experts, or holds a recurrent layer.
+    """
+
+    def __init__(self, model: nn.Module, parameters: ParameterSet, distribution: Distribution = "rank1") -> None:
+        if not rank(distribution):
+            raise ValueError(
+                f"points are stacked along low-rank directions, such as 'rank1', not {distribution!r} ones"
+            )
+        experts = next((n for n in _EXPERTS if (getattr(getattr(model, "config", None), n, None) or 0) > 1), None)
+        if experts is not None:
+            raise TypeError(
+                f"{type(model).__name__} is a mixture of experts ({experts}): its tokens leave their rows, so points cannot "
+                "be stacked; use evaluation='scratch'"
+            )
+        self.parameters = parameters
+        self.distribution = distribution
+        self.module: Any = replica(model)
+        names = {id(tensor): name for name, tensor in parameters.items()}
+        head = output_embedding(self.module)
+        self._slots: list[tuple[nn.Module, str, _Moved]] = []
+        for module in self.module.modules():
+            if isinstance(module, nn.RNNBase) and any(id(p) in names for p in module.parameters(recurse=False)):
+                raise TypeError(f"{type(module).__name__} computes out of sight; use zorl.MeZO with a closure")
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and (id(parameter) in names or module is head):
+                    moved = _Moved.of(self, parameter, names.get(id(parameter)), is_head=module is head)
+                    self._slots.append((module, attribute, moved))
+        self.points: tuple[Point, ...] = ()
+        self.head_rows: Tensor | None = None
+        self._batch = 0  # rows of the outer forward, all points together
+        self._cache: dict[Any, Any] = {}
+        # peft calls the model that it wraps past its hooks; what is inside that one notes the batch as well.
+        for inner in {self.module, *(m for m in self.module.modules() if isinstance(m, PreTrainedModel))}:
+            inner.register_forward_pre_hook(self._note_batch, with_kwargs=True)
+
+    def copies(self, points: int) -> int:
+        """How many points a forward holds."""
+        return points
+
+    def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
+        """See `zorl.perturbation.Evaluator.evaluate`."""
+        return self.evaluate_all([point], lambda _: [forward()], head_rows=head_rows)[0]
+
+    @torch.no_grad()
+    def evaluate_all(
+        self, points: Sequence[Point], forward: Callable[[int], list[T]], *, head_rows: Tensor | None = None
+    ) -> list[T]:
+        """See `zorl.perturbation.Evaluator.evaluate_all`."""
+        with uninterrupted() as interruptible:
+            self.points, self.head_rows = tuple(points), head_rows
+            moved = head_rows is not None or any(point.offset != 0.0 for point in points)
+            kept = [(module, attribute, module._parameters[attribute]) for module, attribute, _ in self._slots]
+            try:
+                if moved:
+                    for module, attribute, tensor in self._slots:
+                        module._parameters[attribute] = tensor  # type: ignore[assignment]
+                result: list[T] = interruptible(lambda: forward(len(points)))
+                return result
+            finally:
+                for module, attribute, parameter in kept:
+                    module._parameters[attribute] = parameter
+                self.points, self.head_rows, self._cache = (), None, {}
+
+    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        tensor = next((t for t in (*named, *args) if isinstance(t, Tensor) and t.ndim), None)
+        if tensor is not None:
+            self._batch = len(tensor)
+
+    # --- what the operations need -------------------------------------------------------------------------------------
+
+    def stacked(self, x: Tensor, width: int) -> Tensor:
+        """An activation as `(points, n, width)`.
+
+        Raises:
+            StackingError: its first dimension does not run over the stacked rows.
+        """
+        if not x.ndim or not self._batch or len(x) % self._batch or self._batch % len(self.points):
+            raise StackingError(
+                f"an activation of shape {tuple(x.shape)} does not run over the {self._batch} stacked rows (packed inputs?); "
+                "use evaluation='scratch'"
+            )
+        return x.reshape(len(self.points), -1, width)
+
+    def over_all_rows(self, ids: Tensor) -> Tensor:
+        """Indices that all rows share, such as positions, repeated for every row: `(rows, …)`."""
+        if ids.ndim == 1:
+            ids = ids[None]
+        if len(ids) > 1:
+            self._batch = len(ids)  # a soft prompt is looked up before the model itself is called
+        return ids.expand(self._batch, *ids.shape[1:]) if len(ids) == 1 and self._batch > 1 else ids
+
+    def factors(self, moved: _Moved, *, columns: bool, scaled: bool) -> Tensor:
+        """u (or v) of a matrix at each point, `(points, n, r)`; with `scaled` times offset/√r."""
+
+        def make() -> Tensor:
+            n = matrix_width(moved.shape) if columns else moved.shape[0]
+            index = torch.arange(n, device=moved.device)
+            if not columns and moved.zorl_is_head and self.head_rows is not None:
+                index = self.head_rows
+            return self._factors(moved, index, columns=columns, scaled=scaled)
+
+        return self._once((moved.zorl_name, moved.zorl_is_head, columns, scaled), make)
+
+    def factors_of_rows(self, moved: _Moved, rows: Tensor) -> Tensor:
+        """u at looked-up rows, times offset/√r: `rows` is `(points, n)`, the result `(points, n, r)`."""
+        r = rank(self.distribution)
+        found = [
+            kernel_for(moved.zorl_base).factors(of_point, self._key(moved, point), r, columns=False)
+            * (point.offset * r**-0.5)
+            for of_point, point in zip(rows, self.points, strict=True)
+        ]
+        return torch.stack(found).to(moved.dtype)
+
+    def _factors(self, moved: _Moved, index: Tensor, *, columns: bool, scaled: bool) -> Tensor:
+        kernel, r = kernel_for(moved.zorl_base), rank(self.distribution)
+        by_seed: dict[int, Tensor] = {}
+        for point in self.points:
+            if point.seed not in by_seed:
+                by_seed[point.seed] = kernel.factors(index, self._key(moved, point), r, columns=columns)
+        scales = [point.offset * r**-0.5 if scaled else 1.0 for point in self.points]
+        found = [by_seed[point.seed] * scale for point, scale in zip(self.points, scales, strict=True)]
+        return torch.stack(found).to(moved.dtype)
+
+    def vectors(self, moved: _Moved) -> Tensor:
+        """A vector at each point, `(points, n)`."""
+
+        def make() -> Tensor:
+            base = moved.zorl_base if moved.zorl_name is None else self.parameters[moved.zorl_name].detach()
+            out = base.new_empty(len(self.points), *base.shape)
+            for point, at in zip(self.points, out, strict=True):
+                if moved.zorl_name is None or point.offset == 0.0:
+                    at.copy_(base)
+                else:
+                    kernel_for(base).perturb(base, self._key(moved, point), point.offset, self.distribution, at)
+            rows = self.head_rows if moved.zorl_is_head else None
+            return out if rows is None else out[:, rows]
+
+        return self._once((moved.zorl_name, moved.zorl_is_head, "vector"), make)
+
+    def changes(self, moved: _Moved) -> Tensor:
+        """offset · z of a vector at each point, `(points, n)`."""
+
+        def make() -> Tensor:
+            zero = torch.zeros_like(moved.zorl_base)
+            out = zero.new_empty(len(self.points), *zero.shape)
+            for point, at in zip(self.points, out, strict=True):
+                kernel_for(zero).perturb(zero, self._key(moved, point), point.offset, self.distribution, at)
+            rows = self.head_rows if moved.zorl_is_head else None
+            return out if rows is None else out[:, rows]
+
+        return self._once((moved.zorl_name, moved.zorl_is_head, "change"), make)
+
+    def base(self, moved: Tensor | None) -> Tensor | None:
+        """The weights themselves; of the head only the rows that were asked for."""
+        if not isinstance(moved, _Moved):
+            return moved
+        rows = self.head_rows if moved.zorl_is_head else None
+        return moved.zorl_base if rows is None else self._once(("base", id(moved)), lambda: moved.zorl_base[rows])
+
+    def _key(self, moved: _Moved, point: Point) -> Key:
+        assert moved.zorl_name is not None
+        return key(point.seed, moved.zorl_name)
+
+    def _once(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Made once an evaluation, however many tokens it generates."""
+        if name not in self._cache:
+            self._cache[name] = make()
+        found: Tensor = self._cache[name]
+        return found
+
+
+class _Moved(Tensor):
+    """A parameter that operations see at all points at once."""
+
+    zorl_twin: Twin
+    zorl_base: Tensor  # the parameter, as a plain tensor
+    zorl_name: str | None  # canonical; None: not tuned, but of the head, whose rows are chosen
+    zorl_is_head: bool
+
+    @classmethod
+    def of(cls, twin: Twin, parameter: Tensor, name: str | None, *, is_head: bool) -> _Moved:
+        moved = parameter.detach().as_subclass(cls)
+        moved.zorl_twin, moved.zorl_base, moved.zorl_name = twin, parameter.detach(), name
+        moved.zorl_is_head = is_head
+        return moved
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _OPERATIONS:
+                return _OPERATIONS[func](*args, **kwargs)
+            result = func(*args, **kwargs)
+        if not _says_nothing_of_values(result):
+            name = next((a.zorl_name for a in (*args, *kwargs.values()) if isinstance(a, _Moved)), "weights")
+            raise StackingError(
+                f"the model applies {getattr(func, '__name__', func)} to {name!r}, which cannot be evaluated at several points "
+                "at once; use evaluation='scratch'"
+            )
+        return result
+
+
+def _says_nothing_of_values(result: Any) -> bool:
+    return (
+        result is None
+        or isinstance(result, torch.dtype | torch.device | torch.Size | torch.layout | int | str)
+        or (isinstance(result, tuple) and all(isinstance(item, int) for item in result))
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b: the term of each point is (x v)(offset·u)ᵀ + offset·z_b."""
+    twin = _twin_of(weight, bias)
+    out = F.linear(x, twin.base(weight), twin.base(bias))  # type: ignore[arg-type]
+    left, right = [], []
+    if isinstance(weight, _Moved) and weight.zorl_name is not None:
+        left.append(twin.stacked(x, x.shape[-1]) @ twin.factors(weight, columns=True, scaled=False))
+        right.append(twin.factors(weight, columns=False, scaled=True))
+    return _with_terms(twin, out, left, right, bias)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """b + x W, as in GPT-2's Conv1D: the term of each point is (x u)(offset·v)ᵀ."""
+    twin = _twin_of(weight, bias)
+    out = torch.addmm(twin.base(bias), x, twin.base(weight))  # type: ignore[arg-type]
+    left, right = [], []
+    if isinstance(weight, _Moved) and weight.zorl_name is not None:
+        left.append(twin.stacked(x, x.shape[-1]) @ twin.factors(weight, columns=False, scaled=False))
+        right.append(twin.factors(weight, columns=True, scaled=True))
+    return _with_terms(twin, out, left, right, bias)
+
+
+def _with_terms(twin: Twin, out: Tensor, left: list[Tensor], right: list[Tensor], bias: Tensor | None) -> Tensor:
+    """out + left rightᵀ at each point, the bias's change with it: one pass over the output."""
+    if isinstance(bias, _Moved) and bias.zorl_name is not None:
+        shape = (len(twin.points), math.prod(out.shape[:-1]) // len(twin.points), 1)
+        left.append(out.new_ones(shape))
+        right.append(twin.changes(bias)[..., None])
+    if not left:
+        return out
+    wide = twin.stacked(out, out.shape[-1])
+    lefts, rights = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in (left, right))
+    return wide.baddbmm_(lefts, rights.transpose(1, 2)).view(out.shape)
+
+
+def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Looked-up rows: the term of each point is (offset·u[ids]) vᵀ. Gradients are what `padding_idx` is for."""
+    twin = _twin_of(weight)
+    if (args and args[0] is not None) or kwargs.get("max_norm") is not None:
+        raise StackingError("an embedding with max_norm rescales its rows; use evaluation='scratch'")
+    assert isinstance(weight, _Moved)
+    if weight.zorl_name is None:
+        return F.embedding(ids, weight.zorl_base)
+    ids = twin.over_all_rows(ids)
+    out = F.embedding(ids, weight.zorl_base)
+    u = twin.factors_of_rows(weight, twin.stacked(ids, 1)[..., 0])
+    wide = twin.stacked(out, out.shape[-1])
+    v = twin.factors(weight, columns=True, scaled=False)
+    return wide.baddbmm_(u, v.transpose(1, 2)).view(out.shape)
+
+
+def _layer_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """The normalised activation, then each point's own gain and bias."""
+    twin = _twin_of(weight, bias)
+    out = twin.stacked(F.layer_norm(x, shape, None, None, eps), x.shape[-1])
+    if weight is not None:
+        out = out * _each(twin, weight)
+    if bias is not None:
+        out = out + _each(twin, bias)
+    return out.view(x.shape)
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    twin = _twin_of(weight)
+    out = F.rms_norm(x, shape, None, eps)
+    return out if weight is None else (twin.stacked(out, x.shape[-1]) * _each(twin, weight)).view(x.shape)
+
+
+def _elementwise(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A product or sum of an activation and a vector along its last dimension."""
+
+    def apply(a: Tensor, b: Tensor) -> Tensor:
+        moved, other = (a, b) if isinstance(a, _Moved) else (b, a)
+        assert isinstance(moved, _Moved)
+        twin = moved.zorl_twin
+        if (
+            moved.ndim != 1
+            or not isinstance(other, Tensor)
+            or isinstance(other, _Moved)
+            or other.shape[-1:] != moved.shape
+        ):
+            raise StackingError(
+                f"the model combines {moved.zorl_name!r} with something else than an activation of its width, which cannot be "
+                "evaluated at several points at once; use evaluation='scratch'"
+            )
+        wide, each = twin.stacked(other, other.shape[-1]), _each(twin, moved)
+        result = operation(each, wide) if moved is a else operation(wide, each)
+        return result.view(other.shape)
+
+    return apply
+
+
+def _each(twin: Twin, vector: Tensor) -> Tensor:
+    """A vector at each point, to be spread over the rows: `(points, 1, n)`."""
+    return twin.vectors(vector)[:, None] if isinstance(vector, _Moved) else vector
+
+
+def _twin_of(*tensors: Tensor | None) -> Twin:
+    return next(tensor.zorl_twin for tensor in tensors if isinstance(tensor, _Moved))
+
+
+_OPERATIONS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    torch.mul: _elementwise(torch.mul),
+    Tensor.mul: _elementwise(torch.mul),
+    torch.add: _elementwise(torch.add),
+    Tensor.add: _elementwise(torch.add),
+}
