@@ -124,6 +124,21 @@ class ReplayArguments:
 
 
 @dataclass
+class ProfileArguments:
+    """What `zorl profile` takes."""
+
+    model: str | None = _flag("A model on the hub, or its folder. Default: the small one that ships with zorl.")
+    batch_size: int = _flag("Rows of the batch.", 8)
+    length: int = _flag("Tokens of a row.", 64)
+    dtype: str = _flag("Of the weights: float32, bfloat16, float16, or auto (as saved).", "float32")
+    lora_rank: int = _flag("r of the LoRA adapter, on all linear layers.", 8)
+    rounds: int = _flag("Steps that are timed; the median counts.", 3)
+    plot: str = _flag("File for the plot.", "zorl_profile.png")
+    use_cpu: bool = _flag("Measure on the CPU though there is a GPU.", False)
+    json: bool = _flag("Print one JSON object on stdout.", False)
+
+
+@dataclass
 class JudgeArguments:
     """What `zorl judge` takes."""
 

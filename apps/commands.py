@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-from zorl.apps.arguments import EvalArguments, JudgeArguments, PredictArguments, ReplayArguments, TrainArguments
+from zorl.apps.arguments import (
+    EvalArguments,
+    JudgeArguments,
+    PredictArguments,
+    ProfileArguments,
+    ReplayArguments,
+    TrainArguments,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ The same command continues a run that was cut short, to the same bits.""",
         "The question that a row becomes": _QUESTION,
         "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
         "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
-        "informative_target n_spsa distribution comparison label_reward calibration parameters dtype seed",
+        "informative_target n_spsa distribution evaluation comparison label_reward calibration parameters dtype seed",
         "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end logging_steps report_to json",
         "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
         "temperature top_k top_p",
@@ -172,6 +179,20 @@ zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --output_
 zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --until 300 --output_dir step300""",
 )
 
+PROFILE = Command(
+    name="profile",
+    usage="--model M",
+    about="""\
+What tuning a model costs on this machine: time and memory of inference, of a MeZO step, of a MeZO step on a LoRA adapter, and
+of fine-tuning with backpropagation and AdamW, each on a random batch; and how large a model each could tune here.""",
+    types=lambda: (ProfileArguments,),
+    sections={"Flags": "model batch_size length dtype lora_rank rounds plot use_cpu json"},
+    examples="""\
+zorl profile                                                            # try it: a small model is built in
+zorl profile --model facebook/opt-125m --batch_size 16 --length 128
+zorl profile --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --json""",
+)
+
 JUDGE = Command(
     name="judge",
     usage="[--model M --prompts FILE] [--run DIR]",
@@ -193,4 +214,4 @@ zorl judge --run my_run                                                 # goes o
 zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in""",
 )
 
-COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE)}
+COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, PROFILE)}

@@ -140,18 +140,19 @@ def zorl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 def train(files: Files, out: str | Path, *more: str) -> list[str]:
-    """The arguments of a small run that maximises macro-F1."""
+    """The arguments of a small run that maximises macro-F1, from a fitted threshold unless told otherwise."""
     data = ["--dataset", files.path("train.tsv"), "--eval_dataset", files.path("dev.tsv")]
     reward = [] if {"--reward", "--loss", "--judge"} & set(more) else ["--reward", "f1"]
     prompt = [] if "--prompt" in more else QUESTION
-    return ["train", "--model", files.bert, *data, *prompt, *SHORT, *reward, "--output_dir", str(out), *more]
+    start = [] if "--calibration" in more else ["--calibration", "bias"]
+    return ["train", "--model", files.bert, *data, *prompt, *SHORT, *start, *reward, "--output_dir", str(out), *more]
 
 
 @pytest.fixture(scope="module")
 def trained(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished run: its folder and its `result.json`."""
     out = tmp_path_factory.mktemp("run") / "out"
-    assert main(train(files, out, "--text_column", "text", "--label_column", "label")) == 0
+    assert main(train(files, out, "--text_column", "text", "--label_column", "label", "--calibration", "head")) == 0
     return out, json.loads((out / "result.json").read_text())
 
 
@@ -644,3 +645,26 @@ def test_a_traceback_is_shown_where_it_is_asked_for(
     monkeypatch.setenv("ZORL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="unknown command 'tarin'; did you mean 'train'?"):
         zorl("tarin")
+
+
+# --- profile ----------------------------------------------------------------------------------------------------------
+
+
+def test_profile_measures_each_way_of_tuning_and_draws_it(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    plot = tmp_path / "plots" / "cost.png"
+    size = ["--batch_size", "2", "--length", "16", "--rounds", "1"]
+    outcome = zorl("profile", "--model", files.gpt2, *size, "--plot", str(plot), "--json")
+    result = outcome.json
+    assert list(result["cases"]) == ["inference", "mezo", "lora_mezo", "adam"]
+    assert all(figures["seconds"] > 0 for figures in result["cases"].values())
+    assert result["batch"] == [2, 16]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    if sys.platform == "linux":
+        assert all(figures["peak_memory_mb"] > 50 for figures in result["cases"].values())
+    text = zorl("profile", "--model", files.bert, *size, "--plot", str(plot)).out
+    assert all(word in text for word in ("inference, one forward", "MeZO on LoRA", "AdamW", "largest here"))
+    assert zorl("profile", "--batch_size", "0").err.strip().endswith("--batch_size must be at least 1, got 0")
+    too_long = zorl("profile", "--model", files.gpt2, "--length", "1000", "--plot", str(plot))
+    assert "the model reads 96 tokens at most" in too_long.err

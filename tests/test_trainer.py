@@ -343,7 +343,7 @@ def test_the_log_tells_what_a_user_needs_to_see(make: Callable[..., MeZOTrainer]
     evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     assert [entry["step"] for entry in evaluations] == [2, 4, 6]
     assert {"eval_macro_f1", "eval_short", "eval_accuracy", "eval_runtime"} <= evaluations[0].keys()
-    assert [entry["learning_rate"] for entry in entries] == pytest.approx([1e-3 * 4 / 6, 1e-3 * 1 / 6])
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx([3e-4 * 4 / 6, 3e-4 * 1 / 6])
 
 
 def test_several_evaluation_sets_are_told_apart(make: Callable[..., MeZOTrainer]):
@@ -793,7 +793,7 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
         ({"epsilon": "large"}, "epsilon must be a positive number or 'auto', got 'large'"),
         ({"n_spsa": "0"}, "n_spsa needs at least one direction"),
         ({"comparison": "loud"}, "comparison must be one of share, logit, sign, got 'loud'"),
-        ({"distribution": "uniform"}, "distribution must be one of rademacher, gaussian, got 'uniform'"),
+        ({"distribution": "uniform"}, "distribution must be one of rademacher, gaussian, rank1, rank4, got 'uniform'"),
         ({"forward_batch_size": 0}, "forward_batch_size must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
         (

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from zorl.comparisons import COMPARISONS
-from zorl.directions import DISTRIBUTIONS
+from zorl.directions import DISTRIBUTIONS, rank
 from zorl.expected_reward import LabelReward
 from zorl.head_tuning import Calibration
 from zorl.schedules import Directions
@@ -50,7 +50,17 @@ class MeZOConfig(TrainingArguments):
         default="1", metadata={"help": "Directions a step: a number, or a schedule such as '1-8/1000'."}
     )
     distribution: str = field(
-        default="rademacher", metadata={"help": "Of the direction z: rademacher (±1) or gaussian."}
+        default="rank1",
+        metadata={
+            "help": "Of the direction z: rank1 or rank4 (sums of products of signs), rademacher (±1) or gaussian (the paper's)."
+        },
+    )
+    evaluation: str = field(
+        default="auto",
+        metadata={
+            "help": "How points around the model are evaluated. twin: all of a step in one forward, along rank1 and rank4 "
+            "directions; scratch: one after the other, along any. auto: twin where the direction allows it."
+        },
     )
     update: str = field(
         default="normalized",
@@ -125,6 +135,10 @@ class MeZOConfig(TrainingArguments):
             self.epsilon_value = "auto"
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {self.distribution!r}")
+        if self.evaluation not in ("auto", "twin", "scratch"):
+            raise ValueError(f"evaluation must be auto, twin or scratch, got {self.evaluation!r}")
+        if self.evaluation == "twin" and not rank(self.distribution):
+            raise ValueError(f"evaluation='twin' needs distribution='rank1' or 'rank4', got {self.distribution!r}")
         if self.label_reward not in get_args(LabelReward):
             raise ValueError(f"label_reward must be 'expected' or 'best', got {self.label_reward!r}")
         if self.comparison not in COMPARISONS:

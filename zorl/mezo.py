@@ -40,7 +40,7 @@ class MeZO(torch.optim.Optimizer):
         epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
             find a difference.
         n_spsa: directions a step: a number, or a schedule such as `"1-8/1000"`.
-        distribution: of z, `"rademacher"` (±1) or `"gaussian"` (the paper's).
+        distribution: of z, `"rademacher"` (±1), `"gaussian"` (the paper's), `"rank1"` or `"rank4"` (low-rank).
         update: `"sgd"` (the paper's) or `"normalized"`.
         seed: the master seed, from which every direction follows.
         informative_target: for `epsilon="auto"`.

@@ -24,14 +24,14 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
-from zorl.directions import canonical_names, derive_seed
+from zorl.directions import canonical_names, derive_seed, rank
 from zorl.forward_trainer import ForwardTrainer
 from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
 from zorl.parameters import ParameterSet, select, tensors_sha256
-from zorl.perturbation import Scratch
+from zorl.perturbation import Evaluator, Scratch
 from zorl.policies import make_policy
 from zorl.probe import CENTRE, Scores
 from zorl.progress import Progress
@@ -41,6 +41,7 @@ from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read
+from zorl.twin import Twin
 
 _STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
@@ -132,7 +133,10 @@ class MeZOTrainer(ForwardTrainer):
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(self.progress)
-        self.evaluator = Scratch(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
+        # A loss of the user's own may read weights in any way, and computes one point at a time anyhow.
+        may_stack = bool(rank(args.distribution)) and not callable(loss)  # type: ignore[arg-type]
+        stacked = args.evaluation == "twin" or (args.evaluation == "auto" and may_stack)
+        self.evaluator: Evaluator = (Twin if stacked else Scratch)(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
         self.folder = RunFolder(Path(str(args.output_dir)))
         self._goal: dict[str, Any] = {
             "rewards": None

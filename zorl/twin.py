@@ -11,7 +11,6 @@ parameter is refused, so that nothing is ever computed with unmoved weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from zorl.directions import Distribution, Key, key, matrix_width, rank
+from zorl.directions import Distribution, key, matrix_width, rank
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
@@ -144,37 +143,50 @@ class Twin:
             self._batch = len(ids)  # a soft prompt is looked up before the model itself is called
         return ids.expand(self._batch, *ids.shape[1:]) if len(ids) == 1 and self._batch > 1 else ids
 
-    def factors(self, moved: _Moved, *, columns: bool, scaled: bool) -> Tensor:
-        """u (or v) of a matrix at each point, `(points, n, r)`; with `scaled` times offset/√r."""
+    def read(self, moved: _Moved, x: Tensor, *, columns: bool) -> Tensor:
+        """x v (or x u): what each row of an activation has along its point's factors, `(points, n, r)`.
+
+        One product with the factors of all seeds: the two sides of a direction share theirs.
+        """
+        seeds = list(dict.fromkeys(point.seed for point in self.points))
 
         def make() -> Tensor:
-            n = matrix_width(moved.shape) if columns else moved.shape[0]
-            index = torch.arange(n, device=moved.device)
+            index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
+            found = [self._factors(moved, seed, index, columns=columns) for seed in seeds]
+            return torch.cat(found, dim=1)  # (width, seeds · r)
+
+        along = x.reshape(-1, x.shape[-1]) @ self._once((moved.zorl_name, columns, "read"), make)
+        r, points = rank(self.distribution), len(self.points)
+        if len(seeds) == 1:
+            return along.view(points, -1, r)
+        of_seed = torch.tensor([seeds.index(point.seed) for point in self.points], device=x.device)
+        return along.view(points, -1, len(seeds), r)[torch.arange(points, device=x.device), :, of_seed]
+
+    def written(self, moved: _Moved, *, columns: bool) -> Tensor:
+        """offset/√r · u (or v) at each point, `(points, r, n)`."""
+
+        def make() -> Tensor:
+            index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
             if not columns and moved.zorl_is_head and self.head_rows is not None:
                 index = self.head_rows
-            return self._factors(moved, index, columns=columns, scaled=scaled)
+            by_seed = {p.seed: self._factors(moved, p.seed, index, columns=columns).T for p in self.points}
+            scale = rank(self.distribution) ** -0.5
+            return torch.stack([by_seed[point.seed] * (point.offset * scale) for point in self.points])
 
-        return self._once((moved.zorl_name, moved.zorl_is_head, columns, scaled), make)
+        return self._once((moved.zorl_name, moved.zorl_is_head, columns, "written"), make)
 
-    def factors_of_rows(self, moved: _Moved, rows: Tensor) -> Tensor:
-        """u at looked-up rows, times offset/√r: `rows` is `(points, n)`, the result `(points, n, r)`."""
-        r = rank(self.distribution)
+    def looked_up(self, moved: _Moved, ids: Tensor) -> Tensor:
+        """u at looked-up rows, `(points, n, r)`; ids are `(points, n)`."""
         found = [
-            kernel_for(moved.zorl_base).factors(of_point, self._key(moved, point), r, columns=False)
-            * (point.offset * r**-0.5)
-            for of_point, point in zip(rows, self.points, strict=True)
+            self._factors(moved, p.seed, of_point, columns=False) for p, of_point in zip(self.points, ids, strict=True)
         ]
-        return torch.stack(found).to(moved.dtype)
+        return torch.stack(found)
 
-    def _factors(self, moved: _Moved, index: Tensor, *, columns: bool, scaled: bool) -> Tensor:
-        kernel, r = kernel_for(moved.zorl_base), rank(self.distribution)
-        by_seed: dict[int, Tensor] = {}
-        for point in self.points:
-            if point.seed not in by_seed:
-                by_seed[point.seed] = kernel.factors(index, self._key(moved, point), r, columns=columns)
-        scales = [point.offset * r**-0.5 if scaled else 1.0 for point in self.points]
-        found = [by_seed[point.seed] * scale for point, scale in zip(self.points, scales, strict=True)]
-        return torch.stack(found).to(moved.dtype)
+    def _factors(self, moved: _Moved, seed: int, index: Tensor, *, columns: bool) -> Tensor:
+        """±1 in the parameter's dtype, `(n, r)`."""
+        assert moved.zorl_name is not None
+        kernel, stream = kernel_for(moved.zorl_base), key(seed, moved.zorl_name)
+        return kernel.factors(index, stream, rank(self.distribution), columns=columns).to(moved.dtype)
 
     def vectors(self, moved: _Moved) -> Tensor:
         """A vector at each point, `(points, n)`."""
@@ -186,24 +198,12 @@ class Twin:
                 if moved.zorl_name is None or point.offset == 0.0:
                     at.copy_(base)
                 else:
-                    kernel_for(base).perturb(base, self._key(moved, point), point.offset, self.distribution, at)
+                    stream = key(point.seed, moved.zorl_name)
+                    kernel_for(base).perturb(base, stream, point.offset, self.distribution, at)
             rows = self.head_rows if moved.zorl_is_head else None
             return out if rows is None else out[:, rows]
 
         return self._once((moved.zorl_name, moved.zorl_is_head, "vector"), make)
-
-    def changes(self, moved: _Moved) -> Tensor:
-        """offset · z of a vector at each point, `(points, n)`."""
-
-        def make() -> Tensor:
-            zero = torch.zeros_like(moved.zorl_base)
-            out = zero.new_empty(len(self.points), *zero.shape)
-            for point, at in zip(self.points, out, strict=True):
-                kernel_for(zero).perturb(zero, self._key(moved, point), point.offset, self.distribution, at)
-            rows = self.head_rows if moved.zorl_is_head else None
-            return out if rows is None else out[:, rows]
-
-        return self._once((moved.zorl_name, moved.zorl_is_head, "change"), make)
 
     def base(self, moved: Tensor | None) -> Tensor | None:
         """The weights themselves; of the head only the rows that were asked for."""
@@ -211,10 +211,6 @@ class Twin:
             return moved
         rows = self.head_rows if moved.zorl_is_head else None
         return moved.zorl_base if rows is None else self._once(("base", id(moved)), lambda: moved.zorl_base[rows])
-
-    def _key(self, moved: _Moved, point: Point) -> Key:
-        assert moved.zorl_name is not None
-        return key(point.seed, moved.zorl_name)
 
     def _once(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
         """Made once an evaluation, however many tokens it generates."""
@@ -264,38 +260,36 @@ def _says_nothing_of_values(result: Any) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b: the term of each point is (x v)(offset·u)ᵀ + offset·z_b."""
-    twin = _twin_of(weight, bias)
-    out = F.linear(x, twin.base(weight), twin.base(bias))  # type: ignore[arg-type]
-    left, right = [], []
-    if isinstance(weight, _Moved) and weight.zorl_name is not None:
-        left.append(twin.stacked(x, x.shape[-1]) @ twin.factors(weight, columns=True, scaled=False))
-        right.append(twin.factors(weight, columns=False, scaled=True))
-    return _with_terms(twin, out, left, right, bias)
+    """x Wᵀ + b: the term of each point is (x v)(offset·u)ᵀ."""
+    return _product(x, weight, bias, transposed=True)
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """b + x W, as in GPT-2's Conv1D: the term of each point is (x u)(offset·v)ᵀ."""
+    return _product(x, weight, bias, transposed=False)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    """The points' terms and biases are written first, and the product is added to them: no pass over the output is extra."""
     twin = _twin_of(weight, bias)
-    out = torch.addmm(twin.base(bias), x, twin.base(weight))  # type: ignore[arg-type]
+    base = twin.base(weight)
+    assert base is not None
+    matrix = base.T if transposed else base  # (in, out)
+    rows = twin.stacked(x, x.shape[-1])
     left, right = [], []
     if isinstance(weight, _Moved) and weight.zorl_name is not None:
-        left.append(twin.stacked(x, x.shape[-1]) @ twin.factors(weight, columns=False, scaled=False))
-        right.append(twin.factors(weight, columns=True, scaled=True))
-    return _with_terms(twin, out, left, right, bias)
-
-
-def _with_terms(twin: Twin, out: Tensor, left: list[Tensor], right: list[Tensor], bias: Tensor | None) -> Tensor:
-    """out + left rightᵀ at each point, the bias's change with it: one pass over the output."""
-    if isinstance(bias, _Moved) and bias.zorl_name is not None:
-        shape = (len(twin.points), math.prod(out.shape[:-1]) // len(twin.points), 1)
-        left.append(out.new_ones(shape))
-        right.append(twin.changes(bias)[..., None])
-    if not left:
-        return out
-    wide = twin.stacked(out, out.shape[-1])
-    lefts, rights = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in (left, right))
-    return wide.baddbmm_(lefts, rights.transpose(1, 2)).view(out.shape)
+        left.append(twin.read(weight, x, columns=transposed))
+        right.append(twin.written(weight, columns=not transposed))
+    if bias is not None:
+        left.append(x.new_ones(1, 1, 1).expand(len(rows), rows.shape[1], 1))
+        each = _each(twin, bias)
+        right.append(each if each.ndim == 3 else each.expand(len(rows), 1, -1))
+    if not left:  # a head of which rows are chosen, and which is not tuned
+        return F.linear(x, base) if transposed else x @ base
+    lefts, rights = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=i) for parts, i in ((left, 2), (right, 1)))
+    out = torch.bmm(lefts, rights)  # (points, n, out)
+    out.view(-1, out.shape[-1]).addmm_(rows.reshape(-1, x.shape[-1]), matrix)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -308,10 +302,9 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
         return F.embedding(ids, weight.zorl_base)
     ids = twin.over_all_rows(ids)
     out = F.embedding(ids, weight.zorl_base)
-    u = twin.factors_of_rows(weight, twin.stacked(ids, 1)[..., 0])
+    u = twin.looked_up(weight, twin.stacked(ids, 1)[..., 0])
     wide = twin.stacked(out, out.shape[-1])
-    v = twin.factors(weight, columns=True, scaled=False)
-    return wide.baddbmm_(u, v.transpose(1, 2)).view(out.shape)
+    return wide.baddbmm_(u, twin.written(weight, columns=True)).view(out.shape)
 
 
 def _layer_norm(
@@ -320,10 +313,12 @@ def _layer_norm(
     """The normalised activation, then each point's own gain and bias."""
     twin = _twin_of(weight, bias)
     out = twin.stacked(F.layer_norm(x, shape, None, None, eps), x.shape[-1])
+    if weight is not None and bias is not None:
+        return torch.addcmul(_each(twin, bias), out, _each(twin, weight), out=out).view(x.shape)
     if weight is not None:
-        out = out * _each(twin, weight)
+        out.mul_(_each(twin, weight))
     if bias is not None:
-        out = out + _each(twin, bias)
+        out.add_(_each(twin, bias))
     return out.view(x.shape)
 
 

@@ -1,0 +1,51 @@
+"""The most memory that a piece of work takes, as the operating system or the GPU saw it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Peak:
+    """`megabytes` (10⁶ bytes) of the process's resident memory, or of the GPU's allocations, at the highest; None if unknown."""
+
+    megabytes: float | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
+    """Measures the block. On Linux the kernel's own high-water mark is reset first, so nothing between two looks is missed."""
+    peak = Peak()
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.megabytes = torch.cuda.max_memory_allocated(device) / 1e6
+        return
+    if not sys.platform.startswith("linux"):
+        yield peak
+        return
+    _give_back_free_memory()
+    try:
+        _CLEAR.write_text("5")
+    except OSError:  # not permitted in some containers
+        yield peak
+        return
+    yield peak
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    peak.megabytes = int(line.split()[1]) * 1024 / 1e6
+
+
+def _give_back_free_memory() -> None:
+    """What was freed but kept for later would count for the next piece of work."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,249 @@
+"""`zorl profile`: what tuning a model costs on this machine, in time and memory, and how large a model would still fit.
+
+The figures of the paper's Figures 3 and 4 (Malladi et al. 2023), for the user's own model, batch and machine: inference, a MeZO
+step on all parameters, a MeZO step on a LoRA adapter, and fine-tuning with backpropagation and AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zorl.apps.arguments import ProfileArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import PROFILE
+from zorl.apps.embedded import REVIEWER
+from zorl.apps.inputs import check_model_folder, say
+from zorl.apps.memory import peak_memory
+from zorl.mezo import MeZO
+from zorl.models import load_model
+from zorl.parameters import ParameterSet, select
+from zorl.perturbation import Scratch
+from zorl.probe import Scores
+from zorl.twin import Twin
+
+CASES = {
+    "inference": "inference, one forward",
+    "mezo": "MeZO, a step",
+    "lora_mezo": "MeZO on LoRA, a step",
+    "adam": "fine-tuning with AdamW, a step",
+}
+
+
+def run(argv: Sequence[str]) -> str:
+    """Measures, writes the plot, and returns what to print.
+
+    Raises:
+        ValueError: an argument is out of range, or the model does not read so many tokens.
+    """
+    arguments = build(ProfileArguments, parse(PROFILE, argv))
+    for name in ("batch_size", "length", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    name = arguments.model or str(REVIEWER)
+    check_model_folder(name)
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+    available = _memory_of(device)
+    _warm_up()
+    with peak_memory(device) as nothing:
+        pass
+    model: Any = load_model(name, arguments.dtype).eval()
+    model = model.to(device)
+    size = sum(p.numel() for p in model.parameters())
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and arguments.length > longest:
+        raise ValueError(f"--length {arguments.length}: the model reads {longest} tokens at most")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (arguments.batch_size, arguments.length), generator=generator).to(device)
+    result: dict[str, Any] = {
+        "model": name, "parameters": size, "batch": list(tokens.shape), "dtype": arguments.dtype, "device": str(device),
+        "memory_mb": round(available / 1e6), "cases": {},
+    }  # fmt: skip
+    for case in CASES:
+        say(f"measuring {CASES[case]} …")
+        seconds, megabytes = _measure(case, model, tokens, arguments)
+        figures: dict[str, Any] = {"seconds": round(seconds, 4), "peak_memory_mb": megabytes and round(megabytes)}
+        if megabytes is not None and nothing.megabytes is not None:
+            a_parameter = (megabytes - nothing.megabytes) * 1e6 / size
+            figures["bytes_a_parameter"] = round(a_parameter, 2)
+            figures["largest_parameters"] = int((available - nothing.megabytes * 1e6) / a_parameter)
+        result["cases"][case] = figures
+    path = Path(arguments.plot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _plot(result, path)
+    if arguments.json:
+        return json.dumps({**result, "plot": str(path)})
+    return f"{_table(result)}\n\nplot: {path}"
+
+
+def _warm_up() -> None:
+    """Loads and compiles what every case needs, so that it is counted for none of them."""
+    import peft  # noqa: F401
+
+    tiny = torch.nn.Linear(4, 4)
+    tiny(torch.ones(2, 4)).sum().backward()
+    torch.optim.AdamW(tiny.parameters()).step()
+    mezo = MeZO(tiny.named_parameters(), distribution="rank1", epsilon=1e-3)
+    twin = Twin(tiny, mezo.parameters)
+    probe = mezo.ask()
+    losses = twin.evaluate_all(
+        probe.points, lambda n: [p.sum().item() for p in twin.module(torch.ones(2 * n, 4)).chunk(n)]
+    )
+    mezo.tell(probe.id, Scores.of_losses(losses))
+    mezo.step()
+
+
+def _measure(case: str, model: Any, tokens: Tensor, arguments: ProfileArguments) -> tuple[float, float | None]:
+    """Median seconds, and the most memory in MB, of one step. The model is as it was afterwards, but for the steps made."""
+    model.requires_grad_(True)  # an adapter freezes what it is put on
+    step = _step_of(case, model, tokens, arguments.lora_rank)
+    step()  # compiles, and allocates what stays
+    with peak_memory(tokens.device) as peak:
+        step()
+    times = []
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        step()
+        if tokens.device.type == "cuda":
+            torch.cuda.synchronize(tokens.device)
+        times.append(time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    return statistics.median(times), peak.megabytes
+
+
+def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[[], None]:
+    """One step as a function. All read the last position of each row, as prompts with label words do."""
+    if case == "inference":
+
+        def infer() -> None:
+            with torch.no_grad():
+                _loss(model, tokens)
+
+        return infer
+    if case == "adam":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+
+        def backpropagate() -> None:
+            _loss(model, tokens).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return backpropagate
+    if case == "lora_mezo":
+        from peft import LoraConfig, get_peft_model
+
+        shell = copy.deepcopy(
+            model, memo={id(t): t for t in (*model.parameters(), *model.buffers())}
+        )  # shares all weights
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            model = get_peft_model(shell, LoraConfig(r=lora_rank, target_modules="all-linear")).eval()
+    mezo = MeZO(ParameterSet(select(model)).items(), lr=1e-9, epsilon=1e-3, distribution="rank1")
+    try:
+        evaluator: Twin | Scratch = Twin(model, mezo.parameters)
+    except TypeError as error:
+        say(f"{error}; measured so")
+        evaluator = Scratch(model, mezo.parameters, "rank1")
+
+    def perturb() -> None:
+        probe = mezo.ask()
+        losses = evaluator.evaluate_all(
+            probe.points,
+            lambda n: [part.mean().item() for part in _loss(evaluator.module, tokens.repeat(n, 1)).chunk(n)],
+        )
+        mezo.tell(probe.id, Scores.of_losses(losses))
+        mezo.step()
+
+    return perturb
+
+
+def _loss(model: Any, tokens: Tensor) -> Tensor:
+    """Cross entropy of a word at the last position, one number a row. The head computes that position alone."""
+    embedding = model.get_output_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+    try:
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    finally:
+        handle.remove()
+    return F.cross_entropy(logits[:, -1].float(), tokens[:, 0], reduction="none")
+
+
+def _memory_of(device: torch.device) -> float:
+    """Bytes that the machine, or its GPU, has."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(psutil.virtual_memory().total)
+
+
+def _table(result: dict[str, Any]) -> str:
+    size, (rows, length) = result["parameters"], result["batch"]
+    lines = [
+        f"{result['model']}: {_short(size)} parameters, {result['dtype']}, batch of {rows} x {length} tokens, {result['device']} "
+        f"with {result['memory_mb'] / 1000:.1f} GB",
+        "",
+        f"{'':32}{'seconds':>10}{'memory MB':>12}{'bytes/param':>13}{'largest here':>14}",
+    ]
+    for case, label in CASES.items():
+        figures = result["cases"][case]
+        memory = figures["peak_memory_mb"]
+        lines.append(
+            f"{label:32}{figures['seconds']:>10.3f}{'?' if memory is None else memory:>12}"
+            f"{figures.get('bytes_a_parameter', '?'):>13}{_short(figures.get('largest_parameters')):>14}"
+        )
+    lines += [
+        "",
+        "Memory is the whole process's (on a GPU: its allocations). 'largest here' scales what this model takes, less what",
+        "Python takes, up to all of this machine's memory, for a model of the same make, dtype and batch: an estimate.",
+    ]
+    return "\n".join(lines)
+
+
+def _short(number: int | None) -> str:
+    if number is None:
+        return "?"
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (
+        ("peak_memory_mb", "memory, MB", 1.0),
+        ("seconds", "seconds a step", 1.0),
+        ("largest_parameters", "largest model here, millions of parameters", 1e-6),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained", sharey=True)
+    labels = list(CASES.values())
+    for axis, (key, title, scale) in zip(axes, panels, strict=True):
+        values = [(result["cases"][case].get(key) or 0) * scale for case in CASES]
+        bars = axis.barh(labels, values, color=["#8a8a8a", "#1f5aa6", "#4d8fd6", "#c2571a"])
+        axis.bar_label(
+            bars, labels=[f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=3
+        )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, max(values) * 1.25 or 1)
+    axes[0].invert_yaxis()
+    rows, length = result["batch"]
+    figure.suptitle(
+        f"{Path(result['model']).name}, {_short(result['parameters'])} parameters, batch {rows} x {length}, {result['dtype']}"
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
