@@ -51,6 +51,9 @@ METHODS: dict[str, tuple[str, str, bool]] = {
     "zorl_macro_f1": ("zorl, macro-F1", "macro_f1", False),
     "zorl_accuracy": ("zorl, accuracy", "accuracy", False),
     "zorl_cross_entropy": ("zorl, cross entropy", "cross_entropy", False),
+    "dense_macro_f1": ("zorl with ±1 directions, macro-F1", "macro_f1", False),
+    "dense_accuracy": ("zorl with ±1 directions, accuracy", "accuracy", False),
+    "dense_cross_entropy": ("zorl with ±1 directions, cross entropy", "cross_entropy", False),
     "published_accuracy": ("published MeZO, accuracy", "accuracy", True),
     "published_cross_entropy": ("published MeZO, cross entropy", "cross_entropy", True),
 }
@@ -93,7 +96,7 @@ def run_cell(task: str, folder: Path, model: str, method: str, seed: int, lr: fl
     recipe: dict[str, Any] = (
         {"distribution": "gaussian", "epsilon": "1e-3", "update": "sgd", "learning_rate": lr, "calibration": "none",
          "lr_scheduler_type": "constant", "label_reward": "best"}
-        if published else {}
+        if published else {"distribution": "rademacher"} if method.startswith("dense") else {}
     )  # fmt: skip
     output = tempfile.mkdtemp()
     start = time.perf_counter()
@@ -222,6 +225,8 @@ def report() -> str:
         "once (`zorl/head_tuning.py`). The model is not tuned.",
         "* *zorl*: the defaults. It starts from such a head, tuned for its own objective, and then tunes the whole model; the "
         f"{TRAIN_ROWS // BATCH} forwards that the states cost are in the budget.",
+        "* *with ±1 directions*: the same, along dense directions and one point at a time, where the defaults are directions of "
+        "rank one and both points in one forward.",
         "* *published MeZO*: Gaussian directions, ε = 1e-3, constant learning rate, the best of "
         f"{', '.join(f'{g:g}' for g in GRID)} "
         f"by accuracy on {DEV_ROWS} held-out rows, searched with the first seed, one run each.",

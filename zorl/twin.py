@@ -12,7 +12,7 @@ parameter is refused, so that nothing is ever computed with unmoved weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -143,37 +143,33 @@ class Twin:
             self._batch = len(ids)  # a soft prompt is looked up before the model itself is called
         return ids.expand(self._batch, *ids.shape[1:]) if len(ids) == 1 and self._batch > 1 else ids
 
-    def read(self, moved: _Moved, x: Tensor, *, columns: bool) -> Tensor:
-        """x v (or x u): what each row of an activation has along its point's factors, `(points, n, r)`.
+    def product(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> _Product:
+        """What a product with a weight needs, made once an evaluation."""
 
-        One product with the factors of all seeds: the two sides of a direction share theirs.
-        """
-        seeds = list(dict.fromkeys(point.seed for point in self.points))
+        def make() -> _Product:
+            base = self._base(weight)
+            matrix = base.T if transposed else base
+            each = None if bias is None else self.each(bias)
+            if not isinstance(weight, _Moved) or weight.zorl_name is None:
+                return _Product(matrix, None, None, each, None)
+            seeds = list(dict.fromkeys(point.seed for point in self.points))
+            index = torch.arange(matrix.shape[0], device=weight.device)
+            along = torch.cat([self._factors(weight, seed, index, columns=transposed) for seed in seeds], dim=1)
+            of_point = torch.tensor([seeds.index(point.seed) for point in self.points], device=weight.device)
+            across = self.across(weight, columns=not transposed)
+            return _Product(matrix, along, across, each, of_point if len(seeds) > 1 else None)
 
-        def make() -> Tensor:
-            index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
-            found = [self._factors(moved, seed, index, columns=columns) for seed in seeds]
-            return torch.cat(found, dim=1)  # (width, seeds · r)
+        found: _Product = self._once((id(weight), id(bias)), make)
+        return found
 
-        along = x.reshape(-1, x.shape[-1]) @ self._once((moved.zorl_name, columns, "read"), make)
-        r, points = rank(self.distribution), len(self.points)
-        if len(seeds) == 1:
-            return along.view(points, -1, r)
-        of_seed = torch.tensor([seeds.index(point.seed) for point in self.points], device=x.device)
-        return along.view(points, -1, len(seeds), r)[torch.arange(points, device=x.device), :, of_seed]
-
-    def written(self, moved: _Moved, *, columns: bool) -> Tensor:
+    def across(self, moved: _Moved, *, columns: bool) -> Tensor:
         """offset/√r · u (or v) at each point, `(points, r, n)`."""
-
-        def make() -> Tensor:
-            index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
-            if not columns and moved.zorl_is_head and self.head_rows is not None:
-                index = self.head_rows
-            by_seed = {p.seed: self._factors(moved, p.seed, index, columns=columns).T for p in self.points}
-            scale = rank(self.distribution) ** -0.5
-            return torch.stack([by_seed[point.seed] * (point.offset * scale) for point in self.points])
-
-        return self._once((moved.zorl_name, moved.zorl_is_head, columns, "written"), make)
+        index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
+        if not columns and moved.zorl_is_head and self.head_rows is not None:
+            index = self.head_rows
+        by_seed = {p.seed: self._factors(moved, p.seed, index, columns=columns).T for p in self.points}
+        scale = rank(self.distribution) ** -0.5
+        return torch.stack([by_seed[point.seed] * (point.offset * scale) for point in self.points])
 
     def looked_up(self, moved: _Moved, ids: Tensor) -> Tensor:
         """u at looked-up rows, `(points, n, r)`; ids are `(points, n)`."""
@@ -188,36 +184,48 @@ class Twin:
         kernel, stream = kernel_for(moved.zorl_base), key(seed, moved.zorl_name)
         return kernel.factors(index, stream, rank(self.distribution), columns=columns).to(moved.dtype)
 
-    def vectors(self, moved: _Moved) -> Tensor:
-        """A vector at each point, `(points, n)`."""
+    def each(self, vector: Tensor) -> Tensor:
+        """A vector at each point, to be spread over the rows: `(points, 1, n)`."""
 
         def make() -> Tensor:
-            base = moved.zorl_base if moved.zorl_name is None else self.parameters[moved.zorl_name].detach()
-            out = base.new_empty(len(self.points), *base.shape)
+            base, rows = self._base(vector), self.head_rows
+            if not isinstance(vector, _Moved) or vector.zorl_name is None:
+                return base.expand(len(self.points), 1, -1)
+            out = vector.zorl_base.new_empty(len(self.points), *vector.shape)
             for point, at in zip(self.points, out, strict=True):
-                if moved.zorl_name is None or point.offset == 0.0:
-                    at.copy_(base)
-                else:
-                    stream = key(point.seed, moved.zorl_name)
-                    kernel_for(base).perturb(base, stream, point.offset, self.distribution, at)
-            rows = self.head_rows if moved.zorl_is_head else None
-            return out if rows is None else out[:, rows]
+                stream = key(point.seed, vector.zorl_name)
+                kernel_for(at).perturb(vector.zorl_base, stream, point.offset, self.distribution, at)
+            return (out if rows is None or not vector.zorl_is_head else out[:, rows])[:, None]
 
-        return self._once((moved.zorl_name, moved.zorl_is_head, "vector"), make)
+        return self._once((id(vector), "each"), make)
 
-    def base(self, moved: Tensor | None) -> Tensor | None:
+    def rows_across(self, moved: _Moved) -> Tensor:
+        """`across` of an embedding's columns, made once an evaluation."""
+        return self._once((id(moved), "across"), lambda: self.across(moved, columns=True))
+
+    def _base(self, tensor: Tensor) -> Tensor:
         """The weights themselves; of the head only the rows that were asked for."""
-        if not isinstance(moved, _Moved):
-            return moved
-        rows = self.head_rows if moved.zorl_is_head else None
-        return moved.zorl_base if rows is None else self._once(("base", id(moved)), lambda: moved.zorl_base[rows])
+        if not isinstance(tensor, _Moved):
+            return tensor
+        return (
+            tensor.zorl_base[self.head_rows] if tensor.zorl_is_head and self.head_rows is not None else tensor.zorl_base
+        )
 
-    def _once(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         """Made once an evaluation, however many tokens it generates."""
         if name not in self._cache:
             self._cache[name] = make()
-        found: Tensor = self._cache[name]
-        return found
+        return self._cache[name]
+
+
+class _Product(NamedTuple):
+    """x M + b at each point, where M has a term of its own at each: its parts."""
+
+    matrix: Tensor  # (in, out)
+    along: Tensor | None  # (in, seeds · r), the factors that x is multiplied by; None: M is the same at all points
+    across: Tensor | None  # (points, r, out), the factors that make the output, times offset/√r
+    each: Tensor | None  # (points, 1, out), the biases
+    seed_of_point: Tensor | None  # (points,) where there are several seeds
 
 
 class _Moved(Tensor):
@@ -272,24 +280,22 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
     """The points' terms and biases are written first, and the product is added to them: no pass over the output is extra."""
     twin = _twin_of(weight, bias)
-    base = twin.base(weight)
-    assert base is not None
-    matrix = base.T if transposed else base  # (in, out)
+    parts = twin.product(weight, bias, transposed=transposed)
     rows = twin.stacked(x, x.shape[-1])
-    left, right = [], []
-    if isinstance(weight, _Moved) and weight.zorl_name is not None:
-        left.append(twin.read(weight, x, columns=transposed))
-        right.append(twin.written(weight, columns=not transposed))
-    if bias is not None:
-        left.append(x.new_ones(1, 1, 1).expand(len(rows), rows.shape[1], 1))
-        each = _each(twin, bias)
-        right.append(each if each.ndim == 3 else each.expand(len(rows), 1, -1))
-    if not left:  # a head of which rows are chosen, and which is not tuned
-        return F.linear(x, base) if transposed else x @ base
-    lefts, rights = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=i) for parts, i in ((left, 2), (right, 1)))
-    out = torch.bmm(lefts, rights)  # (points, n, out)
-    out.view(-1, out.shape[-1]).addmm_(rows.reshape(-1, x.shape[-1]), matrix)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    points, n, width = rows.shape
+    flat = rows.view(-1, width)
+    if parts.along is not None and parts.across is not None:
+        r = parts.across.shape[1]
+        left = (flat @ parts.along).view(points, n, -1)
+        if parts.seed_of_point is not None:  # of all seeds' factors each point has its own
+            left = left.view(points, n, -1, r)[torch.arange(points, device=x.device), :, parts.seed_of_point]
+        out = torch.bmm(left, parts.across) if parts.each is None else torch.baddbmm(parts.each, left, parts.across)
+    elif parts.each is None:  # a head of which rows are chosen, and which is not tuned
+        return x @ parts.matrix
+    else:
+        out = parts.each.expand(-1, n, -1).contiguous()
+    out.view(-1, out.shape[2]).addmm_(flat, parts.matrix)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -304,7 +310,7 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
     out = F.embedding(ids, weight.zorl_base)
     u = twin.looked_up(weight, twin.stacked(ids, 1)[..., 0])
     wide = twin.stacked(out, out.shape[-1])
-    return wide.baddbmm_(u, twin.written(weight, columns=True)).view(out.shape)
+    return wide.baddbmm_(u, twin.rows_across(weight)).view(out.shape)
 
 
 def _layer_norm(
@@ -314,18 +320,18 @@ def _layer_norm(
     twin = _twin_of(weight, bias)
     out = twin.stacked(F.layer_norm(x, shape, None, None, eps), x.shape[-1])
     if weight is not None and bias is not None:
-        return torch.addcmul(_each(twin, bias), out, _each(twin, weight), out=out).view(x.shape)
+        return torch.addcmul(twin.each(bias), out, twin.each(weight), out=out).view(x.shape)
     if weight is not None:
-        out.mul_(_each(twin, weight))
+        out.mul_(twin.each(weight))
     if bias is not None:
-        out.add_(_each(twin, bias))
+        out.add_(twin.each(bias))
     return out.view(x.shape)
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     twin = _twin_of(weight)
     out = F.rms_norm(x, shape, None, eps)
-    return out if weight is None else (twin.stacked(out, x.shape[-1]) * _each(twin, weight)).view(x.shape)
+    return out if weight is None else (twin.stacked(out, x.shape[-1]) * twin.each(weight)).view(x.shape)
 
 
 def _elementwise(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -345,16 +351,11 @@ def _elementwise(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[...,
                 f"the model combines {moved.zorl_name!r} with something else than an activation of its width, which cannot be "
                 "evaluated at several points at once; use evaluation='scratch'"
             )
-        wide, each = twin.stacked(other, other.shape[-1]), _each(twin, moved)
+        wide, each = twin.stacked(other, other.shape[-1]), twin.each(moved)
         result = operation(each, wide) if moved is a else operation(wide, each)
         return result.view(other.shape)
 
     return apply
-
-
-def _each(twin: Twin, vector: Tensor) -> Tensor:
-    """A vector at each point, to be spread over the rows: `(points, 1, n)`."""
-    return twin.vectors(vector)[:, None] if isinstance(vector, _Moved) else vector
 
 
 def _twin_of(*tensors: Tensor | None) -> Twin:

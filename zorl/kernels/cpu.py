@@ -42,6 +42,8 @@ def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distr
         columns = _column_words(words, r, width)
         if theta.dtype != torch.float32:
             run = partial(_add_half, values, words, c, gaussian, table, r, columns, theta.dtype == torch.bfloat16)
+        elif distribution == "rademacher":
+            run = partial(_add_f32_signs, values, words, c)
         elif r == 1 and width:
             run = partial(_add_f32_rank1, values, words, c, (columns & 1).astype(np.float32) * 2 - 1)
         else:
@@ -70,7 +72,9 @@ def perturb(
     r = rank(distribution)
     columns = _column_words(words[None], r, matrix_width(theta.shape))[0]
     direction = (words, np.float32(offset), distribution == "gaussian", _table(distribution), r, columns)
-    if theta.dtype == torch.float32:
+    if theta.dtype == torch.float32 and distribution == "rademacher":
+        run = partial(_perturb_f32_signs, source, target, row_index, width, words, np.float32(offset))
+    elif theta.dtype == torch.float32:
         run = partial(_perturb_f32, source, target, row_index, width, *direction)
     else:
         run = partial(_perturb_half, source, target, row_index, width, *direction, theta.dtype == torch.bfloat16)
@@ -292,6 +296,25 @@ def _add_f32(values, keys, c, gaussian, table, rank, columns, start, stop):  # t
                 theta[i] += coefficient * z[i]
 
 
+@njit(inline="always")
+def _with_sign(bits, word, k):  # type: ignore[no-untyped-def]
+    """c·z exactly, for a sign z: c (its bits) with the sign flipped where bit k of the word is 0."""
+    return _as_float32(np.uint32(bits ^ np.uint32((~(word >> np.uint32(k))) << np.uint32(31))))
+
+
+@njit(nogil=True, cache=True)
+def _add_f32_signs(values, keys, c, start, stop):  # type: ignore[no-untyped-def]
+    for block in range(start, stop, _BLOCK):
+        end = min(block + _BLOCK, stop)
+        for d in range(len(c)):
+            bits = _bits32(c[d])
+            for first in range(block, end, 32):  # blocks begin at a word's first bit
+                word = _hash(first >> 5, keys[d, 0], keys[d, 1])
+                theta = values[first : min(first + 32, end)]
+                for k in range(len(theta)):
+                    theta[k] += _with_sign(bits, word, k)
+
+
 @njit(nogil=True, cache=True)
 def _add_f32_rank1(values, keys, c, signs, start, stop):  # type: ignore[no-untyped-def]
     """Rows of θ plus ±c times the columns' signs: nothing is hashed an element, so a long replay runs at cache speed.
@@ -347,6 +370,22 @@ def _add_half(values, keys, c, gaussian, table, rank, columns, bf16, start, stop
                     below += 1.0
                 rounded = np.float32(below * _as_float64((bias + spacing) << np.int64(52)))
                 theta[i] = _store(rounded, bf16)  # exact: rounded is a multiple of the spacing
+
+
+@njit(nogil=True, cache=True)
+def _perturb_f32_signs(source, target, rows, width, key, c, start, stop):  # type: ignore[no-untyped-def]
+    bits = _bits32(c)
+    position = start
+    while position < stop:
+        row = position // width
+        column = position - row * width
+        flat = rows[row] * width + column
+        n = min(32 - (flat & 31), stop - position, width - column)  # as far as one word reaches
+        word = _hash(flat >> 5, key[0], key[1]) >> np.uint32(flat & 31)
+        theta, out = source[flat : flat + n], target[position : position + n]
+        for k in range(n):
+            out[k] = theta[k] + _with_sign(bits, word, k)
+        position += n
 
 
 @njit(nogil=True, cache=True)
