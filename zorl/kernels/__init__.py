@@ -9,7 +9,8 @@ Three functions make up a kernel:
   leaves θ alone; with `rows` only those rows of a matrix.
 * `factors(index, key, r, columns=…)` gives the signs that a low-rank direction of a matrix is made of.
 
-`reference` is plain torch and runs on any device; `cpu` (numba) is the fast one on CPUs, held to the reference bit for bit.
+`reference` is plain torch and runs on any device; `cpu` (numba) and `cuda` (Triton) are the fast ones, held to the reference
+bit for bit.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def kernel_for(theta: Tensor) -> Kernel:
         from zorl.kernels import cpu
 
         return cpu
+    if theta.device.type == "cuda" and _HAS_TRITON:
+        from zorl.kernels import cuda
+
+        return cuda if cuda.agrees(theta.device, theta.dtype) else reference
     return reference
 
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch's builds for CUDA
