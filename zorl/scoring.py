@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zorl.encoding import Encoded, Options, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
+from zorl.shared_prefix import SharedPrefix, can_share
 from zorl.verbalizer import Verbalizer
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Batch:
     input_of: Tensor | None = None  # (R·L, 1) the input that an option is read from
     tokens: Tensor | None = None  # (R·L, K) padded with 0
     weights: Tensor | None = None  # (R·L, K) 1 for a token, or 1/n for the mean over n; 0 for padding
+    shared: SharedPrefix | None = None  # the same inputs, where it pays to compute their prompts once
 
 
 class LabelWords:
@@ -84,6 +86,7 @@ class LabelWords:
         self.average_tokens = average_tokens
         self._pad_id = pad_token_id(processing_class)
         self._head = _head(module)
+        self._can_share = not self.masked and can_share(module)
         self._output = module.get_output_embeddings()
         head = prompt.label_head
         self._bias = None if head is None else torch.tensor(head.bias)  # (L,)
@@ -192,7 +195,11 @@ class LabelWords:
 
     def _forward(self, batch: _Batch, label_rows: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of a batch, `(copies, R, L)`; and the states `(copies, R, H)`, of words of one token."""
-        logits, states = self._logits(batch, copies)
+        if batch.shared is not None:
+            logits, states = self._shared_logits(batch.shared, copies), None
+        else:
+            inputs = {name: t.repeat(copies, 1) if isinstance(t, Tensor) else t for name, t in batch.inputs.items()}
+            _, logits, states = self._logits(inputs, batch.positions.repeat(copies, 1))
         if label_rows is not None:  # normalising over the vocabulary first would cancel out
             if logits.shape[-1] != len(label_rows):  # a head that does not call the output embedding computes all rows
                 logits = logits[..., label_rows]
@@ -209,11 +216,16 @@ class LabelWords:
         )  # (copies, R·L, K)
         return (likelihood * batch.weights).sum(dim=2).view(copies, len(batch.rows), -1).log_softmax(dim=-1), None
 
-    def _logits(self, batch: _Batch, copies: int) -> tuple[Tensor, Tensor | None]:
-        """At the positions of a batch that is repeated so often: logits `(copies·S, K, vocabulary or label rows)`, and the states
-        that they are made of, `(copies·S, K, H)`."""
-        inputs = {name: t.repeat(copies, 1) if isinstance(t, Tensor) else t for name, t in batch.inputs.items()}
-        positions = batch.positions.repeat(copies, 1)
+    def _shared_logits(self, shared: SharedPrefix, copies: int) -> Tensor:
+        """Logits of options' first tokens, from the prompts, and of the others, from the cache: `(copies·S, K, vocabulary)`."""
+        output, first, _ = self._logits(*shared.first(copies))
+        inputs, positions, prompt_of = shared.second(copies, output.past_key_values)
+        _, others, _ = self._logits(inputs, positions)
+        return torch.cat([first[prompt_of], others], dim=1)
+
+    def _logits(self, inputs: dict[str, Any], positions: Tensor) -> tuple[Any, Tensor, Tensor | None]:
+        """What the model returns; and at the positions, `(N, K)`, the logits, `(N, K, vocabulary or label rows)`, and the states
+        that they are made of, `(N, K, H)`."""
         size, width = inputs["input_ids"].shape
         narrowed = False
         read: list[Tensor] = []
@@ -237,14 +249,14 @@ class LabelWords:
         if self._head is not None:
             handles.append(self._head.register_forward_pre_hook(narrow, prepend=True))
         try:
-            logits: Tensor = self.evaluator.module(**inputs).logits
+            output = self.evaluator.module(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
         states = read[0] if read else None  # a head may compute with the embedding's weight and never call it
         if narrowed:
-            return logits, states
-        return at_positions(logits), None if states is None else at_positions(states)
+            return output, output.logits, states
+        return output, at_positions(output.logits), None if states is None else at_positions(states)
 
     def _check_head(self, weight: Tensor) -> None:
         width = self._output.weight.shape[1]
@@ -266,8 +278,8 @@ class LabelWords:
             for one in encoded
             for suffix in _options(one).suffixes
         ]
-        tokens, mask = padded(ids, self._pad_id, "right", device)
-        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+        input_ids, mask = padded(ids, self._pad_id, "right", device)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if not self.masked:
             inputs["use_cache"] = False
         where = torch.tensor(rows, device=device)
@@ -285,13 +297,16 @@ class LabelWords:
         input_of = np.concatenate(
             [o + np.array(options.suffix_of) for o, options in zip(offsets, choices, strict=True)]
         )
-        arrays = (
-            read_at,
-            input_of[:, None],
-            np.concatenate([tables[id(options)][0] for options in choices]),
-            np.concatenate([tables[id(options)][1] for options in choices]),
+        tokens, weights = (np.concatenate([tables[id(options)][i] for options in choices]) for i in (0, 1))
+        return _Batch(
+            where,
+            inputs,
+            positions=torch.from_numpy(read_at).to(device),
+            input_of=torch.from_numpy(input_of[:, None]).to(device),
+            tokens=torch.from_numpy(tokens).to(device),
+            weights=torch.from_numpy(weights).to(device),
+            shared=SharedPrefix.of(encoded, self._pad_id, device) if self._can_share else None,
         )
-        return _Batch(where, inputs, *(torch.from_numpy(array).to(device) for array in arrays))
 
     def _table(self, options: Options, steps: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Tokens and weights of the options, both of shape `(L, steps)`."""

@@ -1,0 +1,71 @@
+"""A prompt that is computed once for all its options gives the scores of one that is computed for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zorl.parameters import ParameterSet, select
+from zorl.perturbation import Scratch
+from zorl.probe import CENTRE, Point
+from zorl.prompts import Prompt
+from zorl.scoring import LabelWords
+from zorl.twin import Twin
+
+CAUSAL = ("gpt2", "opt", "llama", "qwen2", "gpt_neox")
+PROMPT = Prompt(
+    "{text} , so {mask}", {"a": "a great story", "b": "it", "c": "it was terrible", "d": "it was terrible !"}
+)
+ROWS = [
+    {"text": "the film was great and the plot was odd , very odd , and then it was good"},
+    {"text": "the book"},
+    {"text": "what was it like to watch the odd ending of the story"},
+]
+POINTS = [Point(3, 0.05), Point(3, -0.05), CENTRE]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("evaluator", [Scratch, Twin])
+def test_the_scores_are_those_of_whole_inputs(
+    parts: Callable[[str], Any], kind: str, evaluator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(parts(kind).model)
+    tokens: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, args, out: tokens.append(args[0].numel()))
+
+    def scores(forward_tokens: int) -> Tensor:
+        monkeypatch.setattr("zorl.shared_prefix.FORWARD_TOKENS", forward_tokens)
+        tokens.clear()
+        words = LabelWords(evaluator(model, ParameterSet(select(model)), "rank1"), parts(kind).tokenizer, PROMPT)
+        return words.scores(ROWS, POINTS)
+
+    whole, spent = scores(1 << 30), sum(tokens)
+    shared = scores(-(1 << 30))
+    torch.testing.assert_close(shared, whole, atol=2e-4, rtol=1e-4)
+    assert sum(tokens) < 0.7 * spent
+    assert (whole[0] - whole[1]).abs().max() > 1e-3
+
+
+def test_short_prompts_are_not_worth_a_second_forward(parts: Callable[[str], Any]) -> None:
+    part = parts("gpt2")
+    words = LabelWords(part.evaluator, part.tokenizer, PROMPT)
+    (batch,) = words._batches(words._encode(ROWS), torch.device("cpu"), 1)
+    assert batch.shared is None
+    long = words._batches(
+        words._encode([{"text": f"{row['text']} {i}"} for row in ROWS for i in range(16)]), torch.device("cpu"), 1
+    )
+    assert any(batch.shared is not None for batch in long)
+
+
+def test_one_token_words_and_masked_models_share_nothing(parts: Callable[[str], Any]) -> None:
+    for kind in ("gpt2", "bert"):
+        part = parts(kind)
+        single = Prompt("{text} it was {mask}", {"a": "great", "b": "terrible"})
+        words = LabelWords(part.evaluator, part.tokenizer, single)
+        (batch,) = words._batches(words._encode([{"text": ROWS[0]["text"] * 3}]), torch.device("cpu"), 1)
+        assert batch.shared is None
