@@ -44,8 +44,8 @@ def main() -> None:
         "The demo's learning rate and schedule (1e-3, constant) were chosen on this very task, by the score on these "
         "reviews; with the default schedule, which decays linearly, an earlier version ended well below with seed 0. It starts "
         "from a fitted threshold and not, as is the default, from a head on the last state. The embedded model was chosen among "
-        "several pretrained ones for the gap that it leaves between what it knows and what it answers. So this shows that F1 can be "
-        "optimised directly, and how; not how well the defaults do.",
+        "several pretrained ones for the gap that it leaves between what it knows and what it answers. So this shows that F1 "
+        "can be optimised directly, and how; not how well the defaults do.",
         "",
         "| seed | zero-shot | one fitted threshold | tuned | forwards | seconds | peak memory, MB | informative probes |",
         "|---|---|---|---|---|---|---|---|",

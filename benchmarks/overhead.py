@@ -57,8 +57,9 @@ def bare() -> float:
         trainer = trainer_in(folder)
         rows = list(trainer.train_dataset)  # type: ignore[arg-type]
         mezo = MeZO(
-            trainer.tuned.items(), lr=5e-4, epsilon=1e-3, update="normalized", trajectory=Path(folder) / "t.zorl"
-        )
+            trainer.tuned.items(), lr=5e-4, epsilon=1e-3, update="normalized", distribution=trainer.args.distribution,
+            trajectory=Path(folder) / "t.zorl",
+        )  # fmt: skip
         times = []
         for i in range(STEPS):
             times.append(time.perf_counter())

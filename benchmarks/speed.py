@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +150,25 @@ class Cases:
         return found if self.generate else {**found, "adam": self.adam_step}
 
 
-def measure(name: str, tokens: Tensor, rounds: int, *, generate: bool, memory: bool) -> list[dict[str, Any]]:
-    """Rows of one batch. The published step writes new tensors, so it has a model to itself."""
+def measure(name: str, tokens: Tensor, rounds: int, *, generate: bool, quick: bool) -> list[dict[str, Any]]:
+    """Rows of one batch. The published step writes new tensors, so it has a model to itself.
+
+    Args:
+        quick: no round is given away to warm caches up, and of generation only the case that has a target is run.
+    """
     cases = Cases(make_model(), tokens, generate=generate)
     theirs = Cases(make_model(), tokens, generate=generate)
     methods = {**cases.methods(), "published": theirs.published}
+    if quick and generate:
+        methods = {"twin_n1": cases.twin_n1}
     seconds: dict[str, list[float]] = {case: [] for case in methods}
     plain: list[float] = []
     adam = methods.pop("adam", None)
-    for i in range(rounds + 1):
+    for i in range(rounds if quick else rounds + 1):
         once = timed(cases.two_forwards)
         found = {case: timed(method) for case, method in methods.items()}
         again = timed(cases.two_forwards)
-        if i:  # the first compiles and allocates
+        if i or quick:  # the first allocates
             plain.append((once + again) / 2)
             for case, value in found.items():
                 seconds[case].append(value / plain[-1])
@@ -172,9 +179,7 @@ def measure(name: str, tokens: Tensor, rounds: int, *, generate: bool, memory: b
             seconds["adam"].append(value / before)
     methods.clear()
     del cases, theirs, adam
-    peaks = memory_of(tokens, generate=generate) if memory else {}
-    if name != "generate" and peaks:
-        peaks |= {f"{case}_inference": value for case, value in inference_memory(tokens).items()}
+    peaks = {} if quick and generate else memory_of(tokens, generate=generate)
     base = statistics.median(plain)
     rows = [{"case": "forwards", "batch": name, "ratio": 1.0, "spread": [1.0, 1.0], "seconds": round(base, 4),
              "peak_memory_mb": peaks.get("forwards")}]  # fmt: skip
@@ -195,31 +200,26 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def memory_of(tokens: Tensor, *, generate: bool) -> dict[str, float | None]:
-    """Megabytes of the whole process while each method makes a step, each with a model of its own."""
-    found: dict[str, float | None] = {}
-    for case in ["forwards", *CASES]:
-        cases = Cases(make_model(), tokens, generate=generate)
-        methods = {"forwards": cases.two_forwards, **cases.methods()}
-        if case in methods:
-            methods[case]()  # compiles, and allocates what stays
-            with peak_memory() as peak:
-                methods[case]()
-            found[case] = None if peak.megabytes is None else round(peak.megabytes)
-        del cases, methods
-    return found
+    """Megabytes of the whole process while each method makes a step, and while plain inference has as many rows in a forward.
 
-
-def inference_memory(tokens: Tensor) -> dict[str, float | None]:
-    """Of plain inference with as many rows in a forward as each method has."""
+    With one model, the two methods that leave the most behind last.
+    """
+    cases = Cases(make_model(), tokens, generate=generate)
+    methods = cases.methods()
     found: dict[str, float | None] = {}
-    for case, copies in (("scratch", 1), ("twin_n1", 2), ("twin_n4", 8)):
-        cases = Cases(make_model(), tokens, generate=False)
-        work = lambda cases=cases, copies=copies: cases.forward(cases.model, copies)  # noqa: E731
-        work()
+
+    def note(name: str, work: Callable[[], Any]) -> None:
+        work()  # allocates what stays
         with peak_memory() as peak:
             work()
-        found[case] = None if peak.megabytes is None else round(peak.megabytes)
-        del cases, work
+        found[name] = None if peak.megabytes is None else round(peak.megabytes)
+
+    note("forwards", cases.two_forwards)
+    for case, copies in (("scratch", 1), ("twin_n1", 2), ("twin_n4", 8)):
+        note(f"{case}_inference", partial(cases.forward, cases.model, copies))
+        note(case, methods[case])
+    for case in [case for case in ("published", "adam") if case in methods]:
+        note(case, methods[case])
     return found
 
 
@@ -359,21 +359,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="batch 8x64 and generation alone, fewer rounds")
-    parser.add_argument("--rounds", type=int, help="rounds a batch (default: 9; 3 with --quick)")
+    parser.add_argument("--rounds", type=int, help="rounds a batch (default: 5; 1 with --quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--write", action="store_true", help="write docs/speed.md, its plot and the results")
     options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 9)
+    for generate in (False, True):  # compiles, and loads what is loaded lazily
+        for work in Cases(make_model(), torch.full((1, 4), 7), generate=generate).methods().values():
+            work()
+        if options.quick:
+            break
+    rounds = options.rounds or (1 if options.quick else 5)
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     for size, length in ((8, 64),) if options.quick else BATCHES:
         tokens = torch.randint(5, 50_000, (size, length), generator=generator)
-        rows += measure(f"{size}x{length}", tokens, rounds, generate=False, memory=True)
+        rows += measure(f"{size}x{length}", tokens, rounds, generate=False, quick=options.quick)
         print(table(rows[-len(CASES) - 1 :]), flush=True)
     prompts = torch.randint(5, 50_000, (8, 16), generator=generator)
-    rows += measure(
-        "generate", prompts, 2 if options.quick else max(3, rounds // 2), generate=True, memory=not options.quick
-    )
+    rows += measure("generate", prompts, 1 if options.quick else 3, generate=True, quick=options.quick)
     if not options.quick:
         rows.append(replay(steps=1000, one_by_one=50))
     print(table(rows))

@@ -1,4 +1,4 @@
-"""Evaluating a model at θ + offset·z without writing θ. The only code that knows how.
+"""Evaluating a model at θ + offset·z without writing θ, one point after the other. `zorl.twin` does many at once.
 
 Adding ε·z and subtracting it again does not restore θ in floating point (at ε = 1e-3, half of all float32 elements
 differ afterwards). So θ is only read here: just before a module runs, its parameters at the point are written into a
@@ -24,7 +24,7 @@ from zorl.probe import Point
 T = TypeVar("T")
 # Parameters up to this many bytes in all are perturbed once an evaluation rather than once a forward: it spares tiny
 # models the hooks, and generation a pass a token, for memory that no one notices.
-HELD_BYTES = 8 << 20
+HELD_BYTES = 4 << 20
 
 
 class Evaluator(Protocol):
