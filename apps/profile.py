@@ -29,9 +29,8 @@ from zorl.apps.memory import peak_memory
 from zorl.mezo import MeZO
 from zorl.models import load_model
 from zorl.parameters import ParameterSet, select
-from zorl.perturbation import Scratch
 from zorl.probe import Scores
-from zorl.twin import Twin
+from zorl.twin import Twin, twin_or_scratch
 
 CASES = {
     "inference": "inference, one forward",
@@ -151,11 +150,7 @@ def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             model = get_peft_model(shell, LoraConfig(r=lora_rank, target_modules="all-linear")).eval()
     mezo = MeZO(ParameterSet(select(model)).items(), lr=1e-9, epsilon=1e-3, distribution="rank1")
-    try:
-        evaluator: Twin | Scratch = Twin(model, mezo.parameters)
-    except TypeError as error:
-        say(f"{error}; measured so")
-        evaluator = Scratch(model, mezo.parameters, "rank1")
+    evaluator = twin_or_scratch(model, mezo.parameters, "rank1")
 
     def perturb() -> None:
         probe = mezo.ask()

@@ -130,6 +130,19 @@ def test_a_goal_of_a_set_is_the_reward_of_drawn_answers(policy: LabelWords) -> N
     assert values.tolist() == [[1.0], [0.0]], "rows 0 and 1 are good and bad"
 
 
+def test_a_set_reward_may_abstain_in_some_draws(policy: LabelWords) -> None:
+    """A metric that is undefined without a positive answer returns None for every row, and one number otherwise."""
+
+    def precision(completions: list[str], label: list[str], **_: Any) -> Any:
+        positive = [t == "good" for c, t in zip(completions, label, strict=True) if c == "good"]
+        return sum(positive) / len(positive) if positive else [None] * len(completions)
+
+    objective = RewardObjective(policy, RewardFunctions(precision))
+    for seed in range(8):  # of one row, so that about half of the draws abstain
+        values = objective.ask(ROWS[:1], POINTS, seed).answers.values  # type: ignore[union-attr]
+        assert values.shape == (2, 1)
+
+
 def test_the_goal_of_cross_entropy_is_the_likelihood_of_the_truth(policy: LabelWords) -> None:
     goal = make_objective(policy, loss="cross_entropy").label_goal(ROWS)  # type: ignore[attr-defined]
     expected = goal.expected(goal.scores[None], torch.arange(3), 0).values[0]

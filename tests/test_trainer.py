@@ -165,6 +165,32 @@ def test_a_run_goes_on_with_the_head_that_it_was_started_with(make: Callable[...
     assert rest.prompt.label_head == whole.prompt.label_head
 
 
+def test_a_resumed_run_keeps_the_order_of_its_labels(make: Callable[..., MeZOTrainer]):
+    """The head's rows are in the order of the label words, which need not be the alphabet's."""
+    prompt = Prompt(PROMPT.template, {"good": "great", "bad": "terrible"})
+    settings = {"calibration": "head", "max_steps": 4}
+    whole = make(reward_funcs=accuracy(), prompt=prompt, settings=settings)
+    whole.train()
+    make("half", reward_funcs=accuracy(), prompt=prompt, settings=settings, callbacks=[StopAt(2)]).train()
+    rest = make("half", reward_funcs=accuracy(), prompt=prompt, settings=settings)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.prompt.labels == ("good", "bad")
+    assert weights(rest) == weights(whole)
+
+
+def test_rewards_see_the_trainer_s_state_from_the_first_call(make: Callable[..., MeZOTrainer]):
+    seen: list[int] = []
+
+    def right(completions: list[str], label: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        seen.append(trainer_state.global_step)
+        return [float(c == t) for c, t in zip(completions, label, strict=True)]
+
+    trainer = make(reward_funcs=right, settings={"calibration": "bias", "max_steps": 2}, eval_dataset=EVAL)
+    trainer.evaluate()
+    trainer.train()
+    assert seen[0] == 0
+
+
 def test_a_head_that_the_prompt_came_with_stays(make: Callable[..., MeZOTrainer]):
     prompt = replace(PROMPT, label_head=LabelHead((0.25, -0.25)))
     trainer = make(reward_funcs=accuracy(), prompt=prompt, settings={"calibration": "head", "max_steps": 1})

@@ -24,7 +24,7 @@ from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Point
 from zorl.prompts import Prompt
 from zorl.scoring import LabelWords
-from zorl.twin import StackingError, Twin
+from zorl.twin import StackingError, Twin, twin_or_scratch
 
 KINDS = ("bert", "roberta", "gpt2", "opt", "llama", "qwen2", "gpt_neox")
 CAUSAL = KINDS[2:]
@@ -268,3 +268,73 @@ def test_low_rank_directions_have_the_identity_for_their_second_moment(distribut
     z = torch.stack([reference.sample(torch.arange(12), key(seed, "w"), distribution, width=4) for seed in range(n)])
     assert torch.allclose(z.T @ z / n, torch.eye(12), atol=6 * n**-0.5)
     assert z.mean(dim=0).abs().max() < 5 * n**-0.5
+
+
+def test_biases_alone_survive_a_batch_of_one_row(language_model: Any, parts: Any) -> None:
+    """What is kept for the other forwards of an evaluation is not added to."""
+    model = language_model("gpt2")
+    parameters = ParameterSet(select(model, "*.bias"))
+    alone, together = (
+        LabelWords(e(model, parameters, "rank1"), parts("gpt2").tokenizer, WORDS, batch_size=len(POINTS))
+        for e in (Scratch, Twin)
+    )
+    torch.testing.assert_close(together.scores(ROWS, POINTS), alone.scores(ROWS, POINTS), atol=1e-4, rtol=1e-4)
+
+
+def test_a_frozen_head_with_a_bias_is_left_alone(language_model: Any, parts: Any) -> None:
+    model = language_model("bert")
+    before = copy.deepcopy(model.state_dict())
+    twin = Twin(model, ParameterSet(select(model, "*attention.self*")))
+    words = LabelWords(twin, parts("bert").tokenizer, WORDS, batch_size=1)
+    plain = LabelWords(Scratch(model, twin.parameters), parts("bert").tokenizer, WORDS, batch_size=64)
+    torch.testing.assert_close(words.scores(ROWS, [CENTRE]), plain.scores(ROWS, [CENTRE]), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_that_were_converted_are_read_anew(language_model: Any, parts: Any) -> None:
+    model = language_model("llama")
+    words = LabelWords(Twin(model, ParameterSet(select(model))), parts("llama").tokenizer, WORDS)
+    before = words.scores(ROWS, [Point(1, 0.05)])
+    model.double().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    after = words.scores(ROWS, [Point(1, 0.05)])
+    expected = LabelWords(Scratch(model, ParameterSet(select(model)), "rank1"), parts("llama").tokenizer, WORDS)
+    torch.testing.assert_close(after, expected.scores(ROWS, [Point(1, 0.05)]), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+class Relative(nn.Module):
+    """Looks up what belongs to pairs of positions, not to rows, as models with relative positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.pairs = nn.Embedding(20, 4), nn.Embedding(8, 4)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        t = input_ids.shape[1]
+        pairs = self.pairs((torch.arange(t)[:, None] - torch.arange(t)).clamp(0, 7))
+        return self.tokens(input_ids) + pairs.mean(dim=1)
+
+
+def test_a_look_up_that_does_not_run_over_rows_is_refused_even_where_the_sizes_agree() -> None:
+    model = Relative()
+    twin = Twin(model, ParameterSet(model.named_parameters()))
+    with pytest.raises(StackingError, match=r"\(6, 6\) do not run over the 4 stacked rows"):
+        twin.evaluate_all(
+            POINTS[:2], lambda n: list(twin.module(input_ids=torch.ones(4, 6, dtype=torch.long)).chunk(n))
+        )
+
+
+def test_auto_takes_the_path_that_the_model_allows(language_model: Any) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    gemma = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                     num_key_value_heads=1, head_dim=8)
+    )  # fmt: skip
+    assert isinstance(twin_or_scratch(gemma, ParameterSet(select(gemma)), "rank1"), Scratch)
+    llama = language_model("llama")
+    assert isinstance(twin_or_scratch(llama, ParameterSet(select(llama)), "rank1"), Twin)
+    assert isinstance(twin_or_scratch(llama, ParameterSet(select(llama)), "rademacher"), Scratch)

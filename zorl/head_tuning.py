@@ -65,6 +65,9 @@ def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lam
         seed: of directions and draws.
         progress: called with 1 after every step.
 
+    Raises:
+        FloatingPointError: a state is NaN or infinite.
+
     Returns:
         The head; its weights are bfloat16 values, so that what is written down is what is used.
     """
@@ -124,8 +127,12 @@ class _Standardised:
     """
 
     def __init__(self, states: Tensor) -> None:
+        if not states.isfinite().all():
+            raise FloatingPointError("the model's last states are NaN or infinite: its weights are out of range")
         self.mean, deviation = states.mean(dim=0), states.std(dim=0)
-        self.deviation = torch.where(deviation > 0.0, deviation, torch.ones_like(deviation))  # a constant says nothing
+        # What varies by no more than rounding says nothing, and scaled to variance one it would speak the loudest.
+        varies = deviation > 1e-4 * (self.mean.abs() + deviation.max())
+        self.deviation = torch.where(varies, deviation, torch.full_like(deviation, torch.inf))
         self.states = torch.cat([(states - self.mean) / self.deviation, torch.ones(len(states), 1)], dim=1)
 
     def head(self, weight: Tensor, start: LabelHead) -> LabelHead:

@@ -138,8 +138,8 @@ class RewardObjective:
             [self._score(self.rewards, batch, [of[i] for of, i in zip(every, at, strict=True)]) for at in draw]
             for draw in sample_labels(scores, noise_seed, draws).tolist()  # [draw][point][row]
         ]
-        totals = torch.stack([stack_totals(of_points) for of_points in values])  # (draws, points, 1 or rows)
         every_value = [value for of_points in values for value in of_points]
+        totals = stack_totals(every_value).view(len(values), len(scores), -1)  # (draws, points, 1 or rows)
         return Asked(Scores(totals.nanmean(dim=0)), self._means(every_value) | _logged(every_value))
 
     def _means(self, values: Sequence[RewardValues]) -> dict[str, float]:

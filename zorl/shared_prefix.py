@@ -73,9 +73,9 @@ class SharedPrefix:
 
 def can_share(module: Any) -> bool:
     """Whether a model can go on from a cache of padded prompts: one of transformers', told positions, with full attention."""
-    return (
-        isinstance(module, PreTrainedModel)
-        and "position_ids" in inspect.signature(module.forward).parameters
-        and getattr(module.config, "sliding_window", None) is None
-        and not getattr(module.config, "is_encoder_decoder", False)
-    )
+    if not isinstance(module, PreTrainedModel) or "position_ids" not in inspect.signature(module.forward).parameters:
+        return False
+    config = module.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return kinds <= {"full_attention", "global"} and windows == [None, None]

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
-from zorl.directions import canonical_names, derive_seed, rank
+from zorl.directions import canonical_names, derive_seed
 from zorl.forward_trainer import ForwardTrainer
 from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
 from zorl.mezo import MeZO
@@ -41,7 +41,7 @@ from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read
-from zorl.twin import Twin
+from zorl.twin import Twin, twin_or_scratch
 
 _STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
@@ -134,9 +134,8 @@ class MeZOTrainer(ForwardTrainer):
             self.pop_callback(ProgressCallback)
             self.add_callback(self.progress)
         # A loss of the user's own may read weights in any way, and computes one point at a time anyhow.
-        may_stack = bool(rank(args.distribution)) and not callable(loss)  # type: ignore[arg-type]
-        stacked = args.evaluation == "twin" or (args.evaluation == "auto" and may_stack)
-        self.evaluator: Evaluator = (Twin if stacked else Scratch)(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
+        kinds = {"twin": Twin, "scratch": Scratch, "auto": Scratch if callable(loss) else twin_or_scratch}
+        self.evaluator: Evaluator = kinds[args.evaluation](self.model, self.tuned, args.distribution)  # type: ignore[operator]
         self.folder = RunFolder(Path(str(args.output_dir)))
         self._goal: dict[str, Any] = {
             "rewards": None
@@ -196,6 +195,7 @@ class MeZOTrainer(ForwardTrainer):
                 self._forget_run()
             elif self.mezo is None:
                 self.calibrate()
+            self._goal_of_labels = None  # of the weights as they were
             self.create_optimizer()
             assert self.mezo is not None
             if not exists:
@@ -319,6 +319,8 @@ class MeZOTrainer(ForwardTrainer):
             "calibration_forwards": self.calibration_forwards,
             "learning_rate": args.learning_rate,
             "label_reward": args.label_reward,
+            "evaluation": type(self.evaluator).__name__.lower(),
+            "answers": [args.max_length, args.max_completion_length, args.temperature, args.top_k, args.top_p],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
@@ -433,6 +435,8 @@ class MeZOTrainer(ForwardTrainer):
             label_column=self.args.label_column,
             label_reward=self.args.label_reward,  # type: ignore[arg-type]
         )
+        if isinstance(self.objective, RewardObjective):
+            self.objective.trainer_state = self.state  # rewards are asked before the first step, too
         self.objective_name = self.objective.name
 
     # --- parts ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from zorl.directions import Distribution, key, matrix_width, rank
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
-from zorl.perturbation import output_embedding, replica
+from zorl.perturbation import Scratch, output_embedding, replica
 from zorl.probe import Point
 
 T = TypeVar("T")
@@ -70,21 +70,23 @@ class Twin:
         self.module: Any = replica(model)
         names = {id(tensor): name for name, tensor in parameters.items()}
         head = output_embedding(self.module)
-        self._slots: list[tuple[nn.Module, str, _Moved]] = []
+        self._slots: list[_Slot] = []
         for module in self.module.modules():
             if isinstance(module, nn.RNNBase) and any(id(p) in names for p in module.parameters(recurse=False)):
                 raise TypeError(f"{type(module).__name__} computes out of sight; use zorl.MeZO with a closure")
             for attribute, parameter in module._parameters.items():
                 if parameter is not None and (id(parameter) in names or module is head):
                     moved = _Moved.of(self, parameter, names.get(id(parameter)), is_head=module is head)
-                    self._slots.append((module, attribute, moved))
+                    self._slots.append(_Slot(module, attribute, parameter, moved))
         self.points: tuple[Point, ...] = ()
         self.head_rows: Tensor | None = None
         self._batch = 0  # rows of the outer forward, all points together
         self._cache: dict[Any, Any] = {}
+        self._depth = 0  # of models that are running, one inside the other
         # peft calls the model that it wraps past its hooks; what is inside that one notes the batch as well.
         for inner in {self.module, *(m for m in self.module.modules() if isinstance(m, PreTrainedModel))}:
-            inner.register_forward_pre_hook(self._note_batch, with_kwargs=True)
+            inner.register_forward_pre_hook(self._enter, with_kwargs=True)
+            inner.register_forward_hook(self._leave, always_call=True)
 
     def copies(self, points: int) -> int:
         """How many points a forward holds."""
@@ -100,25 +102,31 @@ class Twin:
     ) -> list[T]:
         """See `zorl.perturbation.Evaluator.evaluate_all`."""
         with uninterrupted() as interruptible:
-            self.points, self.head_rows = tuple(points), head_rows
+            self.points, self.head_rows, self._batch, self._depth = tuple(points), head_rows, 0, 0
+            self._slots = [slot if slot.is_current else slot.again(self) for slot in self._slots]
             moved = head_rows is not None or any(point.offset != 0.0 for point in points)
-            kept = [(module, attribute, module._parameters[attribute]) for module, attribute, _ in self._slots]
             try:
                 if moved:
-                    for module, attribute, tensor in self._slots:
-                        module._parameters[attribute] = tensor  # type: ignore[assignment]
+                    for slot in self._slots:
+                        slot.module._parameters[slot.attribute] = slot.moved  # type: ignore[assignment]
                 result: list[T] = interruptible(lambda: forward(len(points)))
                 return result
             finally:
-                for module, attribute, parameter in kept:
-                    module._parameters[attribute] = parameter
+                for slot in self._slots:
+                    slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
                 self.points, self.head_rows, self._cache = (), None, {}
 
-    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         tensor = next((t for t in (*named, *args) if isinstance(t, Tensor) and t.ndim), None)
         if tensor is not None:
             self._batch = len(tensor)
+        self._depth += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
+            self._batch = 0
 
     # --- what the operations need -------------------------------------------------------------------------------------
 
@@ -128,6 +136,8 @@ class Twin:
         Raises:
             StackingError: its first dimension does not run over the stacked rows.
         """
+        if isinstance(x, _Moved):
+            raise StackingError(f"the model computes with {x.zorl_name!r} as an activation; use evaluation='scratch'")
         if not x.ndim or not self._batch or len(x) % self._batch or self._batch % len(self.points):
             raise StackingError(
                 f"an activation of shape {tuple(x.shape)} does not run over the {self._batch} stacked rows (packed inputs?); "
@@ -139,8 +149,13 @@ class Twin:
         """Indices that all rows share, such as positions, repeated for every row: `(rows, …)`."""
         if ids.ndim == 1:
             ids = ids[None]
-        if len(ids) > 1:
+        if not self._batch and len(ids) > 1:
             self._batch = len(ids)  # a soft prompt is looked up before the model itself is called
+        if len(ids) not in (1, self._batch):
+            raise StackingError(
+                f"indices of shape {tuple(ids.shape)} do not run over the {self._batch} stacked rows; use "
+                "evaluation='scratch'"
+            )
         return ids.expand(self._batch, *ids.shape[1:]) if len(ids) == 1 and self._batch > 1 else ids
 
     def product(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> _Product:
@@ -218,6 +233,25 @@ class Twin:
         return self._cache[name]
 
 
+class _Slot(NamedTuple):
+    """Where a module of the replica keeps a parameter."""
+
+    module: nn.Module
+    attribute: str
+    parameter: Tensor
+    moved: _Moved
+
+    @property
+    def is_current(self) -> bool:
+        """Unless the model was converted or moved to another device since."""
+        now, then = self.parameter.data, self.moved.zorl_base
+        return now.data_ptr() == then.data_ptr() and now.dtype == then.dtype
+
+    def again(self, twin: Twin) -> _Slot:
+        moved = _Moved.of(twin, self.parameter, self.moved.zorl_name, is_head=self.moved.zorl_is_head)
+        return self._replace(moved=moved)
+
+
 class _Product(NamedTuple):
     """x M + b at each point, where M has a term of its own at each: its parts."""
 
@@ -226,6 +260,26 @@ class _Product(NamedTuple):
     across: Tensor | None  # (points, r, out), the factors that make the output, times offset/√r
     each: Tensor | None  # (points, 1, out), the biases
     seed_of_point: Tensor | None  # (points,) where there are several seeds
+
+
+def twin_or_scratch(model: nn.Module, parameters: ParameterSet, distribution: Distribution) -> Twin | Scratch:
+    """A `Twin` where the direction is low-rank and the model can be stacked, as a small forward shows; else a `Scratch`."""
+    if not rank(distribution):
+        return Scratch(model, parameters, distribution)
+    try:
+        twin = Twin(model, parameters, distribution)
+        tokens = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
+        points = [Point(0, 1e-3), Point(0, -1e-3)]
+
+        def forward(copies: int) -> list[None]:
+            batch = tokens.repeat(copies, 1)
+            twin.module(input_ids=batch, attention_mask=torch.ones_like(batch))
+            return [None] * copies
+
+        twin.evaluate_all(points, forward)
+    except (StackingError, TypeError):
+        return Scratch(model, parameters, distribution)
+    return twin
 
 
 class _Moved(Tensor):
@@ -250,7 +304,8 @@ class _Moved(Tensor):
             if func in _OPERATIONS:
                 return _OPERATIONS[func](*args, **kwargs)
             result = func(*args, **kwargs)
-        if not _says_nothing_of_values(result):
+        is_property = getattr(func, "__name__", "") == "__get__"
+        if not (_says_nothing_of_values(result) or (result is None and is_property)):
             name = next((a.zorl_name for a in (*args, *kwargs.values()) if isinstance(a, _Moved)), "weights")
             raise StackingError(
                 f"the model applies {getattr(func, '__name__', func)} to {name!r}, which cannot be evaluated at several points "
@@ -260,10 +315,8 @@ class _Moved(Tensor):
 
 
 def _says_nothing_of_values(result: Any) -> bool:
-    return (
-        result is None
-        or isinstance(result, torch.dtype | torch.device | torch.Size | torch.layout | int | str)
-        or (isinstance(result, tuple) and all(isinstance(item, int) for item in result))
+    return isinstance(result, torch.dtype | torch.device | torch.Size | torch.layout | int | str) or (
+        isinstance(result, tuple) and all(isinstance(item, int) for item in result)
     )
 
 
@@ -279,7 +332,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
     """The points' terms and biases are written first, and the product is added to them: no pass over the output is extra."""
-    twin = _twin_of(weight, bias)
+    twin = _twin_of(x, weight, bias)
     parts = twin.product(weight, bias, transposed=transposed)
     rows = twin.stacked(x, x.shape[-1])
     points, n, width = rows.shape
@@ -293,7 +346,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
     elif parts.each is None:  # a head of which rows are chosen, and which is not tuned
         return x @ parts.matrix
     else:
-        out = parts.each.expand(-1, n, -1).contiguous()
+        out = parts.each.expand(-1, n, -1).clone(memory_format=torch.contiguous_format)  # kept for other forwards
     out.view(-1, out.shape[2]).addmm_(flat, parts.matrix)
     return out.view(*x.shape[:-1], -1)
 
@@ -317,8 +370,8 @@ def _layer_norm(
     x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """The normalised activation, then each point's own gain and bias."""
-    twin = _twin_of(weight, bias)
-    out = twin.stacked(F.layer_norm(x, shape, None, None, eps), x.shape[-1])
+    twin = _twin_of(x, weight, bias)
+    out = F.layer_norm(twin.stacked(x, x.shape[-1]), shape, None, None, eps)
     if weight is not None and bias is not None:
         return torch.addcmul(twin.each(bias), out, twin.each(weight), out=out).view(x.shape)
     if weight is not None:
@@ -329,9 +382,9 @@ def _layer_norm(
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    twin = _twin_of(weight)
-    out = F.rms_norm(x, shape, None, eps)
-    return out if weight is None else (twin.stacked(out, x.shape[-1]) * twin.each(weight)).view(x.shape)
+    twin = _twin_of(x, weight)
+    out = F.rms_norm(twin.stacked(x, x.shape[-1]), shape, None, eps)
+    return (out if weight is None else out * twin.each(weight)).view(x.shape)
 
 
 def _elementwise(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:

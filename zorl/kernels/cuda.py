@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -35,10 +37,11 @@ def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distr
     contiguous = theta.detach().contiguous()
     words = _words([stream for stream, _ in kept], theta.device)
     c = torch.tensor([c for _, c in kept], dtype=torch.float32).to(theta.device, non_blocking=True)
-    _add[(triton.cdiv(theta.numel(), _BLOCK),)](
-        contiguous, theta.numel(), words, c, len(kept), *_direction(theta, distribution),
-        KIND=_KINDS[distribution], RANK=rank(distribution), DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
-    )  # fmt: skip
+    with _on(theta.device):
+        _add[(triton.cdiv(theta.numel(), _BLOCK),)](
+            contiguous, theta.numel(), words, c, len(kept), *_direction(theta, distribution),
+            KIND=_KINDS[distribution], RANK=rank(distribution), DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
+        )  # fmt: skip
     if contiguous.data_ptr() != theta.data_ptr():
         theta.detach().copy_(contiguous)
 
@@ -56,11 +59,12 @@ def perturb(
         return
     source = theta.detach().contiguous()
     width = theta.numel() if rows is None else theta[0].numel()
-    _perturb[(triton.cdiv(out.numel(), _BLOCK),)](
-        source, out, out.numel(), source if rows is None else rows, width, _words([key], theta.device), offset,
-        *_direction(theta, distribution), KIND=_KINDS[distribution], RANK=rank(distribution), HAS_ROWS=rows is not None,
-        DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
-    )  # fmt: skip
+    with _on(theta.device):
+        _perturb[(triton.cdiv(out.numel(), _BLOCK),)](
+            source, out, out.numel(), source if rows is None else rows, width, _words([key], theta.device), offset,
+            *_direction(theta, distribution), KIND=_KINDS[distribution], RANK=rank(distribution),
+            HAS_ROWS=rows is not None, DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -89,6 +93,11 @@ def agrees(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 _OPTIONS = {"enable_fp_fusion": False}
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, which may be another than the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _words(keys: Sequence[Key], device: torch.device) -> Tensor:
