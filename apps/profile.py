@@ -147,7 +147,7 @@ def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[
             model, memo={id(t): t for t in (*model.parameters(), *model.buffers())}
         )  # shares all weights
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            warnings.simplefilter("ignore")  # peft asks transformers by an old name, and tells of transposed layers
             model = get_peft_model(shell, LoraConfig(r=lora_rank, target_modules="all-linear")).eval()
     mezo = MeZO(ParameterSet(select(model)).items(), lr=1e-9, epsilon=1e-3, distribution="rank1")
     evaluator = twin_or_scratch(model, mezo.parameters, "rank1")

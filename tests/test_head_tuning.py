@@ -63,7 +63,7 @@ def task(
 
 @pytest.mark.parametrize(("kind", "labels"), [("accuracy", 2), ("accuracy", 4), ("macro_f1", 2)])
 def test_a_head_learns_what_a_bias_cannot(kind: Literal["accuracy", "macro_f1"], labels: int) -> None:
-    n = 400 if kind == "accuracy" else 150  # a reward of a set is called for every point
+    n = 300 if kind == "accuracy" else 100  # a reward of a set is called for every point
     goal, fresh = (task(rows, seed, signal=3.0, labels=labels, kind=kind) for rows, seed in ((n, 0), (400, 7)))
     bias, head = fit_bias(goal), fit_head(goal, seed=3)
     assert bias.weight is None

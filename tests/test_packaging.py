@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -156,4 +157,6 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(tmp_path: P
 
 def test_every_module_can_be_imported() -> None:
     for name, _ in modules():
+        if name == "zorl.kernels.cuda" and importlib.util.find_spec("triton") is None:
+            continue  # Triton comes with torch's builds for CUDA alone
         assert importlib.import_module(name) is not None
