@@ -349,6 +349,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.bar(x, y, width, yerr=spread, label=label, error_kw={"linewidth": 0.8})
     axes.axhline(1.0, color="#666666", linestyle="--", linewidth=1)
     axes.set(xticks=range(len(batches)), xticklabels=batches, ylabel="time, two forwards = 1", yscale="log")
+    marks = [0.25, 0.5, 1, 2, 4, 8]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.minorticks_off()
     axes.set_title("A step in units of the two forward passes it needs")
     axes.legend(fontsize=8, ncols=2)
     axes.grid(axis="y", alpha=0.3)
