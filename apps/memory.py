@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes, as the operating system or the GPU saw it."""
+"""The most memory that a process, or a piece of its work, takes, as the operating system or the GPU saw it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from pathlib import Path
 import torch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def peak_memory_mb() -> float:
+    """The process's largest resident memory so far, in MB (10⁶ bytes)."""
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; bytes on macOS
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 class Peak:

@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         args=MeZOConfig(
             output_dir=str(options.output_dir),
             max_steps=options.steps,
-            # From a fitted threshold, so that every bit beyond it is the model's own. The default, a head on the last state that
-            # is tuned first, leaves less to see: on these reviews it comes near the end of the road before the first step.
+            # From a fitted threshold, so that all that is gained beyond it is the model's own. The default tunes a head on the
+            # model's last state first.
             calibration="bias",
             learning_rate=1e-3,  # a weight's typical change in one step
             lr_scheduler_type="constant",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from zorl import MeZOTrainer
 from zorl.apps.inputs import say
+from zorl.apps.memory import peak_memory_mb
 
 ROWS = {"zero_shot": "zero-shot", "threshold": "one fitted threshold", "tuned": "tuned with zorl"}
 
@@ -138,15 +138,3 @@ class Comparison:
         axes.legend(loc="lower right")
         figure.savefig(path, dpi=150)
         plt.close(figure)
-
-
-def peak_memory_mb() -> float:
-    """The process's largest resident memory so far, in MB (10⁶ bytes)."""
-    if sys.platform == "win32":
-        import psutil
-
-        return float(psutil.Process().memory_info().peak_wset) / 1e6
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; bytes on macOS
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

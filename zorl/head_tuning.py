@@ -107,9 +107,8 @@ def _tuned(goal: LabelGoal, scores: Tensor, states: Tensor, rows: Tensor, seed: 
     at_points = torch.empty(2 * DIRECTIONS, *weight.shape)
     yield weight
     for step in range(STEPS):
-        mezo.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(
-            1.0 + step / LOOK
-        )  # has no horizon: it may stop anywhere
+        # A rate without a horizon: the run may be stopped anywhere.
+        mezo.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(1.0 + step / LOOK)
         probe = mezo.ask()
         for point, out in zip(probe.points, at_points, strict=True):
             kernel_for(weight).perturb(weight, key(point.seed, _NAME), point.offset, mezo.distribution, out)
@@ -132,7 +131,7 @@ class _Standardised:
         self.mean, deviation = states.mean(dim=0), states.std(dim=0)
         # What varies by no more than rounding says nothing, and scaled to variance one it would speak the loudest.
         varies = deviation > 1e-4 * (self.mean.abs() + deviation.max())
-        self.deviation = torch.where(varies, deviation, torch.full_like(deviation, torch.inf))
+        self.deviation = torch.where(varies, deviation, torch.inf)  # divided by it, the rest is 0
         self.states = torch.cat([(states - self.mean) / self.deviation, torch.ones(len(states), 1)], dim=1)
 
     def head(self, weight: Tensor, start: LabelHead) -> LabelHead:

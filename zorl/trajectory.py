@@ -265,6 +265,7 @@ def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> No
 
 
 def _encode_header(header: dict[str, Any]) -> bytes:
+    # Keys stay in order, not sorted: the order of the label words is that of the label head's rows.
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     data = _MAGIC + _U32.pack(len(packed)) + packed
     return data + _U32.pack(zlib.crc32(data))

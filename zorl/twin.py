@@ -179,6 +179,9 @@ class Twin:
 
     def across(self, moved: _Moved, *, columns: bool) -> Tensor:
         """offset/√r · u (or v) at each point, `(points, r, n)`."""
+        return self._once((id(moved), columns, "across"), lambda: self._across(moved, columns=columns))
+
+    def _across(self, moved: _Moved, *, columns: bool) -> Tensor:
         index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
         if not columns and moved.zorl_is_head and self.head_rows is not None:
             index = self.head_rows
@@ -214,17 +217,12 @@ class Twin:
 
         return self._once((id(vector), "each"), make)
 
-    def rows_across(self, moved: _Moved) -> Tensor:
-        """`across` of an embedding's columns, made once an evaluation."""
-        return self._once((id(moved), "across"), lambda: self.across(moved, columns=True))
-
     def _base(self, tensor: Tensor) -> Tensor:
         """The weights themselves; of the head only the rows that were asked for."""
         if not isinstance(tensor, _Moved):
             return tensor
-        return (
-            tensor.zorl_base[self.head_rows] if tensor.zorl_is_head and self.head_rows is not None else tensor.zorl_base
-        )
+        whole = self.head_rows is None or not tensor.zorl_is_head
+        return tensor.zorl_base if whole else tensor.zorl_base[self.head_rows]
 
     def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         """Made once an evaluation, however many tokens it generates."""
@@ -363,7 +361,7 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
     out = F.embedding(ids, weight.zorl_base)
     u = twin.looked_up(weight, twin.stacked(ids, 1)[..., 0])
     wide = twin.stacked(out, out.shape[-1])
-    return wide.baddbmm_(u, twin.rows_across(weight)).view(out.shape)
+    return wide.baddbmm_(u, twin.across(weight, columns=True)).view(out.shape)
 
 
 def _layer_norm(

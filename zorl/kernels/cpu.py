@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from zorl.directions import Distribution, Key, half_normal_table, matrix_width, rank
-from zorl.kernels.reference import COLUMNS, check_rows
+from zorl.kernels.reference import COLUMNS, copied_unmoved
 
 _BLOCK = 4096  # elements: θ, z and rounding bits of a block fit first-level cache together
 _COLUMN_WORDS = 1 << 18  # of low-rank directions, kept at once: they fit second-level cache, however long a replay is
@@ -57,12 +57,7 @@ def perturb(
     theta: Tensor, key: Key, offset: float, distribution: Distribution, out: Tensor, rows: Tensor | None = None
 ) -> None:
     """out ← θ + offset·z(key), rounded to nearest; arguments and bits of `reference.perturb`."""
-    if rows is not None:
-        check_rows(theta, rows)
-    if out.numel() == 0:
-        return
-    if offset == 0.0:
-        out.copy_(theta.detach() if rows is None else theta.detach()[rows])
+    if copied_unmoved(theta, offset, out, rows):
         return
     source, target = _bits(theta.detach().contiguous()), _bits(out)
     # Without rows the tensor is one long row: index 0, as wide as the whole.
@@ -233,8 +228,8 @@ def _fill_signs(z, start, key0, key1):  # type: ignore[no-untyped-def]
         i += len(out)
 
 
-# The loops below run over slices: an index that starts at 0 is one that the compiler can see is never negative, and only then
-# does it use the processor's wide registers, which is ten times faster.
+# Loops run over slices: of an index that starts at 0 the compiler can see that it is never negative, and only then does it
+# use the processor's wide registers.
 @njit(nogil=True, cache=True)
 def _fill_z(z, start, key0, key1, gaussian, table, rank, columns):  # type: ignore[no-untyped-def]
     """z ← the direction at flat indices start, start + 1, …"""

@@ -21,7 +21,7 @@ from torch import Tensor
 from zorl.directions import DISTRIBUTIONS, Distribution, Key, half_normal_table, matrix_width, rank
 from zorl.directions import key as make_key
 from zorl.kernels import reference
-from zorl.kernels.reference import COLUMNS, check_rows
+from zorl.kernels.reference import COLUMNS, copied_unmoved
 
 _BLOCK = 1024
 _KINDS = {"rademacher": 0, "gaussian": 1, "rank1": 2, "rank4": 2}
@@ -50,12 +50,7 @@ def perturb(
     theta: Tensor, key: Key, offset: float, distribution: Distribution, out: Tensor, rows: Tensor | None = None
 ) -> None:
     """out ← θ + offset·z(key), rounded to nearest; arguments and bits of `reference.perturb`."""
-    if rows is not None:
-        check_rows(theta, rows)
-    if out.numel() == 0:
-        return
-    if offset == 0.0:
-        out.copy_(theta.detach() if rows is None else theta.detach()[rows])
+    if copied_unmoved(theta, offset, out, rows):
         return
     source = theta.detach().contiguous()
     width = theta.numel() if rows is None else theta[0].numel()

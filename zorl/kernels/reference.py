@@ -48,8 +48,9 @@ def perturb(
     Raises:
         IndexError: there is no such row.
     """
+    if copied_unmoved(theta, offset, out, rows):
+        return
     if rows is not None:
-        check_rows(theta, rows)
         width = theta[0].numel()
         index = (rows[:, None] * width + torch.arange(width, device=theta.device)).reshape(-1)
         source = theta.detach()[rows].reshape(-1)
@@ -65,6 +66,19 @@ def perturb(
             flat[block] = (
                 source[block].float() + sample(index[block], key, distribution, matrix_width(theta.shape)) * offset
             )
+
+
+def copied_unmoved(theta: Tensor, offset: float, out: Tensor, rows: Tensor | None) -> bool:
+    """Whether there is nothing to add, and if so out ← θ (or those rows of it). What every kernel's `perturb` begins with.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    if rows is not None:
+        check_rows(theta, rows)
+    if offset == 0.0:
+        out.copy_(theta.detach() if rows is None else theta.detach()[rows])
+    return offset == 0.0 or out.numel() == 0
 
 
 def check_rows(theta: Tensor, rows: Tensor) -> None:
