@@ -6,7 +6,7 @@
     python benchmarks/speed.py --write             # docs/speed.md, docs/speed.png and benchmarks/results/speed.json
 
 The model has the shape of OPT-125M and random weights, in float32. All cases read the last position of a batch of tokens. They
-take turns: a round runs each once, and a ratio is to the two plain forwards of its own round, so that a machine that slows down
+take turns: a round runs each once, and a ratio is to the plain forwards right before and after, so that a machine that slows down
 slows all.
 """
 
@@ -130,97 +130,99 @@ class Cases:
     def twin_n4(self) -> None:
         self._step(self.twin4, self.stacked)
 
-    def adam_step(self) -> None:
+    def adam_step(self, tokens: Tensor | None = None) -> None:
+        tokens = self.tokens if tokens is None else tokens
         if self.adam is None:
             self.adam = torch.optim.AdamW(self.model.parameters(), lr=LR)
         logits = self.model(
-            input_ids=self.tokens, attention_mask=torch.ones_like(self.tokens), logits_to_keep=1, use_cache=False
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=1, use_cache=False
         ).logits[:, -1]
-        F.cross_entropy(logits[:, LABEL_ROWS].float(), self.labels).backward()
+        F.cross_entropy(logits[:, LABEL_ROWS].float(), self.labels[: len(tokens)]).backward()
         self.adam.step()
         self.adam.zero_grad()
 
     def methods(self) -> dict[str, Callable[[], None]]:
+        """In the order of what they leave behind: Adam's moments stay for good."""
         found = {
-            "published": self.published,
             "scratch": self.scratch_step,
             "twin_n1": self.twin_n1,
             "twin_n4": self.twin_n4,
+            "published": self.published,
         }
         return found if self.generate else {**found, "adam": self.adam_step}
 
 
-def measure(name: str, tokens: Tensor, rounds: int, *, generate: bool, quick: bool) -> list[dict[str, Any]]:
-    """Rows of one batch. The published step writes new tensors, so it has a model to itself.
+def measure(model: Any, name: str, tokens: Tensor, rounds: int, *, generate: bool, quick: bool) -> list[dict[str, Any]]:
+    """Rows of one batch: the cases take turns between plain forwards, and each is compared with those right before and after.
 
     Args:
-        quick: no round is given away to warm caches up, and of generation only the case that has a target is run.
+        quick: only the cases that have a target take turns; of generation there are no others, and the rest run once.
     """
-    cases = Cases(make_model(), tokens, generate=generate)
-    theirs = Cases(make_model(), tokens, generate=generate)
-    methods = {**cases.methods(), "published": theirs.published}
-    if quick and generate:
-        methods = {"twin_n1": cases.twin_n1}
-    seconds: dict[str, list[float]] = {case: [] for case in methods}
-    plain: list[float] = []
-    adam = methods.pop("adam", None)
-    for i in range(rounds if quick else rounds + 1):
-        once = timed(cases.two_forwards)
+    cases = Cases(model, tokens, generate=generate)
+    methods = cases.methods()
+    # What replaces the weights, or leaves moments behind, would count for the others' memory: it comes after them.
+    last = {case: methods.pop(case) for case in list(methods) if case in ("published", "adam")}
+    if quick:
+        last = {**{case: methods.pop(case) for case in list(methods) if (case, name) not in TARGETS}, **last}
+    seconds: dict[str, list[float]] = {case: [] for case in (*methods, *({} if quick and generate else last))}
+    if not quick:
+        for work in (cases.two_forwards, *methods.values()):
+            work()  # allocates
+    plain = [timed(cases.two_forwards)]
+    for _ in range(rounds):
         found = {case: timed(method) for case, method in methods.items()}
-        again = timed(cases.two_forwards)
-        if i or quick:  # the first allocates
-            plain.append((once + again) / 2)
-            for case, value in found.items():
-                seconds[case].append(value / plain[-1])
-    if adam is not None:
-        adam()
-        for _ in range(rounds):
-            before, value = timed(cases.two_forwards), timed(adam)
-            seconds["adam"].append(value / before)
-    methods.clear()
-    del cases, theirs, adam
-    peaks = {} if quick and generate else memory_of(tokens, generate=generate)
+        plain.append(timed(cases.two_forwards))
+        for case, value in found.items():
+            seconds[case].append(2 * value / (plain[-2] + plain[-1]))
+    peaks = {} if quick and generate else memory_of(cases, methods)
+    for case, method in last.items():
+        if case in seconds:
+            if case == "adam":
+                cases.adam_step(tokens[:1, :4])  # makes room for its moments
+            for _ in range(1 if quick else rounds):
+                before = statistics.median(plain) if quick else timed(cases.two_forwards)
+                with peak_memory() as peak:
+                    seconds[case].append(timed(method) / before)
+                peaks[case] = peak.megabytes
     base = statistics.median(plain)
     rows = [{"case": "forwards", "batch": name, "ratio": 1.0, "spread": [1.0, 1.0], "seconds": round(base, 4),
-             "peak_memory_mb": peaks.get("forwards")}]  # fmt: skip
-    for case, values in seconds.items():
-        per = 4 if case == "twin_n4" else 1
-        ordered = sorted(value / per for value in values)
-        rows.append({"case": case, "batch": name, "ratio": round(statistics.median(ordered), 3),
-                     "spread": [round(ordered[0], 3), round(ordered[-1], 3)],
-                     "seconds": round(statistics.median(ordered) * base, 4), "peak_memory_mb": peaks.get(case),
-                     "inference_mb": peaks.get(f"{case}_inference")})  # fmt: skip
+             "peak_memory_mb": whole(peaks.get("scratch_inference"))}]  # fmt: skip
+    for case in CASES:
+        if case in seconds:
+            per = 4 if case == "twin_n4" else 1
+            ordered = sorted(value / per for value in seconds[case])
+            rows.append({"case": case, "batch": name, "ratio": round(statistics.median(ordered), 3),
+                         "spread": [round(ordered[0], 3), round(ordered[-1], 3)],
+                         "seconds": round(statistics.median(ordered) * base, 4), "peak_memory_mb": whole(peaks.get(case)),
+                         "inference_mb": whole(peaks.get(f"{case}_inference"))})  # fmt: skip
     return rows
+
+
+def memory_of(cases: Cases, methods: dict[str, Callable[[], None]]) -> dict[str, float | None]:
+    """Megabytes of the whole process while each method makes a step, and while plain inference has as many rows in a forward."""
+    found: dict[str, float | None] = {}
+
+    def note(name: str, work: Callable[[], Any]) -> None:
+        with peak_memory() as peak:
+            work()
+        found[name] = peak.megabytes
+
+    copies = {"scratch": 1, "twin_n1": 2, "twin_n4": 8}
+    for case, method in methods.items():
+        if case in copies:
+            note(f"{case}_inference", partial(cases.forward, cases.model, copies[case]))
+        note(case, method)
+    return found
+
+
+def whole(megabytes: float | None) -> int | None:
+    return None if megabytes is None else round(megabytes)
 
 
 def timed(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def memory_of(tokens: Tensor, *, generate: bool) -> dict[str, float | None]:
-    """Megabytes of the whole process while each method makes a step, and while plain inference has as many rows in a forward.
-
-    With one model, the two methods that leave the most behind last.
-    """
-    cases = Cases(make_model(), tokens, generate=generate)
-    methods = cases.methods()
-    found: dict[str, float | None] = {}
-
-    def note(name: str, work: Callable[[], Any]) -> None:
-        work()  # allocates what stays
-        with peak_memory() as peak:
-            work()
-        found[name] = None if peak.megabytes is None else round(peak.megabytes)
-
-    note("forwards", cases.two_forwards)
-    for case, copies in (("scratch", 1), ("twin_n1", 2), ("twin_n4", 8)):
-        note(f"{case}_inference", partial(cases.forward, cases.model, copies))
-        note(case, methods[case])
-    for case in [case for case in ("published", "adam") if case in methods]:
-        note(case, methods[case])
-    return found
 
 
 def replay(*, steps: int, one_by_one: int) -> dict[str, Any]:
@@ -242,6 +244,17 @@ def replay(*, steps: int, one_by_one: int) -> dict[str, Any]:
         rows[distribution] = {"seconds": round(whole * 20_000, 1), "seconds_step_by_step": round(single * 20_000, 1),
                               "ratio": round(single / whole, 2), "measured_steps": [steps, one_by_one]}  # fmt: skip
     return rows
+
+
+def compiled(model: Any, tokens: Tensor, rounds: int) -> dict[str, Any]:
+    """What torch.compile makes of a plain forward: all that it could do for a step's evaluations, at best."""
+    cases = Cases(model, tokens, generate=False)
+    fast = torch.compile(model)
+    once = timed(lambda: cases.forward(fast))
+    cases.forward(fast)
+    ratios = sorted(timed(lambda: cases.forward(fast)) / timed(lambda: cases.forward(model)) for _ in range(3 * rounds))
+    return {"case": "compiled", "batch": f"{len(tokens)}x{tokens.shape[1]}", "ratio": round(statistics.median(ratios), 3),
+            "spread": [round(ratios[0], 3), round(ratios[-1], 3)], "seconds_to_compile": round(once, 1)}  # fmt: skip
 
 
 def machine() -> str:
@@ -282,6 +295,14 @@ def report(rows: list[dict[str, Any]], where: str, rounds: int) -> str:
         "",
     ]
     lines += chosen()
+    compile_row = next((row for row in rows if row["case"] == "compiled"), None)
+    if compile_row is not None:
+        low, high = compile_row["spread"]
+        lines += ["## torch.compile", "",
+                  f"A plain forward of {compile_row['batch']} takes {compile_row['ratio']:.2f} times as long compiled as it does "
+                  f"otherwise ({low:.2f} to {high:.2f}), after {compile_row['seconds_to_compile']:.0f} s of compiling, and every "
+                  "other shape of a batch is compiled anew. That is the most it could do for an evaluation, so zorl does not "
+                  "compile the policy.", ""]  # fmt: skip
     if replayed is not None:
         many, few = replayed["rank1"]["measured_steps"]
         lines += ["## Replay of 20,000 steps", "",
@@ -362,26 +383,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="batch 8x64 and generation alone, fewer rounds")
-    parser.add_argument("--rounds", type=int, help="rounds a batch (default: 5; 1 with --quick)")
+    parser.add_argument("--rounds", type=int, help="rounds a batch (default: 5; 3 with --quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--write", action="store_true", help="write docs/speed.md, its plot and the results")
     options = parser.parse_args()
-    for generate in (False, True):  # compiles, and loads what is loaded lazily
-        for work in Cases(make_model(), torch.full((1, 4), 7), generate=generate).methods().values():
-            work()
-        if options.quick:
-            break
-    rounds = options.rounds or (1 if options.quick else 5)
+    model = make_model()
+    warm = Cases(model, torch.full((1, 4), 7), generate=False)
+    for work in (warm.scratch_step, warm.twin_n1):
+        work()  # compiles, and loads what is loaded lazily
+    del warm
+    rounds = options.rounds or (3 if options.quick else 5)
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     for size, length in ((8, 64),) if options.quick else BATCHES:
         tokens = torch.randint(5, 50_000, (size, length), generator=generator)
-        rows += measure(f"{size}x{length}", tokens, rounds, generate=False, quick=options.quick)
+        rows += measure(model, f"{size}x{length}", tokens, rounds, generate=False, quick=options.quick)
         print(table(rows[-len(CASES) - 1 :]), flush=True)
     prompts = torch.randint(5, 50_000, (8, 16), generator=generator)
-    rows += measure("generate", prompts, 1 if options.quick else 3, generate=True, quick=options.quick)
+    rows += measure(model, "generate", prompts, 1 if options.quick else 3, generate=True, quick=options.quick)
     if not options.quick:
         rows.append(replay(steps=1000, one_by_one=50))
+        rows.append(compiled(model, torch.randint(5, 50_000, (8, 64), generator=generator), rounds))
     print(table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
