@@ -17,8 +17,8 @@ TASK = Task(
     name="boolq",
     kind="classification",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "boolq", test="validation"),
     rows=rows,
     causal="{passage} {question}?\n{mask}",
+    hub=Hub("aps/super_glue", "boolq", test="validation"),
     label_words=YES_NO_WORDS,
 )

@@ -24,8 +24,8 @@ TASK = Task(
     name="cb",
     kind="classification",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "cb", test="validation"),
     rows=rows,
     causal='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n{mask}',
+    hub=Hub("aps/super_glue", "cb", test="validation"),
     label_words={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
 )

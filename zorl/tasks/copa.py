@@ -33,7 +33,7 @@ TASK = Task(
     name="copa",
     kind="multiple_choice",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "copa", test="validation"),
     rows=rows,
     causal="{premise} {connective} {mask}",
+    hub=Hub("aps/super_glue", "copa", test="validation"),
 )

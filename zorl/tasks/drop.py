@@ -26,7 +26,7 @@ TASK = Task(
     name="drop",
     kind="generation",
     metric="squad_f1",
-    hub=Hub("ucinlp/drop", test="validation"),
     rows=rows,
     causal="Passage: {passage}\nQuestion: {question}\nAnswer:",
+    hub=Hub("ucinlp/drop", test="validation"),
 )

@@ -24,9 +24,9 @@ TASK = Task(
     name="mnli",
     kind="classification",
     metric="accuracy",
-    hub=Hub("nyu-mll/glue", "mnli", validation="validation_matched", test="validation_matched"),
     rows=rows,
     causal='Suppose {premise} Can we infer that "{hypothesis}"? Yes, Maybe, or No?\n{mask}',
     masked="{premise} ? {mask} , {hypothesis}",
+    hub=Hub("nyu-mll/glue", "mnli", validation="validation_matched", test="validation_matched"),
     label_words={"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"},
 )

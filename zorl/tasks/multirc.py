@@ -34,8 +34,8 @@ TASK = Task(
     name="multirc",
     kind="classification",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "multirc", test="validation"),
     rows=rows,
     causal='{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n{mask}',
+    hub=Hub("aps/super_glue", "multirc", test="validation"),
     label_words=YES_NO_WORDS,
 )

@@ -43,7 +43,7 @@ TASK = Task(
     name="record",
     kind="multiple_choice",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "record", test="validation"),
     rows=rows,
     causal="{passage}\n{mask}",
+    hub=Hub("aps/super_glue", "record", test="validation"),
 )

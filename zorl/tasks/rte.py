@@ -24,9 +24,9 @@ TASK = Task(
     name="rte",
     kind="classification",
     metric="accuracy",
-    hub=Hub("nyu-mll/glue", "rte", test="validation"),
     rows=rows,
     causal='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n{mask}',
     masked="{premise} ? {mask} , {hypothesis}",
+    hub=Hub("nyu-mll/glue", "rte", test="validation"),
     label_words={"entailment": "Yes", "not_entailment": "No"},
 )

@@ -64,16 +64,17 @@ class Hub:
         return rows
 
 
-def file_of(folder: Path, split: SplitName, hub: Hub) -> Path:
+def file_of(folder: Path, split: SplitName, *, unlabelled_test: bool) -> Path:
     """The file of a split in a folder: `train.tsv`, `dev_matched.tsv`, `val.jsonl`, `TREC.test.all`.
 
-    Where the hub's test split is its validation split, so it is here, unless there is a file for it.
+    Args:
+        unlabelled_test: papers report the validation split, so it stands for a test split that has no file.
 
     Raises:
         ValueError: no file, or more than one, has a word for the split in its name.
     """
     words = _WORDS[split]
-    if split == "test" and hub.test == hub.validation:
+    if split == "test" and unlabelled_test:
         words += _WORDS["validation"]
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for word in words:

@@ -35,7 +35,7 @@ TASK = Task(
     name="squad",
     kind="generation",
     metric="squad_f1",
-    hub=Hub("rajpurkar/squad", test="validation"),
     rows=rows,
     causal="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+    hub=Hub("rajpurkar/squad", test="validation"),
 )

@@ -18,10 +18,10 @@ TASK = Task(
     name="sst2",
     kind="classification",
     metric="accuracy",
-    hub=Hub("nyu-mll/glue", "sst2", test="validation"),
     rows=rows,
     causal="{text} It was {mask}",
     masked="{text} It was {mask}.",
+    hub=Hub("nyu-mll/glue", "sst2", test="validation"),
     label_words={"negative": "terrible", "positive": "great"},
     bare_columns=("sentence", "label"),
 )

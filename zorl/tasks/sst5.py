@@ -19,10 +19,10 @@ TASK = Task(
     name="sst5",
     kind="classification",
     metric="accuracy",
-    hub=Hub("SetFit/sst5"),
     rows=rows,
     causal="{text} It was {mask}",
     masked="{text} It was {mask}.",
+    hub=Hub("SetFit/sst5"),
     label_words=dict(zip(LABELS, WORDS, strict=True)),
     bare_columns=("label", "text"),
 )

@@ -26,11 +26,11 @@ class Task:
             `options`, and `label` is the text of the right one; what is generated is compared to a list of acceptable
             answers in `label`.
         metric: the reward that is reported, by its name in `zorl.rewards`.
-        hub: where the data set lies.
         rows: makes rows, one or several or none, with the columns of the prompts and `label`, of a record of the hub or of
             a file; a ValueError says what is wrong with it.
         causal: the template for autoregressive models.
         masked: the template for masked models; None if the task is not for them.
+        hub: where the data set lies; None if it is in files alone.
         label_words: a word for each label of a classification.
         bare_columns: what the columns of CSV and TSV files are called, in order, where no header names them.
         readers: ending → reader, for files in the data set's own format.
@@ -40,10 +40,10 @@ class Task:
     name: str
     kind: Kind
     metric: str
-    hub: Hub
     rows: Callable[[Record], Iterable[Row]] = field(repr=False)
     causal: str
     masked: str | None = None
+    hub: Hub | None = None
     label_words: Mapping[str, str] | None = None
     bare_columns: tuple[str, ...] = ()
     readers: Mapping[str, Reader] = field(default_factory=dict, repr=False)
@@ -81,10 +81,15 @@ class Task:
                 f"split must be train, validation or test, got {split!r}{did_you_mean(split, get_args(SplitName))}"
             )
         if source is None:
+            if self.hub is None:
+                raise ValueError(f"the task {self.name!r} has no data set on the hub; give a file or a folder")
             name, records = f"{self.hub.name}, {split}", self.hub.records(split)
         else:
             path = Path(source).expanduser()
-            path = file_of(path, split, self.hub) if path.is_dir() else path
+            if path.is_dir():
+                path = file_of(
+                    path, split, unlabelled_test=self.hub is not None and self.hub.test == self.hub.validation
+                )
             name, records = str(path), records_of(path, self.bare_columns, self.readers)
         rows: list[Row] = []
         for number, record in enumerate(records, 1):

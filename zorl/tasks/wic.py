@@ -17,9 +17,9 @@ TASK = Task(
     name="wic",
     kind="classification",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "wic", test="validation"),
     rows=rows,
     causal='Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
     "{sentence1}\n{sentence2}\n{mask}",
+    hub=Hub("aps/super_glue", "wic", test="validation"),
     label_words=YES_NO_WORDS,
 )

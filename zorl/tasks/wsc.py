@@ -24,8 +24,8 @@ TASK = Task(
     name="wsc",
     kind="classification",
     metric="accuracy",
-    hub=Hub("aps/super_glue", "wsc.fixed", test="validation"),
     rows=rows,
     causal='{text}\nIn the previous sentence, does the pronoun "{span2}" refer to {span1}? Yes or No?\n{mask}',
+    hub=Hub("aps/super_glue", "wsc.fixed", test="validation"),
     label_words=YES_NO_WORDS,
 )
