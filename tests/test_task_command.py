@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from zorl.apps.cli import main
+from zorl.prompts import Prompt
 from zorl.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TAKES_OPTIONS = "options" in inspect.signature(Prompt).parameters
 SHORT = ["--max_steps", "5", "--per_device_train_batch_size", "8", "--calibration", "none", "--json"]
 
 OWN = """
@@ -40,7 +43,7 @@ TASK = Task(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, parts: Callable[[str], Any]) -> Path:
-    """Two models, and the splits of sst2, boolq and squad."""
+    """Two models, and the splits of sst2, boolq, squad and copa."""
     folder = tmp_path_factory.mktemp("tasks")
     for kind in ("bert", "gpt2"):
         parts(kind).model.save_pretrained(folder / kind)
@@ -58,6 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, parts: Callable[[str], Any]
                 for text in texts
             ),
         }
+        copa = {"choice1": "It was great.", "choice2": "It was terrible.", "question": "cause"}
+        tables["copa"] = "\n".join(
+            json.dumps({**copa, "premise": f"{t}.", "label": i % 2}) for i, t in enumerate(texts)
+        )
         for name, table in tables.items():
             (folder / name).mkdir(exist_ok=True)
             (folder / name / f"{split}.{'tsv' if name == 'sst2' else 'jsonl'}").write_text(table + "\n")
@@ -149,6 +156,23 @@ def test_a_generation_is_trained_on_k_rows_in_all(
     assert code == 0, err
     assert result["objective"] == "squad_f1"
     assert "8 rows to train on" in err
+
+
+@pytest.mark.skipif(not TAKES_OPTIONS, reason="Prompt takes no options")
+def test_a_multiple_choice_is_trained_and_evaluated(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--task", "copa", "--dataset", folder / "copa"]
+    out = tmp_path / "out"
+    code, result, err = zorl(
+        capsys, "train", *words, "--model", folder / "gpt2", "--k_shot", "8", "--output_dir", out, *SHORT
+    )
+    assert code == 0, err
+    assert result["objective"] == "accuracy"
+    code, figures, err = zorl(capsys, "eval", *words, "--model", out, "--json")
+    assert code == 0, err
+    assert figures["n"] == 10
+    assert 0.0 <= figures["rewards"]["accuracy"] <= 1.0
 
 
 def test_a_task_of_one_s_own_is_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

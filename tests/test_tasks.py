@@ -371,6 +371,17 @@ def test_trec_s_numbers_mean_what_they_mean_in_files_and_on_the_hub(tmp_path: Pa
     assert task("trec").rows({"text": "How ?", "coarse_label": 0}) == [{"text": "How ?", "label": "ABBR"}]
 
 
+def test_a_record_of_one_entity_is_no_question() -> None:
+    record = {
+        "passage": "p",
+        "query": "@placeholder won",
+        "entities": ["Lee", "Ann Lee"],
+        "answers": ["Lee", "Ann Lee"],
+    }
+    assert list(task("record").rows(record)) == []
+    assert len(list(task("record").rows({**record, "entities": ["Lee", "Oslo"]}))) == 1
+
+
 def test_a_table_with_a_header_and_one_without_are_the_same(tmp_path: Path) -> None:
     bare = task("sst2").load("train", written(tmp_path, "bare.tsv", "dull\t0\na joy\t1\n"))
     assert bare == EXAMPLES["sst2"].rows

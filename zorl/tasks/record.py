@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from zorl.tasks.fields import text, texts
 from zorl.tasks.source import Hub, Record
@@ -17,26 +17,29 @@ def rows(record: Record) -> Iterator[Row]:
     passage = record.get("passage")
     if not isinstance(passage, Mapping):
         answers = texts(record.get("answers"), "answers")
-        yield _row(text(record, "passage"), text(record, "query"), texts(record.get("entities"), "entities"), answers)
+        entities = texts(record.get("entities"), "entities")
+        yield from _rows(text(record, "passage"), text(record, "query"), entities, answers)
         return
     article = str(passage.get("text"))
     spans = passage.get("entities") or ()
     entities = texts([article[span["start"] : span["end"] + 1] for span in spans], "entities")
     for query in record.get("qas") or ():
         answers = texts([answer.get("text") for answer in query.get("answers") or ()], "answers")
-        yield _row(text(passage, "text"), text(query, "query"), entities, answers)
+        yield from _rows(text(passage, "text"), text(query, "query"), entities, answers)
 
 
-def _row(article: str, query: str, entities: Collection[str], answers: list[str]) -> Row:
-    """An answer may be in the article by several names. The first is the right option, and the others are none."""
+def _rows(article: str, query: str, entities: list[str], answers: list[str]) -> Iterator[Row]:
+    """An answer may be in the article by several names. The first is the right option, and the others are none; where
+    nothing is left to choose from there is no row."""
     if PLACEHOLDER not in query:
         raise ValueError(f"the query {query!r} has no {PLACEHOLDER}")
     named = sorted({answers[0], *entities} - {*answers[1:]})  # the hub's order is nobody's
-    return {
-        "passage": article.replace("@highlight\n", "- "),
-        "options": [query.replace(PLACEHOLDER, name) for name in named],
-        "label": query.replace(PLACEHOLDER, answers[0]),
-    }
+    if len(named) > 1:
+        yield {
+            "passage": article.replace("@highlight\n", "- "),
+            "options": [query.replace(PLACEHOLDER, name) for name in named],
+            "label": query.replace(PLACEHOLDER, answers[0]),
+        }
 
 
 TASK = Task(
