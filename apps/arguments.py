@@ -22,9 +22,16 @@ class InputArguments:
     """A model, a data set, and the question that a row becomes."""
 
     model: str | None = _flag("Name of a model on the hub, or a folder: the base to tune, or what zorl saved.")
-    dataset: str | None = _flag("A .csv, .tsv, .jsonl, .json or .parquet file (also .gz), or a data set of the hub.")
+    task: str | None = _flag(
+        "A task of the MeZO paper by name, such as sst2, rte or squad, or path/file.py of your own: it gives the prompt, the "
+        "label words, the data set, the label column and the reward. Other flags override it."
+    )
+    dataset: str | None = _flag(
+        "A .csv, .tsv, .jsonl, .json or .parquet file (also .gz), or a data set of the hub. With --task its file, or the "
+        "folder with a file for each split; default: the task's data set on the hub."
+    )
     dataset_config: str | None = _flag("Of a hub data set that has several, such as sst2 of nyu-mll/glue.")
-    dataset_split: str | None = _flag("Of a hub data set. Default: train, or the only one.")
+    dataset_split: str | None = _flag("Of a hub data set or task. Default: train, or the only one.")
     text_column: str | None = _flag(
         "Column with the text, by name. By position, counted from 0, where a CSV or TSV file has no header; the column is "
         "then called 'text'."
@@ -50,7 +57,13 @@ class TrainArguments(InputArguments):
     """What `zorl train` takes besides `MeZOConfig`."""
 
     eval_dataset: str | None = _flag("Held-out rows. Default: a stratified fifth of --dataset, 1000 rows at most.")
-    eval_split: str | None = _flag("Split of --eval_dataset, or of --dataset where that is a hub data set.")
+    eval_split: str | None = _flag(
+        "Split of --eval_dataset, or of --dataset where that is a hub data set, or of --task."
+    )
+    k_shot: int | None = _flag(
+        "Train on this many rows of each label, drawn by --seed, and evaluate on as many others (paper: 16 and 512, with "
+        "the seeds 13 21 42 87 100). Without label words, rows in all."
+    )
     reward: list[str] | None = field(
         default=None,
         metadata=_several(

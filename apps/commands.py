@@ -86,7 +86,7 @@ def _train_types() -> tuple[Any, ...]:
 
 
 _QUESTION = "prompt label_words chat system"
-_DATA = "model dataset text_column dataset_config dataset_split"
+_DATA = "model task dataset text_column dataset_config dataset_split"
 _COMPUTING = "dtype forward_batch_size max_length max_completion_length temperature top_k top_p use_cpu"
 
 TRAIN = Command(
@@ -98,7 +98,7 @@ batch: by how much is θ+εz better than θ−εz? Held-out rows are scored ten 
 The same command continues a run that was cut short, to the same bits.""",
     types=_train_types,
     sections={
-        "Model and data": f"{_DATA} label_column eval_dataset eval_split output_dir",
+        "Model and data": f"{_DATA} label_column eval_dataset eval_split k_shot output_dir",
         "The question that a row becomes": _QUESTION,
         "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
         "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
@@ -110,6 +110,7 @@ The same command continues a run that was cut short, to the same bits.""",
     examples="""\
 zorl train --model facebook/opt-125m --dataset train.tsv --eval_dataset dev.tsv --text_column text --label_column label \\
   --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1 --max_steps 600 --output_dir out
+zorl train --task sst2 --model roberta-large --k_shot 16 --seed 13 --output_dir out          # a task of the paper
 zorl train --config run.yaml --seed 1                      # the same flags in a file, one of them changed
 zorl train … --text_column 0 --label_column 1              # a TSV file without a header
 zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one class's F1, record accuracy
@@ -146,7 +147,8 @@ remembers its prompt, label words and label column; flags override them.""",
     examples="""\
 zorl eval --model out --dataset test.tsv --text_column text --label_column label --json
 zorl eval --model facebook/opt-125m --dataset test.tsv --prompt "{text} It was {mask}." --label_words 0=terrible 1=great
-zorl eval --model out --dataset qa.jsonl --reward squad_f1 exact_match""",
+zorl eval --model out --dataset qa.jsonl --reward squad_f1 exact_match
+zorl eval --model out --task sst2                              # on the split that papers report""",
 )
 
 PREDICT = Command(

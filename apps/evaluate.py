@@ -16,7 +16,19 @@ from zorl import MeZOConfig
 from zorl.apps.arguments import AnswerArguments, EvalArguments, PredictArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import EVAL, PREDICT
-from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require, say
+from zorl.apps.inputs import (
+    check_model_folder,
+    check_source,
+    label_of,
+    load,
+    load_rewards,
+    load_task,
+    make_prompt,
+    number,
+    require,
+    say,
+    source_of,
+)
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
@@ -42,14 +54,17 @@ def run_eval(argv: Sequence[str]) -> str:
         ValueError: an argument or the data does not fit.
     """
     arguments = build(EvalArguments, parse(EVAL, argv))
-    require(arguments, "model", "dataset")
+    task = load_task(arguments.task)
+    check_source(arguments, task)
     settings = _settings(arguments)
-    prompt = make_prompt(arguments, settings.get("prompt"))
+    prompt = make_prompt(arguments, settings.get("prompt"), task)
     wished = arguments.label_column
-    if wished is None and prompt.labels:
+    if wished is None and prompt.labels and task is None:
         wished = settings.get("label_column")
-    loaded = load(arguments, prompt, wished)
+    loaded = load(arguments, prompt, wished, task=task, task_split="test")
     label_column = label_of(loaded, prompt, str(arguments.dataset), needed=bool(prompt.labels))
+    if arguments.reward is None and task is not None and not prompt.labels:
+        arguments.reward = [task.metric]
     asked = load_rewards(arguments.reward, label_column)
     if not asked and not prompt.labels:
         raise ValueError("--reward is needed, such as squad_f1: without label words there is no accuracy to compute")
@@ -70,7 +85,7 @@ def run_eval(argv: Sequence[str]) -> str:
         result["rewards"] = {name: number(value) for name, value in values.means().items()}
         result["reward"] = number(values.total.nanmean().item())
     seconds = round(time.perf_counter() - start, 2)
-    result |= {"n": len(rows), "seconds": seconds, "model": arguments.model, "dataset": arguments.dataset}
+    result |= {"n": len(rows), "seconds": seconds, "model": arguments.model, "dataset": source_of(arguments, task)}
     return json.dumps(result, ensure_ascii=False) if arguments.json else _table(result)
 
 
@@ -81,17 +96,19 @@ def run_predict(argv: Sequence[str]) -> str:
         ValueError: an argument or the data does not fit, or the output exists.
     """
     arguments = build(PredictArguments, parse(PREDICT, argv))
-    require(arguments, "model", "dataset", "output")
+    task = load_task(arguments.task)
+    check_source(arguments, task)
+    require(arguments, "output")
     output = Path(str(arguments.output))
     if output.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"--output {output}: the name must end in .jsonl or .csv")
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"--output {output} exists: choose another name, or replace it with --overwrite")
     settings = _settings(arguments)
-    prompt = make_prompt(arguments, settings.get("prompt"))
-    dataset = load(arguments, prompt, None).dataset
+    prompt = make_prompt(arguments, settings.get("prompt"), task)
+    dataset = load(arguments, prompt, None, task=task, task_split="test").dataset
     if PREDICTION in dataset.column_names:
-        raise ValueError(f"{arguments.dataset} has a column {PREDICTION!r} already; rename it")
+        raise ValueError(f"{source_of(arguments, task)} has a column {PREDICTION!r} already; rename it")
     rows = dataset.to_list()
     policy = _policy(arguments, settings, prompt)
     with tqdm(total=len(rows), unit="row") as bar:

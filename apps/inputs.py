@@ -13,10 +13,14 @@ from datasets import Dataset
 
 from zorl.apps.arguments import InputArguments
 from zorl.data import LABEL, TEXT, Rows, load_rows
+from zorl.models import is_masked
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction
 from zorl.rewards import load_reward
+from zorl.rewards.loading import load_file
 from zorl.tables import check_columns
+from zorl.tasks import Task
+from zorl.tasks import task as find_task
 
 DEFAULT_TEMPLATE = "{prompt}"  # the column that TRL's data sets have
 
@@ -51,33 +55,71 @@ def check_model_folder(name: str) -> None:
         raise ValueError(f"--model {name}: there is no such folder")
 
 
-def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = None) -> Prompt:
-    """The prompt that flags describe, over the one that was saved with a model.
+def load_task(name: str | None) -> Task | None:
+    """The task that `--task` names: one of zorl's, or the `TASK` of a file. None where there is none.
+
+    Raises:
+        ValueError: there is no such task or file, or the file has no `TASK`. An error inside it is raised as it is.
+    """
+    if name is None:
+        return None
+    if not name.endswith(".py"):
+        try:
+            return find_task(name)
+        except ValueError as error:
+            raise ValueError(f"--task: {error}, or give your own as path/file.py") from None
+    found = getattr(load_file(Path(name)), "TASK", None)
+    if not isinstance(found, Task):
+        raise ValueError(f"--task {name}: the file has no TASK = zorl.tasks.Task(…), but {type(found).__name__}")
+    return found
+
+
+def check_source(arguments: InputArguments, task: Task | None) -> None:
+    """Raises ValueError where nothing says which rows to take, or something says it beside a task."""
+    require(arguments, "model", *(["dataset"] if task is None or task.hub is None else []))
+    for name in ("text_column", "dataset_config"):
+        if task is not None and getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} does not go with --task, which knows its own data set; leave it out")
+
+
+def source_of(arguments: InputArguments, task: Task | None) -> str:
+    """Where the rows come from, in words."""
+    if arguments.dataset is not None or task is None or task.hub is None:
+        return str(arguments.dataset)
+    return task.hub.name
+
+
+def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = None, task: Task | None = None) -> Prompt:
+    """The prompt that flags describe, over the one that was saved with a model, or over the task's.
 
     Where they describe the saved one, its label head stays; it means nothing for another.
 
     Raises:
-        ValueError: template and label words do not fit together, or a label word is not given as label=word.
+        ValueError: template and label words do not fit together, a label word is not given as label=word, or the task is
+            not for such a model.
     """
     column = arguments.text_column
     default = DEFAULT_TEMPLATE if column is None else f"{{{TEXT if column.isdecimal() else column}}}"
-    remembered = Prompt.from_dict(saved) if saved is not None else None
     words = _label_words(arguments.label_words)
     template = None if arguments.prompt is None else arguments.prompt.replace("\\n", "\n")
-    if remembered is None:
+    if saved is not None:
+        base = Prompt.from_dict(saved)
+    elif task is not None:
+        base = task.prompt(masked=template is None and is_masked(str(arguments.model)))
+    else:
         template = default if template is None else template
         return Prompt(template, words, chat=arguments.chat, system=arguments.system)
     if words is None and (template is None or "{mask}" in template):
-        words = None if remembered.label_words is None else dict(remembered.label_words)
+        words = None if base.label_words is None else dict(base.label_words)
     asked = replace(
-        remembered,
-        template=remembered.template if template is None else template,
+        base,
+        template=base.template if template is None else template,
         label_words=words,
-        chat=arguments.chat or remembered.chat,
-        system=remembered.system if arguments.system is None else arguments.system,
+        chat=arguments.chat or base.chat,
+        system=base.system if arguments.system is None else arguments.system,
         label_head=None,
     )
-    return remembered if asked == replace(remembered, label_head=None) else asked
+    return base if asked == replace(base, label_head=None) else asked
 
 
 def load(
@@ -85,17 +127,28 @@ def load(
     prompt: Prompt,
     label_column: str | None,
     *,
+    task: Task | None = None,
     source: str | None = None,
     split: str | None = None,
+    task_split: str = "train",
 ) -> Rows:
     """The rows of `--dataset` (or of `source`), with the columns that the prompt needs.
 
     Args:
         label_column: name or position of a column that must be there.
+        task: whose data set it is.
+        task_split: of the task, where neither `split` nor `--dataset_split` names another.
 
     Raises:
-        ValueError: a column is missing; see `zorl.data.load_rows`.
+        ValueError: a column is missing; see `zorl.data.load_rows` and `Task.load`.
     """
+    if task is not None:
+        called = split or arguments.dataset_split or task_split
+        dataset = Dataset.from_list(task.load(called, source or arguments.dataset))  # type: ignore[arg-type]  # checked there
+        wanted = task.label_column if label_column is None else label_column
+        check_columns(f"the task {task.name!r}", [wanted], dataset.column_names)
+        prompt.check_columns(dataset.column_names)
+        return Rows(dataset, None, wanted)
     text_column = arguments.text_column
     guessed = text_column is None and prompt.template == DEFAULT_TEMPLATE
     if text_column is None and len(prompt.fields) == 1 and not guessed:

@@ -18,19 +18,23 @@ from zorl.apps.command_line import build, parse
 from zorl.apps.commands import TRAIN
 from zorl.apps.inputs import (
     check_model_folder,
+    check_source,
     describe,
     label_of,
     load,
     load_rewards,
+    load_task,
     make_prompt,
     number,
-    require,
     say,
+    source_of,
 )
 from zorl.apps.report import Begin, peak_memory_mb
-from zorl.data import hold_out
+from zorl.data import Split, hold_out
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
+from zorl.tasks import Task
+from zorl.tasks.few_shot import k_shot
 
 DEFAULT_STEPS = 1000
 OUTPUT_DIR = "zorl_output"
@@ -45,8 +49,11 @@ def run(argv: Sequence[str]) -> str:
     """
     given = parse(TRAIN, argv)
     arguments = build(TrainArguments, given)
-    require(arguments, "model", "dataset")
+    task = load_task(arguments.task)
+    check_source(arguments, task)
     assert arguments.model is not None
+    if task is not None and all(goal is None for goal in (arguments.reward, arguments.judge, arguments.loss)):
+        arguments.reward = [task.metric]
     _check_goal(arguments)
     check_model_folder(arguments.model)
     given.setdefault("output_dir", OUTPUT_DIR)
@@ -56,12 +63,12 @@ def run(argv: Sequence[str]) -> str:
             f"--output_dir {folder} is the model's own folder: the base would be overwritten, choose another"
         )
 
-    prompt = make_prompt(arguments)
+    prompt = make_prompt(arguments, task=task)
     asked_label = given.get("label_column")
-    train_rows, eval_rows, label_column = _rows(arguments, given, prompt)
+    train_rows, eval_rows, label_column = _rows(arguments, given, prompt, task)
     if label_column is not None:
         given["label_column"] = label_column
-    truth = label_column if asked_label is not None or prompt.labels else None
+    truth = label_column if asked_label is not None or prompt.labels or task is not None else None
     rewards = load_rewards(arguments.reward, truth)
     if arguments.metrics is None and label_column is not None and prompt.labels:
         metrics = load_rewards(["accuracy", "f1"], label_column)
@@ -90,7 +97,9 @@ def run(argv: Sequence[str]) -> str:
     if arguments.json:
         return json.dumps(result)
     columns = {"text_column": arguments.text_column, "label_column": asked_label}
-    data = ["--dataset", str(arguments.eval_dataset or arguments.dataset)]
+    data = [] if arguments.task is None else ["--task", arguments.task]
+    if task is None or arguments.dataset is not None:
+        data += ["--dataset", str(arguments.eval_dataset or arguments.dataset)]
     data += [word for name, value in columns.items() if value is not None for word in (f"--{name}", value)]
     return f"{_table(result)}\n\nTry next\n{_next_commands(result, arguments.model, data)}"
 
@@ -106,33 +115,52 @@ def _check_goal(arguments: TrainArguments) -> None:
 
 
 def _rows(
-    arguments: TrainArguments, given: dict[str, Any], prompt: Prompt
+    arguments: TrainArguments, given: dict[str, Any], prompt: Prompt, task: Task | None
 ) -> tuple[Dataset, Dataset | None, str | None]:
     """Training rows, held-out rows if there is anything to evaluate, and the name of the label column."""
     wished = given.get("label_column")
-    source = str(arguments.dataset)
-    loaded = load(arguments, prompt, wished)
+    source = source_of(arguments, task)
+    loaded = load(arguments, prompt, wished, task=task)
     label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None)
     train_rows, eval_rows = loaded.dataset, None
+    classes = label_column if prompt.labels else None
+    shots = _shots(arguments.k_shot, given, train_rows, classes)
+    if shots is not None:
+        train_rows = shots.train
     if arguments.eval_dataset is not None or arguments.eval_split is not None:
         if arguments.judge is not None and not arguments.metrics:
             raise ValueError(
                 "a judge gives no figure to evaluate: name some with --metrics, or leave out --eval_dataset"
             )
-        held = load(arguments, prompt, wished, source=arguments.eval_dataset, split=arguments.eval_split)
+        held = load(
+            arguments,
+            prompt,
+            wished,
+            task=task,
+            source=arguments.eval_dataset,
+            split=arguments.eval_split,
+            task_split="validation",
+        )
         label_of(
             held, prompt, str(arguments.eval_dataset or source), needed=label_column is not None and bool(prompt.labels)
         )
         eval_rows = held.dataset
         origin = arguments.eval_dataset or f"{source}, {arguments.eval_split}"
-        say(f"{origin}: {describe(eval_rows, label_column)} to evaluate on")
+        say(f"{origin}: {describe(eval_rows, classes)} to evaluate on")
     elif given.get("eval_strategy") != "no" and (arguments.judge is None or arguments.metrics):
-        stratify = label_column if prompt.labels else None
-        train_rows, eval_rows = hold_out(train_rows, stratify)
-        how = "stratified by label" if stratify else "drawn at random"
+        train_rows, eval_rows = hold_out(train_rows, classes) if shots is None else shots
+        how = "stratified by label" if classes else "drawn at random"
         say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
-    say(f"{source}: {describe(train_rows, label_column)} to train on")
+    say(f"{source}: {describe(train_rows, classes)} to train on")
     return train_rows, eval_rows, label_column
+
+
+def _shots(k: int | None, given: dict[str, Any], rows: Dataset, label_column: str | None) -> Split | None:
+    """With `--k_shot`, k rows of each label to train on and k to hold out."""
+    if k is None:
+        return None
+    shots = k_shot(rows.to_list(), k, seed=int(given.get("seed", MeZOConfig.seed)), label_column=label_column)
+    return Split(Dataset.from_list(shots.train), Dataset.from_list(shots.validation))
 
 
 def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:

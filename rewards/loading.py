@@ -129,7 +129,7 @@ def load_function(name: str, what: str = "reward") -> Callable[..., Any]:
     head, _, tail = name.rpartition(":")
     if not head or not tail:
         raise ValueError(f"{what} '{name}' is incomplete; expected package.module:function or path/file.py:function")
-    module = _from_file(Path(head)) if head.endswith(".py") else _from_package(head)
+    module = load_file(Path(head)) if head.endswith(".py") else _from_package(head)
     return _member(module, tail, head)
 
 
@@ -177,13 +177,18 @@ def _from_package(name: str) -> ModuleType:
         ) from error
 
 
-def _from_file(path: Path) -> ModuleType:
+def load_file(path: Path) -> ModuleType:
+    """The module that a Python file is. It is run, once in a process.
+
+    Raises:
+        ValueError: there is no such file. An error inside it is raised as it is.
+    """
     if not path.is_file():
-        raise ValueError(f"there is no file '{path}' to load a function from")
+        raise ValueError(f"there is no file '{path}' to load")
     path = path.resolve()
     # The module must be known by name for its functions to be pickled and its dataclasses to work; the hash keeps files
     # of one name apart.
-    name = f"zorl_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"zorl_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

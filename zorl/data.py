@@ -85,7 +85,7 @@ def load_rows(
         table, found = read_table(Path(source).expanduser(), wanted, names)
         dataset = Dataset(table)
     else:
-        dataset, found = _load_from_hub(str(source), split, config), wanted
+        dataset, found = load_from_hub(str(source), split, config), wanted
         check_columns(f"the data set {str(source)!r}", wanted, dataset.column_names)
     if not len(dataset):
         raise ValueError(f"{source} holds no rows")
@@ -153,7 +153,7 @@ def hold_out(
     labels = sorted(groups)
     generator = random.Random(seed)
     held: set[int] = set()
-    for label, share in zip(labels, _apportioned(total, [len(groups[label]) for label in labels]), strict=True):
+    for label, share in zip(labels, apportioned(total, [len(groups[label]) for label in labels]), strict=True):
         indices = groups[label]
         held.update(generator.sample(indices, min(max(share, 1), len(indices) - 1) if indices else 0))
     if not held:
@@ -166,7 +166,7 @@ def hold_out(
     return Split(dataset.select(kept), dataset.select(sorted(held)))
 
 
-def _apportioned(total: int, sizes: list[int]) -> list[int]:
+def apportioned(total: int, sizes: list[int]) -> list[int]:
     """Shares of `total` in proportion to `sizes`, by largest remainder; equal remainders go to the earlier one."""
     everything = sum(sizes)
     if not everything:
@@ -188,9 +188,14 @@ def _is_file(source: str | os.PathLike[str]) -> bool:
     return path.exists() or extension(path) in EXTENSIONS or path.suffix == ".gz" or looks_like_a_path
 
 
-def _load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
+def load_from_hub(name: str, split: str | None, config: str | None, revision: str | None = None) -> Dataset:
+    """A data set of the hub, or of a folder; without `split` its rows to train on, or its only ones.
+
+    Raises:
+        ValueError: it cannot be loaded, or has several splits of which none is `train`.
+    """
     try:
-        loaded = datasets.load_dataset(name, config, split=split)
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         here = did_you_mean(name, sorted(path.name for path in Path().iterdir()))
         raise ValueError(

@@ -32,18 +32,27 @@ def load_model(name: str, dtype: str = "float32", **options: Any) -> PreTrainedM
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = AutoConfig.from_pretrained(name, **options)
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith("ForMaskedLM"):
-        loader: Any = AutoModelForMaskedLM
-    elif architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        loader = AutoModelForCausalLM
-    else:  # a bare encoder or decoder: encoders are listed as masked language models
-        loader = (
-            AutoModelForMaskedLM if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModelForCausalLM
-        )
+    loader: Any = AutoModelForMaskedLM if is_masked(name, **options) else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
     return model
+
+
+def is_masked(name: str, **options: Any) -> bool:
+    """Whether a model's configuration says that it is a masked language model; a causal one otherwise.
+
+    Args:
+        name: of a model on the hub, or the path of a folder.
+        options: passed on to `from_pretrained`, such as `revision`.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(name, **options)
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
+        return bool(architecture.endswith("ForMaskedLM"))
+    # A bare encoder or decoder: encoders are listed as masked language models.
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:

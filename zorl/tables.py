@@ -50,17 +50,26 @@ def read_table(path: Path, wanted: Sequence[str], names: Sequence[str]) -> tuple
     kind = extension(path)
     if kind not in EXTENSIONS:
         raise ValueError(f"{path}: cannot tell what is in a {kind!r} file; expected one of {', '.join(EXTENSIONS)}")
+    if kind in (".csv", ".tsv"):
+        return _delimited(path, list(delimited_lines(path)), wanted, names)
     content = _content(path)
     if kind == ".parquet":
         table = _parquet(path, content)
     else:
-        text = _text(path, content)
-        if kind in (".csv", ".tsv"):
-            lines = list(_csv_lines(path, text) if kind == ".csv" else _tsv_lines(text))
-            return _delimited(path, lines, wanted, names)
-        table = _from_objects(path, list(_json_objects(path, text, kind)))
+        table = _from_objects(path, list(_json_objects(path, _text(path, content), kind)))
     check_columns(str(path), wanted, table.column_names)
     return table, list(wanted)
+
+
+def delimited_lines(path: Path) -> Iterator[Line]:
+    """The lines of a CSV or TSV file that hold anything, headers included.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or empty.
+    """
+    text = _text(path, _content(path))
+    return _csv_lines(path, text) if extension(path) == ".csv" else _tsv_lines(text)
 
 
 def check_columns(source: str, wanted: Iterable[str], columns: Sequence[str]) -> None:
@@ -163,12 +172,16 @@ def _is_header(head: Sequence[str], name: str) -> bool:
 
 
 def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`line 3`, object) of each line, or (`item 3`, object) where a .json file holds one array."""
-    if kind == ".json" and text.lstrip().startswith("["):
+    """(`line 3`, object) of each line, or (`item 3`, object) where a .json file holds one array, or one object."""
+    first = text.lstrip().split("\n", 1)[0]
+    if kind == ".json" and (first.startswith("[") or not _is_json(first)):
         try:
-            items = [(f"item {number}", item) for number, item in enumerate(json.loads(text), 1)]
+            whole = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        items = [
+            (f"item {number}", item) for number, item in enumerate(whole if isinstance(whole, list) else [whole], 1)
+        ]
     else:
         items = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -183,6 +196,14 @@ def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[
                 f'{path}, {where}: expected an object such as {{"text": "…"}}, got {_shortened(repr(item))}'
             )
         yield where, item
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _from_objects(path: Path, objects: list[tuple[str, dict[str, Any]]]) -> pa.Table:

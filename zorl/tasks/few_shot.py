@@ -1,0 +1,106 @@
+"""Few examples of many, as the paper draws them (appendix E.1): the same ones for the same seed, on every machine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from zorl.data import apportioned
+from zorl.tables import check_columns
+
+SEEDS = (13, 21, 42, 87, 100)  # of the paper's draws
+OPT_SIZES = (1000, 500, 1000)  # rows to train on, to choose settings by and to report, for the OPT models
+
+R = TypeVar("R", bound=Mapping[str, Any])
+
+
+class Shots(NamedTuple):
+    """Attributes:
+    train: rows to train on.
+    validation: as many others, to choose settings by.
+    """
+
+    train: list[Any]
+    validation: list[Any]
+
+
+class Sample(NamedTuple):
+    """Attributes:
+    train: rows to train on.
+    validation: others, to choose settings by.
+    test: others again, to report.
+    """
+
+    train: list[Any]
+    validation: list[Any]
+    test: list[Any]
+
+
+def k_shot(rows: Sequence[R], k: int, *, seed: int, label_column: str | None = "label") -> Shots:
+    """k rows of each class to train on and k others to validate on, in the order that they have in `rows`.
+
+    Args:
+        label_column: None draws k rows in all, whatever they are: for generation and multiple choice.
+        seed: one of `SEEDS`, for results beside the paper's.
+
+    Raises:
+        ValueError: k is not positive, a row lacks the column, or a class has fewer than 2k rows.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    groups = _groups(rows, label_column)
+    for label, group in groups.items():
+        if len(group) < 2 * k:
+            what = "there are" if label_column is None else f"the label {label!r} has"
+            raise ValueError(
+                f"{what} {len(group)} rows, and {k} to train on with {k} to validate on make {2 * k}; "
+                f"take k = {len(group) // 2} at most"
+            )
+    return Shots(*_drawn(rows, groups, [[k] * len(groups)] * 2, seed))
+
+
+def sample(
+    rows: Sequence[R], sizes: tuple[int, int, int] = OPT_SIZES, *, seed: int, label_column: str | None = "label"
+) -> Sample:
+    """Rows to train on, to validate on and to test on. Each part has the proportions of the labels in `rows`.
+
+    Args:
+        sizes: of the three parts.
+        label_column: None draws any rows: for generation and multiple choice.
+
+    Raises:
+        ValueError: a size is negative, a row lacks the column, or there are fewer rows than the sizes add up to.
+    """
+    if min(sizes) < 0 or sum(sizes) > len(rows):
+        raise ValueError(f"sizes must be 0 or more and add up to {len(rows)} at most, the number of rows, got {sizes}")
+    groups = _groups(rows, label_column)
+    left = [len(group) for group in groups.values()]
+    shares = []
+    for size in sizes:
+        shares.append(apportioned(size, left))
+        left = [have - share for have, share in zip(left, shares[-1], strict=True)]
+    return Sample(*_drawn(rows, groups, shares, seed))
+
+
+def _groups(rows: Sequence[R], label_column: str | None) -> dict[str, list[int]]:
+    """Indices of the rows of each label, labels sorted."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        if label_column is not None:
+            check_columns(f"row {index + 1}", [label_column], list(row))
+        groups.setdefault("" if label_column is None else str(row[label_column]), []).append(index)
+    return dict(sorted(groups.items()))
+
+
+def _drawn(
+    rows: Sequence[R], groups: Mapping[str, Sequence[int]], shares: Iterable[Sequence[int]], seed: int
+) -> list[list[R]]:
+    """The parts: shares[p][g] rows of group g for part p, none twice."""
+    generator = random.Random(seed)
+    shuffled = [iter(generator.sample(group, len(group))) for group in groups.values()]
+    parts = []
+    for sizes in shares:
+        indices = [next(group) for group, size in zip(shuffled, sizes, strict=True) for _ in range(size)]
+        parts.append([rows[index] for index in sorted(indices)])
+    return parts

@@ -1,0 +1,64 @@
+"""Values of a record, wherever it comes from: the hub, SuperGLUE's JSON Lines and GLUE's tables name them differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+YES_NO = ("no", "yes")  # in the order of 0 and 1, or False and True
+YES_NO_WORDS = {"yes": "Yes", "no": "No"}
+
+
+def text(record: Mapping[str, Any], *columns: str) -> str:
+    """The text in the first of these columns that the record has, without white space around it.
+
+    Raises:
+        ValueError: it has none of them, or no text in it.
+    """
+    column = _found(record, columns)
+    value = record[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected text in {column!r}, found {value!r}")
+    return value.strip()
+
+
+def label(record: Mapping[str, Any], names: Sequence[str], *columns: str) -> str:
+    """The name of the label in the first of these columns that the record has.
+
+    Args:
+        names: of the labels, in the order of their numbers. A label is given by name, by number or as a truth value.
+
+    Raises:
+        ValueError: the record has none of the columns, or no label in it; −1 is how unlabelled rows are marked.
+    """
+    column = _found(record, columns)
+    value = record[column]
+    if value in names:
+        return str(value)
+    digits = {"false": "0", "true": "1"}.get(str(value).lower(), str(value))
+    if digits.isdecimal() and int(digits) < len(names):
+        return names[int(digits)]
+    missing = " (the row has no label: take a split that is labelled)" if str(value) in ("-1", "None", "-") else ""
+    raise ValueError(
+        f"{column!r} holds {value!r}{missing}; expected one of {', '.join(map(repr, names))}, or 0 to {len(names) - 1}"
+    )
+
+
+def texts(value: Any, what: str) -> list[str]:
+    """A list of texts, each once, in order.
+
+    Raises:
+        ValueError: it is no such list, or empty.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
+        raise ValueError(f"{what}: expected a list of texts, found {value!r}")
+    if not value:
+        raise ValueError(f"{what}: there is none; take a split that has answers")
+    return list(dict.fromkeys(value))
+
+
+def _found(record: Mapping[str, Any], columns: Sequence[str]) -> str:
+    for column in columns:
+        if column in record:
+            return column
+    raise ValueError(f"no column {' or '.join(map(repr, columns))} (columns: {', '.join(map(repr, record))})")

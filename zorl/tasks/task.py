@@ -1,0 +1,102 @@
+"""What a task is: a data set, a prompt and a metric. Each task of the paper is one file beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from zorl.prompts import Prompt
+from zorl.tables import did_you_mean
+from zorl.tasks.source import Hub, Reader, Record, SplitName, file_of, records_of
+
+Kind = Literal["classification", "multiple_choice", "generation"]
+Row = dict[str, Any]
+OPTIONS = "options"  # the column with a row's own candidates
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, as the paper poses it (Malladi et al. 2023, appendix E).
+
+    Attributes:
+        name: that of its file.
+        kind: a classification has label words; in a multiple choice each row has its own candidates in the column
+            `options`, and `label` is the text of the right one; what is generated is compared to a list of acceptable
+            answers in `label`.
+        metric: the reward that is reported, by its name in `zorl.rewards`.
+        rows: makes rows, one or several or none, with the columns of the prompts and `label`, of a record of the hub or of
+            a file; a ValueError says what is wrong with it.
+        causal: the template for autoregressive models.
+        masked: the template for masked models; None if the task is not for them.
+        hub: where the data set lies; None if it is in files alone.
+        label_words: a word for each label of a classification.
+        bare_columns: what the columns of CSV and TSV files are called, in order, where no header names them.
+        readers: ending → reader, for files in the data set's own format.
+        label_column: where the truth is.
+    """
+
+    name: str
+    kind: Kind
+    metric: str
+    rows: Callable[[Record], Iterable[Row]] = field(repr=False)
+    causal: str
+    masked: str | None = None
+    hub: Hub | None = None
+    label_words: Mapping[str, str] | None = None
+    bare_columns: tuple[str, ...] = ()
+    readers: Mapping[str, Reader] = field(default_factory=dict, repr=False)
+    label_column: str = "label"
+
+    def prompt(self, masked: bool) -> Prompt:
+        """The paper's prompt for masked models, or for autoregressive ones.
+
+        Raises:
+            ValueError: it is asked for masked models, and the task is not for them.
+        """
+        template = self.masked if masked else self.causal
+        if template is None:
+            raise ValueError(
+                f"the task {self.name!r} has a prompt for causal language models alone, and this model is a masked one; "
+                "take another model, or give a prompt of your own"
+            )
+        options: dict[str, Any] = {"options": OPTIONS} if self.kind == "multiple_choice" else {}
+        return Prompt(template, self.label_words, **options)
+
+    def load(self, split: SplitName, source: str | Path | None = None) -> list[Row]:
+        """The rows of a split, the same ones whether they come from the hub or from a file.
+
+        Args:
+            split: train, validation or test. Where the labels of the test split are not public, test is the validation
+                split.
+            source: a file, whatever its split, or a folder with a file for each; None for the hub.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: there is no such split, or a row is malformed; the message names the file and the row.
+        """
+        if split not in get_args(SplitName):
+            raise ValueError(
+                f"split must be train, validation or test, got {split!r}{did_you_mean(split, get_args(SplitName))}"
+            )
+        if source is None:
+            if self.hub is None:
+                raise ValueError(f"the task {self.name!r} has no data set on the hub; give a file or a folder")
+            name, records = f"{self.hub.name}, {split}", self.hub.records(split)
+        else:
+            path = Path(source).expanduser()
+            if path.is_dir():
+                path = file_of(
+                    path, split, unlabelled_test=self.hub is not None and self.hub.test == self.hub.validation
+                )
+            name, records = str(path), records_of(path, self.bare_columns, self.readers)
+        rows: list[Row] = []
+        for number, record in enumerate(records, 1):
+            try:
+                rows.extend(self.rows(record))
+            except ValueError as error:
+                raise ValueError(f"{name}, row {number}: {error}") from None
+        if not rows:
+            raise ValueError(f"{name} holds no rows of the task {self.name!r}")
+        return rows
