@@ -1,0 +1,217 @@
+"""What is to be learnt, the same for every method, and what a method gives back.
+
+The unit of cost is one forward of a batch, as for MeZO: a step of MeZO takes two. A backward pass counts as two forwards,
+because it computes two matrix products where a forward computes one; a batch that is generated counts as one, whatever the
+length of its texts. What is looked up on the development rows is not part of learning: it is reported beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zorl.baselines.centre import Centre
+from zorl.config import MeZOConfig
+from zorl.data import checked_rows
+from zorl.generation import Generation
+from zorl.models import load_model, load_processing_class
+from zorl.objectives import columns_of
+from zorl.policies import make_policy
+from zorl.probe import CENTRE
+from zorl.prompts import Answer, Prompt
+from zorl.reward_functions import RewardFunction, RewardFunctions, RewardValues
+from zorl.sampling import StratifiedSampler
+from zorl.scoring import LabelWords
+
+Rows = Sequence[dict[str, Any]]
+Report = Callable[[int], object]  # called with the forwards that were spent since it was last called
+
+
+class NotApplicable(ValueError):  # noqa: N818
+    """The method does not apply to this model, prompt or reward. The message says why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be learnt. Text is generated greedily, so that answers are a function of the weights.
+
+    Args:
+        model: a name or path. Each method loads a copy of its own.
+        prompt: with label words or without.
+        train: the rows to learn from, with `label_column`.
+        dev: held-out rows on which a method may choose its hyper-parameters and the step to stop at.
+        label_column: the true label; without label words the text to be answered.
+        reward: a function with TRL's signature, maximised by the methods that can do that, and what all of them choose by
+            on `dev`. Without it that is the share of answers that are the label.
+        batch_size: rows of a batch, the unit in which forwards are counted.
+        budget: forwards of a batch that a method may spend in learning. Where a method tries several settings, each may
+            spend as much.
+        seed: of everything that is drawn; not negative.
+        dtype: of the weights, as in `zorl.models.load_model`. What trains by backpropagation does so in float32.
+        max_length: tokens of a prompt; by default what the model takes.
+        max_completion_length: tokens of a generated text.
+        forward_batch_size: rows that go through the model at once; results do not depend on it.
+
+    Raises:
+        ValueError: rows do not fit the prompt, there is neither a reward nor a label, or a number is out of range.
+    """
+
+    model: str
+    prompt: Prompt
+    train: list[dict[str, Any]]
+    dev: list[dict[str, Any]]
+    label_column: str = "label"
+    reward: RewardFunction | None = None
+    batch_size: int = 32
+    budget: int = 500
+    seed: int = 0
+    dtype: str = "float32"
+    max_length: int | None = None
+    max_completion_length: int = 64
+    forward_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, rows in (("train_dataset", self.train), ("dev", self.dev)):
+            checked_rows(rows, name, self.prompt, self.label_column)
+            if self.label_column not in rows[0] and (self.prompt.labels or self.reward is None):
+                raise ValueError(
+                    f"the rows of {name} have no column {self.label_column!r} to learn from; name the column with the"
+                    " answers with label_column"
+                )
+
+    @cached_property
+    def rewards(self) -> RewardFunctions:
+        """The reward; without one, 1 for an answer that is the label and 0 for another."""
+        return RewardFunctions(_is_the_label(self.label_column) if self.reward is None else self.reward)
+
+    @cached_property
+    def _settings(self) -> MeZOConfig:
+        return MeZOConfig(
+            output_dir="zorl_output",  # nothing is written there
+            forward_batch_size=self.forward_batch_size,
+            max_length=self.max_length,
+            max_completion_length=self.max_completion_length,
+            temperature=0.0,
+        )
+
+    def load(self, dtype: str | None = None) -> tuple[Any, Any]:
+        """A copy of the model, on the device that Trainer would choose and in eval mode, and its tokenizer."""
+        model: Any = load_model(self.model, self.dtype if dtype is None else dtype)
+        return model.to(self._settings.device).eval(), load_processing_class(self.model)
+
+    def policy(self, model: Any, tokenizer: Any, prompt: Prompt | None = None) -> LabelWords | Generation:
+        """Answers of the model as it is at the time of asking."""
+        return make_policy(Centre(model), tokenizer, self.prompt if prompt is None else prompt, self._settings)
+
+    def label_policy(self, model: Any, tokenizer: Any, method: str) -> LabelWords:
+        """The same for methods that need labels, the same for all rows.
+
+        Raises:
+            NotApplicable: the prompt has no label words.
+        """
+        if not self.prompt.labels:
+            raise NotApplicable(f"{method} needs a prompt with label words, and {self.prompt.template!r} has none")
+        policy = self.policy(model, tokenizer)
+        assert isinstance(policy, LabelWords)
+        return policy
+
+    def values(self, rows: Rows, answers: Sequence[Answer]) -> RewardValues:
+        """What the rewards make of an answer to each row."""
+        return self.rewards(
+            prompts=[self.prompt.render(row).prompt for row in rows],
+            completions=[answer.completion for answer in answers],
+            completion_ids=[answer.completion_ids for answer in answers],
+            columns=columns_of(rows),
+            label_names=list(self.prompt.labels) or None,
+        )
+
+    def score(self, rows: Rows, answers: Sequence[Answer]) -> float:
+        """The mean reward, higher is better; −∞ where the reward applies to no row."""
+        return self.values(rows, answers).total.nanmean().nan_to_num(nan=-math.inf).item()
+
+    def sample(self, size: int) -> list[dict[str, Any]]:
+        """Training rows in the proportions of the labels, all if there are no more than `size`; drawn by the seed."""
+        size = min(size, len(self.train))
+        sampler = StratifiedSampler(len(self.train), size, self._labels, self.seed)
+        return [self.train[i] for i in itertools.islice(sampler, size)]
+
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Batches of training rows in the proportions of the labels, epoch after epoch, without end."""
+        sampler = StratifiedSampler(len(self.train), self.batch_size, self._labels, self.seed)
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            for start in range(0, len(order), self.batch_size):
+                yield [self.train[i] for i in order[start : start + self.batch_size]]
+
+    def forwards(self, rows: Rows) -> int:
+        """What one evaluation of these rows costs, in forwards of a batch."""
+        return math.ceil(len(rows) / self.batch_size)
+
+    @property
+    def _labels(self) -> list[str] | None:
+        return [str(row[self.label_column]) for row in self.train] if self.prompt.labels else None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method has learnt.
+
+    Attributes:
+        answers: to rows, one each.
+        forwards: of a batch, spent in learning; those of the setting that was chosen. A backward pass counts as two.
+        chosen: the settings that were chosen on the development rows, and what else a reader should know.
+    """
+
+    answers: Callable[[Rows], list[Answer]]
+    forwards: int
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def progress(method: str, forwards: int, report: Report | None) -> Iterator[Report]:
+    """Whom to tell what was spent: the caller's `report`, or a bar of so many forwards."""
+    if report is not None:
+        yield report
+        return
+    with tqdm(desc=method, total=forwards, unit="forward", leave=False) as bar:
+        yield bar.update
+
+
+def answers_of(policy: LabelWords | Generation, rows: Rows) -> list[Answer]:
+    """What the model answers as it is, in eval mode."""
+    policy.evaluator.module.eval()
+    with torch.no_grad():
+        (answers,) = policy.answers(rows, [CENTRE])
+    return answers
+
+
+def target_text(prompt: Prompt, row: dict[str, Any], label_column: str) -> str:
+    """The answer to a row as it continues the prompt's text: the label's word, or the label itself.
+
+    A space comes first where the text ends without one, but not in a template that says where its word goes.
+    """
+    label = str(row[label_column])
+    word = label if prompt.label_words is None else prompt.label_words[label]
+    before = prompt.render(row).before
+    placed = prompt.label_words is not None and not prompt.chat
+    return word if placed or before == "" or before[-1].isspace() else f" {word}"
+
+
+def _is_the_label(column: str) -> RewardFunction:
+    def is_the_label(completions: Sequence[Any], **columns: Any) -> list[float]:
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        return [float(text.strip() == str(label).strip()) for text, label in zip(texts, columns[column], strict=True)]
+
+    return is_the_label
