@@ -7,6 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from zorl.apps.inputs import (
     number,
     require,
     say,
+    with_trained_classes,
 )
 from zorl.apps.report import Begin, peak_memory_mb
+from zorl.classifier_head import sorted_labels
 from zorl.data import hold_out
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
@@ -56,9 +59,9 @@ def run(argv: Sequence[str]) -> str:
             f"--output_dir {folder} is the model's own folder: the base would be overwritten, choose another"
         )
 
-    prompt = make_prompt(arguments)
+    prompt = with_trained_classes(make_prompt(arguments), arguments.model)
     asked_label = given.get("label_column")
-    train_rows, eval_rows, label_column = _rows(arguments, given, prompt)
+    train_rows, eval_rows, label_column, prompt = _rows(arguments, given, prompt)
     if label_column is not None:
         given["label_column"] = label_column
     truth = label_column if asked_label is not None or prompt.labels else None
@@ -103,16 +106,26 @@ def _check_goal(arguments: TrainArguments) -> None:
         raise ValueError(f"give exactly one of --reward, --judge and --loss, such as --reward f1; got {found}")
     if arguments.judgments is not None and arguments.judge is None:
         raise ValueError("--judgments is where people judge: it goes with --judge human")
+    if arguments.head not in (None, "classifier"):
+        raise ValueError(f"--head takes classifier, got {arguments.head!r}")
+    if arguments.head is not None and arguments.label_words is not None:
+        raise ValueError("--head classifier needs no --label_words: leave one of them out")
 
 
 def _rows(
     arguments: TrainArguments, given: dict[str, Any], prompt: Prompt
-) -> tuple[Dataset, Dataset | None, str | None]:
-    """Training rows, held-out rows if there is anything to evaluate, and the name of the label column."""
+) -> tuple[Dataset, Dataset | None, str | None, Prompt]:
+    """Training rows, held-out rows if there is anything to evaluate, the name of the label column, and the prompt.
+
+    A new head's classes are the labels of the rows.
+    """
     wished = given.get("label_column")
     source = str(arguments.dataset)
     loaded = load(arguments, prompt, wished)
-    label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None)
+    new_head = arguments.head is not None and not prompt.labels
+    label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None or new_head)
+    if new_head:
+        prompt = replace(prompt, classes=sorted_labels(loaded.dataset[label_column]))
     train_rows, eval_rows = loaded.dataset, None
     if arguments.eval_dataset is not None or arguments.eval_split is not None:
         if arguments.judge is not None and not arguments.metrics:
@@ -132,7 +145,7 @@ def _rows(
         how = "stratified by label" if stratify else "drawn at random"
         say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
     say(f"{source}: {describe(train_rows, label_column)} to train on")
-    return train_rows, eval_rows, label_column
+    return train_rows, eval_rows, label_column, prompt
 
 
 def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:
