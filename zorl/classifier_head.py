@@ -79,7 +79,9 @@ class ClassifierHead:
         self._tokenizer = processing_class
         self._contexts = ContextTokenizer(processing_class, prompt)
         self._pad_id: int = config.pad_token_id
-        self._segments = getattr(config, "type_vocab_size", 0) > 1  # BERT's; RoBERTa has one, decoders have none
+        # BERT's two kinds of tokens, where its tokenizer tells them apart; RoBERTa has one kind, decoders have none.
+        typed = "token_type_ids" in processing_class.model_input_names
+        self._segments = typed and getattr(config, "type_vocab_size", 0) > 1
         self._encode = PromptEncoder(
             prompt,
             self._tokenise,
