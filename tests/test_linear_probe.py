@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
@@ -150,8 +151,6 @@ def test_the_file_of_first_values_holds_only_what_the_checkpoint_lacks(
     make: Callable[..., MeZOTrainer], tmp_path: Path
 ):
     make("bert").train()
-    from safetensors.torch import load_file
-
     names = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     assert load_file(tmp_path / "out" / "init.safetensors").keys() == names
 
@@ -260,3 +259,33 @@ def test_a_reward_without_true_labels_starts_from_the_new_head(make: Callable[..
     trainer = make("opt", reward_funcs=good, metrics=None, train_dataset=texts, eval_dataset=texts)
     trainer.train()
     assert trainer.calibration_forwards == 0
+
+
+def test_label_words_are_not_for_a_classifier(make: Callable[..., MeZOTrainer], base: Callable[[str], str]):
+    model = AutoModelForSequenceClassification.from_pretrained(base("gpt2"), num_labels=3)
+    prompt = Prompt("{text} It was {mask}", {"bad": "terrible", "odd": "odd", "good": "great"})
+    with pytest.raises(ValueError, match="GPT2ForSequenceClassification is a sequence-classification model"):
+        make("gpt2", model=model, prompt=prompt)
+
+
+def test_a_probe_after_the_first_step_would_be_lost(make: Callable[..., MeZOTrainer]):
+    trainer = make("opt")
+    trainer.train()
+    with pytest.raises(ValueError, match="call it before train"):
+        trainer.calibrate("probe")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks transformers for it
+def test_a_decoder_does_not_read_behind_a_soft_prompt(make: Callable[..., MeZOTrainer]):
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="hides from the model where a text ends"):
+        make("llama", peft_config=config).evaluate()
+
+
+def test_first_values_of_a_model_whose_checkpoint_is_gone(make: Callable[..., MeZOTrainer], tmp_path: Path, base: Any):
+    path = base("opt")
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model.config._name_or_path = str(tmp_path / "gone")
+    make("opt", model=model, processing_class=tokenizer).train()
+    assert len(load_file(tmp_path / "out" / "init.safetensors")) == len(list(model.parameters()))

@@ -168,6 +168,10 @@ class ClassifierHead:
                 handle.remove()
         states = read[-1].float() if read else None
         if states is not None and states.ndim == 3:  # a decoder's head reads all positions, and one is chosen then
+            if states.shape[1] != repeated["input_ids"].shape[1]:
+                raise ValueError(
+                    "a soft prompt hides from the model where a text ends, so it would read padding: tune LoRA or a prefix"
+                )
             states = states[torch.arange(len(states), device=states.device), self._last(repeated["input_ids"])]
         return logits.view(copies, -1, logits.shape[-1]), None if states is None else states.view(
             copies, -1, states.shape[-1]
@@ -221,7 +225,10 @@ def is_classifier(module: nn.Module) -> bool:
 
 
 def has_new_head(model: nn.Module) -> bool:
-    """Whether the head was made when the model was loaded: its checkpoint, if any, is that of another kind of model."""
+    """Whether the head was made when the model was loaded: its checkpoint, if any, is that of another kind of model.
+
+    Ask before the model is saved, which makes it one of its own kind.
+    """
     base = _unwrapped(model)
     return type(base).__name__ not in (base.config.architectures or [])
 
@@ -257,9 +264,15 @@ def prepare_classifier(
         labels: of the training rows, for a new head whose classes nobody has named.
 
     Raises:
-        ValueError: the model has another number of classes.
+        ValueError: the model has another number of classes, or the prompt has label words.
     """
-    config: Any = _unwrapped(model).config
+    base = _unwrapped(model)
+    config: Any = base.config
+    if prompt.label_words is not None:
+        raise ValueError(
+            f"the prompt has label words, and {type(base).__name__} is a sequence-classification model: leave them and "
+            "{mask} out, or load a language model"
+        )
     if prompt.classes is None:
         names = class_names(config, labels, new_head=has_new_head(model))
         check_number(names, config)
@@ -293,8 +306,14 @@ def parameters_not_in_checkpoint(model: nn.Module) -> set[str]:
         logging.set_verbosity_error()  # it has said so when the model was loaded
         try:
             _, info = type(base).from_pretrained(
-                base.config._name_or_path, config=base.config, output_loading_info=True, device_map="meta"
+                base.config._name_or_path,
+                config=base.config,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map="meta",
             )
+        except OSError:  # the checkpoint is gone, or a pickle
+            return {canonical_name(name) for name, _ in model.named_parameters()}
         finally:
             logging.set_verbosity(verbosity)
         missing = set(info["missing_keys"])

@@ -127,7 +127,7 @@ class MeZOTrainer(ForwardTrainer):
         self.base_name = name
         processing_class = processing_class if processing_class is not None else load_processing_class(name)
         train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
-        self._new_head, self._not_in_checkpoint = False, set[str]()
+        self._new_head, self._not_in_checkpoint = False, set[str]()  # of a classifier
         if is_classifier(network):
             rows = train_dataset if isinstance(train_dataset, list) else []
             labels = [row[args.label_column] for row in rows if args.label_column in row]
@@ -451,6 +451,10 @@ class MeZOTrainer(ForwardTrainer):
             return
         if not labelled:
             raise ValueError(f"calibration='probe' needs rows with true labels, and there is no column {column!r}")
+        if self.mezo is not None:
+            raise ValueError(
+                "calibration='probe' writes weights, which a run has begun to tune: call it before train()"
+            )
         probe(policy, sample, [str(row[column]) for row in sample])
         self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
 
