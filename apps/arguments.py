@@ -38,7 +38,8 @@ class InputArguments:
     )
     prompt: str | None = _flag(
         "Template: {column} is a value of the row, {mask} where the label word goes. \\n is a new line. Without {mask} the "
-        "model answers with text. Default: the text column, or the column 'prompt' (text, or a conversation)."
+        "model answers with text, or, if it is a classifier, with a label; {sep} begins the second text of a pair. "
+        "Default: the text column, or the column 'prompt' (text, or a conversation)."
     )
     label_words: list[str] | None = field(
         default=None,
@@ -56,6 +57,10 @@ class InputArguments:
 class TrainArguments(InputArguments):
     """What `zorl train` takes besides `MeZOConfig`."""
 
+    head: str | None = _flag(
+        "classifier: labels come from a sequence-classification head, a new one where the model has none, not from label words. "
+        "Default: as the model is."
+    )
     eval_dataset: str | None = _flag("Held-out rows. Default: a stratified fifth of --dataset, 1000 rows at most.")
     eval_split: str | None = _flag(
         "Split of --eval_dataset, or of --dataset where that is a hub data set, or of --task."

@@ -99,7 +99,7 @@ The same command continues a run that was cut short, to the same bits.""",
     types=_train_types,
     sections={
         "Model and data": f"{_DATA} label_column eval_dataset eval_split k_shot output_dir",
-        "The question that a row becomes": _QUESTION,
+        "The question that a row becomes": f"{_QUESTION} head",
         "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
         "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
         "informative_target n_spsa distribution evaluation comparison label_reward calibration parameters dtype seed",
@@ -115,6 +115,7 @@ zorl train --config run.yaml --seed 1                      # the same flags in a
 zorl train … --text_column 0 --label_column 1              # a TSV file without a header
 zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one class's F1, record accuracy
 zorl train … --reward rewards.py:cost                      # def cost(completions, label, **columns): return [ … ]
+zorl train --model roberta-base --head classifier --dataset train.tsv --text_column text --reward f1   # probe, then MeZO
 zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --reward squad_f1    # generated answers
 zorl train --model M --dataset prompts.jsonl --judge reward:rewards.py:kind               # only which answer is better counts""",
     words={

@@ -28,7 +28,9 @@ from zorl.apps.inputs import (
     require,
     say,
     source_of,
+    with_trained_classes,
 )
+from zorl.classifier_head import prepare_classifier
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
@@ -57,7 +59,7 @@ def run_eval(argv: Sequence[str]) -> str:
     task = load_task(arguments.task)
     check_source(arguments, task)
     settings = _settings(arguments)
-    prompt = make_prompt(arguments, settings.get("prompt"), task)
+    prompt = with_trained_classes(make_prompt(arguments, settings.get("prompt"), task), str(arguments.model))
     wished = arguments.label_column
     if wished is None and prompt.labels and task is None:
         wished = settings.get("label_column")
@@ -105,7 +107,7 @@ def run_predict(argv: Sequence[str]) -> str:
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"--output {output} exists: choose another name, or replace it with --overwrite")
     settings = _settings(arguments)
-    prompt = make_prompt(arguments, settings.get("prompt"), task)
+    prompt = with_trained_classes(make_prompt(arguments, settings.get("prompt"), task), str(arguments.model))
     dataset = load(arguments, prompt, None, task=task, task_split="test").dataset
     if PREDICTION in dataset.column_names:
         raise ValueError(f"{source_of(arguments, task)} has a column {PREDICTION!r} already; rename it")
@@ -151,9 +153,13 @@ def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt
         if value is not None:
             computing[key] = value
     config = MeZOConfig(**computing)
-    model = load_model(name, arguments.dtype or ("auto" if settings else "float32")).eval().to(config.device)
+    dtype = arguments.dtype or ("auto" if settings else "float32")
+    model = load_model(name, dtype, classes=prompt.classes).eval().to(config.device)
+    tokenizer = load_processing_class(name)
+    if prompt.classes is not None:
+        prompt = prepare_classifier(model, prompt, tokenizer)
     evaluator = Scratch(model, ParameterSet(model.named_parameters()))
-    return make_policy(evaluator, load_processing_class(name), prompt, config)
+    return make_policy(evaluator, tokenizer, prompt, config)
 
 
 def _scored(

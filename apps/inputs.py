@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from zorl.apps.arguments import InputArguments
 from zorl.data import LABEL, TEXT, Rows, load_rows
-from zorl.models import is_masked
+from zorl.models import is_masked, trained_classes
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction
 from zorl.rewards import load_reward
@@ -122,6 +122,13 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
     return base if asked == replace(base, label_head=None) else asked
 
 
+def with_trained_classes(prompt: Prompt, model: str) -> Prompt:
+    """The prompt with the classes of a model that has a sequence-classification head; as it is for any other model."""
+    if prompt.labels:
+        return prompt
+    return replace(prompt, classes=trained_classes(model))
+
+
 def load(
     arguments: InputArguments,
     prompt: Prompt,
@@ -181,7 +188,7 @@ def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | 
         return rows.label_column
     if needed:
         check_columns(source, [LABEL], rows.dataset.column_names)
-    return LABEL if prompt.labels and LABEL in rows.dataset.column_names else None
+    return LABEL if (needed or prompt.labels) and LABEL in rows.dataset.column_names else None
 
 
 def load_rewards(names: list[str] | None, label_column: str | None) -> list[RewardFunction]:

@@ -7,6 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from zorl.apps.inputs import (
     number,
     say,
     source_of,
+    with_trained_classes,
 )
 from zorl.apps.report import Begin, peak_memory_mb
+from zorl.classifier_head import sorted_labels
 from zorl.data import Split, hold_out
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
@@ -63,9 +66,9 @@ def run(argv: Sequence[str]) -> str:
             f"--output_dir {folder} is the model's own folder: the base would be overwritten, choose another"
         )
 
-    prompt = make_prompt(arguments, task=task)
+    prompt = with_trained_classes(make_prompt(arguments, task=task), arguments.model)
     asked_label = given.get("label_column")
-    train_rows, eval_rows, label_column = _rows(arguments, given, prompt, task)
+    train_rows, eval_rows, label_column, prompt = _rows(arguments, given, prompt, task)
     if label_column is not None:
         given["label_column"] = label_column
     truth = label_column if asked_label is not None or prompt.labels or task is not None else None
@@ -112,16 +115,26 @@ def _check_goal(arguments: TrainArguments) -> None:
         raise ValueError(f"give exactly one of --reward, --judge and --loss, such as --reward f1; got {found}")
     if arguments.judgments is not None and arguments.judge is None:
         raise ValueError("--judgments is where people judge: it goes with --judge human")
+    if arguments.head not in (None, "classifier"):
+        raise ValueError(f"--head takes classifier, got {arguments.head!r}")
+    if arguments.head is not None and arguments.label_words is not None:
+        raise ValueError("--head classifier needs no --label_words: leave one of them out")
 
 
 def _rows(
     arguments: TrainArguments, given: dict[str, Any], prompt: Prompt, task: Task | None
-) -> tuple[Dataset, Dataset | None, str | None]:
-    """Training rows, held-out rows if there is anything to evaluate, and the name of the label column."""
+) -> tuple[Dataset, Dataset | None, str | None, Prompt]:
+    """Training rows, held-out rows if there is anything to evaluate, the name of the label column, and the prompt.
+
+    A new head's classes are the labels of the rows.
+    """
     wished = given.get("label_column")
     source = source_of(arguments, task)
     loaded = load(arguments, prompt, wished, task=task)
-    label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None)
+    new_head = arguments.head is not None and not prompt.labels
+    label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None or new_head)
+    if new_head:
+        prompt = replace(prompt, classes=sorted_labels(loaded.dataset[label_column]))
     train_rows, eval_rows = loaded.dataset, None
     classes = label_column if prompt.labels else None
     shots = _shots(arguments.k_shot, given, train_rows, classes)
@@ -152,7 +165,7 @@ def _rows(
         how = "stratified by label" if classes else "drawn at random"
         say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
     say(f"{source}: {describe(train_rows, classes)} to train on")
-    return train_rows, eval_rows, label_column
+    return train_rows, eval_rows, label_column, prompt
 
 
 def _shots(k: int | None, given: dict[str, Any], rows: Dataset, label_column: str | None) -> Split | None:

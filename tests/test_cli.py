@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from zorl.apps.cli import main
 from zorl.apps.commands import COMMANDS, TRAIN
@@ -156,6 +157,16 @@ def trained(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return out, json.loads((out / "result.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def classifier(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run of a decoder with a new head."""
+    out = tmp_path_factory.mktemp("classifier") / "out"
+    data = ["--dataset", files.path("train.tsv"), "--eval_dataset", files.path("dev.tsv"), "--text_column", "text"]
+    words = ["train", "--model", files.gpt2, "--head", "classifier", *data, *SHORT, "--reward", "f1"]
+    assert main([*words, "--output_dir", str(out)]) == 0
+    return out, json.loads((out / "result.json").read_text())
+
+
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +203,51 @@ def test_help_of_train_leaves_inherited_flags_to_help_all(zorl: Callable[..., Ou
 
 
 # --- the way from a file to a tuned model -----------------------------------------------------------------------------
+
+
+def test_a_new_head_is_trained_evaluated_and_rebuilt(
+    zorl: Callable[..., Outcome], files: Files, classifier: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, result = classifier
+    assert result["forwards"] == 4 + 2 * 6  # 60 rows for the probe are four batches of 16
+    found = zorl("eval", "--model", str(out), "--dataset", files.path("dev.tsv"), "--json").json
+    assert found["macro_f1"] == pytest.approx(result["eval_macro_f1"], abs=1e-6)
+    assert found["f1"].keys() == {"0", "1"}
+    file = tmp_path / "predictions.jsonl"
+    zorl("predict", "--model", str(out), "--dataset", files.path("dev.tsv"), "--output", str(file))
+    predicted = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sum(row["prediction"] == str(row["label"]) for row in predicted) / len(predicted) == found["accuracy"]
+    rebuilt = ["--trajectory", str(out / "trajectory.zorl"), "--output_dir", str(tmp_path / "rebuilt"), "--json"]
+    assert zorl("replay", rebuilt).json["matches_saved_weights"]
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "rebuilt")
+
+
+def test_a_classifier_that_zorl_has_not_seen_answers_with_its_own_labels(
+    zorl: Callable[..., Outcome], files: Files, classifier: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(classifier[0], plain)
+    (plain / "zorl.json").unlink()
+    data = ["--dataset", files.path("dev.tsv"), "--text_column", "text", "--json"]
+    found = zorl("eval", "--model", str(plain), data).json
+    assert found["macro_f1"] == pytest.approx(classifier[1]["eval_macro_f1"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--head", "words"], "--head takes classifier, got 'words'"),
+        (["--head", "classifier", *QUESTION], "--head classifier needs no --label_words"),
+        (["--head", "classifier", "--prompt", "{text}", "--label_column", "no"], "'no'"),
+    ],
+)
+def test_heads_that_cannot_be(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    data = ["--dataset", files.path("train.tsv"), "--output_dir", str(tmp_path / "out"), "--reward", "f1"]
+    outcome = zorl("train", "--model", files.bert, data, flags)
+    assert outcome.code != 0
+    assert message in outcome.err
 
 
 def test_training_reports_figures_and_keeps_a_model(trained: tuple[Path, dict[str, Any]]) -> None:

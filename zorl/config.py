@@ -95,11 +95,12 @@ class MeZOConfig(TrainingArguments):
         },
     )
     calibration: str = field(
-        default="head",
+        default="auto",
         metadata={
-            "help": "Prompts with label words: where tuning starts. 'head': a linear head on the model's last state, tuned by "
-            "MeZO on the reward itself before the model is (a reward of a whole set is called about 6,000 times); 'bias': "
-            "one fitted bias a label, a threshold (about 100 calls a label); 'none'."
+            "help": "Where tuning starts. Label words: 'head': a linear head on the model's last state, tuned by MeZO on the "
+            "reward itself before the model is (a reward of a whole set is called about 6,000 times); 'bias': one fitted bias a "
+            "label, a threshold (about 100 calls a label). Classifiers: 'probe': logistic regression on the true labels writes "
+            "the head's last layer. 'none': neither. 'auto': 'head', and 'probe' for a classifier whose head is new."
         },
     )
     calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})
@@ -144,7 +145,8 @@ class MeZOConfig(TrainingArguments):
         if self.comparison not in COMPARISONS:
             raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)}, got {self.comparison!r}")
         if self.calibration not in get_args(Calibration):
-            raise ValueError(f"calibration must be 'head', 'bias' or 'none', got {self.calibration!r}")
+            kinds = ", ".join(get_args(Calibration))
+            raise ValueError(f"calibration must be one of {kinds}, got {self.calibration!r}")
         Directions.parse(self.n_spsa)
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")

@@ -22,7 +22,7 @@ from zorl.label_head import LabelHead
 from zorl.mezo import MeZO
 from zorl.probe import Scores
 
-Calibration = Literal["head", "bias", "none"]
+Calibration = Literal["auto", "head", "bias", "probe", "none"]
 DIRECTIONS = 8  # a step
 LEARNING_RATE, EPSILON = 2e-2, 2e-2  # of weights on states that have variance one
 STEPS, LOOK, PATIENCE = 400, 25, 100  # at most; between looks at held-out rows; without a better look before stopping

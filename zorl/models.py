@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,30 +10,42 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from zorl.classifier_head import class_names
+
+_CLASSIFIER = "ForSequenceClassification"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
-def load_model(name: str, dtype: str = "float32", **options: Any) -> PreTrainedModel:
-    """A masked or causal language model, by what its configuration says it is. Code in a checkpoint is never run.
+def load_model(
+    name: str, dtype: str = "float32", *, classes: Sequence[str] | None = None, **options: Any
+) -> PreTrainedModel:
+    """A masked or causal language model, or a classifier, by what its configuration says it is. No code in a checkpoint is run.
 
     Args:
         name: of a model on the hub, or the path of a folder.
         dtype: float32, bfloat16, float16, or auto (as saved).
+        classes: load it as a sequence-classification model of these classes. Where the checkpoint has no such head, there is a
+            new one, the same each time.
         options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: the dtype is none of these.
+        ValueError: the dtype is none of these, or the model is a classifier of another number of classes.
         OSError: there is no such model, or only pickled weights.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    loader: Any = AutoModelForMaskedLM if is_masked(name, **options) else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(name, **options)
+    if classes is not None or _architecture(config).endswith(_CLASSIFIER):
+        return _load_classifier(name, dtype, config, classes, options)
+    loader: Any = AutoModelForMaskedLM if _reads_masks(config) else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
     return model
 
@@ -47,10 +60,40 @@ def is_masked(name: str, **options: Any) -> bool:
     Raises:
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(name, **options)
-    architecture = (config.architectures or [""])[0]
+    return _reads_masks(AutoConfig.from_pretrained(name, **options))
+
+
+def trained_classes(name: str) -> tuple[str, ...] | None:
+    """The classes of a checkpoint with a sequence-classification head (see `class_names`); None for other models."""
+    config = AutoConfig.from_pretrained(name)
+    return class_names(config) if _architecture(config).endswith(_CLASSIFIER) else None
+
+
+def _load_classifier(
+    name: str, dtype: str, config: PreTrainedConfig, classes: Sequence[str] | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    if classes is not None:
+        if _architecture(config).endswith(_CLASSIFIER) and config.num_labels != len(classes):
+            raise ValueError(
+                f"the model {name!r} is a classifier of {config.num_labels} classes, and {len(classes)} are asked for"
+            )
+        options = {**options, "id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=DTYPES[dtype], use_safetensors=True, **options
+        )
+    return model
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return (config.architectures or [""])[0]
+
+
+def _reads_masks(config: PreTrainedConfig) -> bool:
+    architecture = _architecture(config)
     if architecture.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
-        return bool(architecture.endswith("ForMaskedLM"))
+        return architecture.endswith("ForMaskedLM")
     # A bare encoder or decoder: encoders are listed as masked language models.
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

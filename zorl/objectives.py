@@ -15,11 +15,10 @@ from zorl.directions import derive_seed
 from zorl.expected_reward import DRAWS, LabelReward, expected_reward, sample_labels
 from zorl.head_tuning import LabelGoal
 from zorl.perturbation import Evaluator
-from zorl.policies import Policy, Row
+from zorl.policies import LabelPolicy, Policy, Row
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
 from zorl.prompts import Answer
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
-from zorl.scoring import LabelWords
 
 LossFunction = Callable[[Any, Sequence[Row]], Any]
 
@@ -92,7 +91,7 @@ class RewardObjective:
         return "+".join(self.rewards.names)
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
-        if self.label_reward == "expected" and isinstance(self.policy, LabelWords):
+        if self.label_reward == "expected" and isinstance(self.policy, LabelPolicy):
             return self._ask_expected(rows, points, noise_seed, self.policy)
         answers = self.policy.answers(rows, points, noise_seed=noise_seed)
         batch = self._batch(rows)
@@ -109,7 +108,9 @@ class RewardObjective:
             figures |= result.means()
         return figures
 
-    def _ask_expected(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int, policy: LabelWords) -> Asked:
+    def _ask_expected(
+        self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int, policy: LabelPolicy
+    ) -> Asked:
         every = policy.every_answer(rows)
         scores = policy.scores(rows, points).cpu()  # (points, rows, labels)
         if not self._scores_sets:
@@ -148,7 +149,7 @@ class RewardObjective:
 
     def label_goal(self, rows: Sequence[Row]) -> LabelGoal:
         """The rewards as a function of the label scores of these rows."""
-        assert isinstance(self.policy, LabelWords)
+        assert isinstance(self.policy, LabelPolicy)
         return _RewardGoal(self, self.policy, rows)
 
     def _score(self, functions: RewardFunctions, batch: _Batch, answers: Sequence[Answer]) -> RewardValues:
@@ -168,7 +169,7 @@ class RewardObjective:
 class _RewardGoal:
     """See `zorl.head_tuning.LabelGoal`."""
 
-    def __init__(self, objective: RewardObjective, policy: LabelWords, rows: Sequence[Row]) -> None:
+    def __init__(self, objective: RewardObjective, policy: LabelPolicy, rows: Sequence[Row]) -> None:
         self._objective, self._rows = objective, rows
         self._every = policy.every_answer(rows)
         self._batch = objective._batch(rows)
@@ -197,7 +198,7 @@ class _RewardGoal:
 class CrossEntropy:
     """The negative log-likelihood of the true label among the label words (MeZO's objective for classification)."""
 
-    policy: LabelWords
+    policy: LabelPolicy
     label_column: str
     metrics: RewardFunctions | None = None
 
@@ -333,7 +334,7 @@ def make_objective(
     """The objective of exactly one of `rewards`, `judge` and `loss`.
 
     Raises:
-        ValueError: `loss` is neither a function nor `"cross_entropy"`, or that has no label words to work on.
+        ValueError: `loss` is neither a function nor `"cross_entropy"`, or that has no labels to work on.
     """
     if rewards is not None:
         return RewardObjective(policy, rewards, metrics, label_reward)
@@ -343,8 +344,8 @@ def make_objective(
         return CallableLoss(policy.evaluator, loss)
     if loss != "cross_entropy":
         raise ValueError(f"loss must be 'cross_entropy' or a function of (model, rows), got {loss!r}")
-    if not isinstance(policy, LabelWords):
-        raise ValueError("loss='cross_entropy' needs a prompt with label words")
+    if not isinstance(policy, LabelPolicy):
+        raise ValueError("loss='cross_entropy' needs a prompt with label words, or a classifier")
     return CrossEntropy(policy, label_column, metrics)
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from zorl.label_head import LabelHead
 
-MASK = "mask"  # the reserved field: where the label word goes
+MASK = "mask"  # a reserved field: where the label word goes
+SEPARATOR = "sep"  # the other one: where the second text of a pair begins
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
 
@@ -63,6 +64,7 @@ class Prompt:
         Prompt("Question: {question}\\nAnswer:")                                           # generation
         Prompt("{text}\\nPositive or negative?{mask}", {0: "negative", 1: "positive"}, chat=True)
         Prompt("{prompt}")                           # a column that holds conversations (or text)
+        Prompt("{premise}{sep}{hypothesis}", classes=("yes", "maybe", "no"))               # a sequence-classification model
 
     `{column}` stands for the row's value in that column, `{mask}` for the label word; `{{` and `}}` are literal braces.
     Braces in the data are never interpreted.
@@ -78,6 +80,8 @@ class Prompt:
         system: a system message for the chat; implies `chat`.
         chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`.
         label_head: what was fitted to be added to the labels' log-probabilities (see `zorl.label_head`).
+        classes: the labels of a sequence-classification model, in the order of its logits, instead of label words. The text then
+            needs no `{mask}`; where it has a `{sep}`, what is before and behind goes through the tokenizer as a pair.
 
     Raises:
         ValueError: the template and the label words do not fit together; the message says how.
@@ -89,6 +93,7 @@ class Prompt:
     system: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     label_head: LabelHead | None = None
+    classes: Sequence[Any] | None = None  # kept as tuple[str, ...], or None
     _parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +112,7 @@ class Prompt:
                 f"label_head is for {len(self.label_head.bias)} labels, and there are {len(self.label_words or ())}"
                 " label_words"
             )
+        self._check_classes()
         if self.label_words is None:
             if masks:
                 raise ValueError(
@@ -119,15 +125,38 @@ class Prompt:
             )
         object.__setattr__(self, "label_words", _normalised(self.label_words))
 
+    def _check_classes(self) -> None:
+        if sum(name == SEPARATOR for _, name in self._parts) > 1 or (self.is_pair and self.chat):
+            raise ValueError(
+                f"the template {self.template!r} has a {{sep}} too many: a pair has two texts, and a chat none"
+            )
+        if self.is_pair and self.label_words is not None:
+            raise ValueError(
+                f"the template {self.template!r} has a {{sep}}, which is for sequence-classification models, and label words"
+            )
+        if self.classes is None:
+            return
+        names = tuple(map(str, self.classes))
+        if self.label_words is not None:
+            raise ValueError("a prompt has label_words, for a language model, or classes, for a classifier: not both")
+        if len(set(names)) < max(2, len(names)):
+            raise ValueError(f"classes must be two different labels at least (compared as text), got {names}")
+        object.__setattr__(self, "classes", names)
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The columns that the template uses, each once, in order."""
-        return tuple(dict.fromkeys(name for _, name in self._parts if name is not None and name != MASK))
+        return tuple(dict.fromkeys(name for _, name in self._parts if name not in (None, MASK, SEPARATOR)))
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label names in the order of `label_words`; empty for a prompt that generates."""
-        return tuple(self.label_words or ())
+        """The label names in the order of `label_words` or `classes`; empty for a prompt that generates."""
+        return tuple(self.label_words or self.classes or ())
+
+    @property
+    def is_pair(self) -> bool:
+        """The template has a `{sep}`."""
+        return any(name == SEPARATOR for _, name in self._parts)
 
     @property
     def literal_before_mask(self) -> str:
@@ -172,12 +201,14 @@ class Prompt:
         Raises:
             ValueError: it names the labels without a word, and how many rows have them.
         """
-        if self.label_words is None:
+        if not self.labels:
             return
-        missing = Counter(name for name in map(str, labels) if name not in self.label_words)
+        missing = Counter(name for name in map(str, labels) if name not in self.labels)
         if missing:
             found = ", ".join(f"{name!r} ({n} row{'s' if n > 1 else ''})" for name, n in missing.most_common(5))
-            known = ", ".join(repr(name) for name in self.label_words)
+            known = ", ".join(map(repr, self.labels))
+            if self.classes is not None:
+                raise ValueError(f"the column {column!r} holds {found}, and the model's classes are {known}")
             raise ValueError(f"the column {column!r} holds {found} without a label word; label_words has {known}")
 
     def render(
@@ -196,7 +227,7 @@ class Prompt:
         side = 0
         for literal, name in self._parts:
             texts[side].append(literal)
-            if name == MASK:
+            if name in (MASK, SEPARATOR):
                 side = 1
             elif name is not None:
                 if name not in row:
@@ -242,6 +273,7 @@ class Prompt:
             "system": self.system,
             "chat_template_kwargs": options,
             "label_head": None if self.label_head is None else self.label_head.to_dict(),
+            "classes": None if self.classes is None else list(self.classes),
         }
 
     @classmethod
@@ -249,7 +281,7 @@ class Prompt:
         """Raises:
         ValueError: a key that is not a prompt's, or no template.
         """
-        known = ("template", "label_words", "chat", "system", "chat_template_kwargs", "label_head")
+        known = ("template", "label_words", "chat", "system", "chat_template_kwargs", "label_head", "classes")
         unknown = [key for key in values if key not in known]
         if unknown or "template" not in values:
             problem = f"does not know {unknown[0]!r}" if unknown else "needs 'template'"

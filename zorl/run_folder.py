@@ -1,7 +1,7 @@
 """The files of a run: what is in its folder, and how the base weights come back.
 
 trajectory.zorl      every step: with the base weights, the trained weights
-init.safetensors     tuned parameters that no base checkpoint holds (adapters, models made in memory)
+init.safetensors     parameters that no base checkpoint holds (adapters, new heads, models made in memory)
 trainer_state.json   the Trainer's log, for resuming it
 zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
 """
@@ -57,8 +57,8 @@ class RunFolder:
             lock.release()
 
     @torch.no_grad()
-    def keep_init(self, parameters: ParameterSet) -> str:
-        """Saves the tuned parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+    def keep_init(self, parameters: Mapping[str, torch.Tensor]) -> str:
+        """Saves the parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
 
         Raises:
             TrajectoryError: the run has a trajectory, but its first values are gone.
@@ -88,19 +88,20 @@ class RunFolder:
 
     @torch.no_grad()
     def restore_base(self, header: Mapping[str, Any], model: torch.nn.Module, parameters: ParameterSet) -> None:
-        """Writes the base weights back into the tuned parameters.
+        """Writes the base weights back into the tuned parameters, and into those that the base checkpoint lacks.
 
         Raises:
             TrajectoryError: the result is not what the run started from.
         """
-        if header["init_sha256"] is not None:
-            base: Mapping[str, torch.Tensor] = self._read_init(header)
-        else:
-            dtype = next(iter(parameters.values())).dtype
-            loaded = load_model(header["model"], str(dtype).removeprefix("torch."))
-            base = {canonical_name(name): tensor for name, tensor in loaded.named_parameters()}
-        for name, tensor in parameters.items():
-            tensor.copy_(base[name])
+        base = {} if header["init_sha256"] is None else self._read_init(header)
+        if parameters.keys() - base.keys():
+            dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+            loaded = load_model(header["model"], dtype, classes=header["prompt"].get("classes"))
+            found = {canonical_name(name): tensor for name, tensor in loaded.named_parameters()}
+            base = {name: found[name] for name in parameters} | base
+        named = {canonical_name(name): tensor for name, tensor in model.named_parameters()}
+        for name, tensor in base.items():
+            named[name].copy_(tensor)
         check_base(header, model)
 
     def _read_init(self, header: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -126,7 +127,8 @@ class RunFolder:
             raise TrajectoryError(
                 "the run's model was made in memory: build it in a script and use zorl.trajectory.replay"
             )
-        loaded: Any = load_model(name, next(iter(recorded.values())))
+        classes = header["prompt"].get("classes")
+        loaded: Any = load_model(name, next(iter(recorded.values())), classes=classes)
         if header["peft"] is not None:
             from peft import get_peft_config, get_peft_model
 
@@ -140,9 +142,10 @@ class RunFolder:
             )
         tuned = ParameterSet((n, p) for n, p in available.items() if canonical_name(n) in recorded)
         if header["init_sha256"] is not None:
+            named = {canonical_name(n): p for n, p in loaded.named_parameters()}
             with torch.no_grad():
                 for key, tensor in self._read_init(header).items():
-                    tuned[key].copy_(tensor)
+                    named[key].copy_(tensor)
         check_base(header, loaded)
         return loaded, tuned
 

@@ -129,12 +129,7 @@ class LabelWords:
         """
         encoded = self._encode(rows)
         scores = self._scores(encoded, points)
-        for point, broken in zip(points, scores.isnan().flatten(1).any(1).tolist(), strict=True):
-            if broken:
-                raise FloatingPointError(
-                    f"the model's label scores are NaN at the point with offset {point.offset} along seed {point.seed}:"
-                    " its weights, or what it makes of them, are out of range"
-                )
+        check_not_nan(scores, points)
         names = self.prompt.labels
         best = scores.argmax(dim=-1).tolist() if rows else [[]] * len(points)
         return [
@@ -316,6 +311,16 @@ class LabelWords:
             tokens[i, : len(option)] = option
             weights[i, : len(option)] = 1 / len(option) if self.average_tokens else 1
         return tokens, weights
+
+
+def check_not_nan(scores: Tensor, points: Sequence[Point]) -> None:
+    """Raises FloatingPointError for the first point at which a label score, of `(points, rows, labels)`, is NaN."""
+    for point, broken in zip(points, scores.isnan().flatten(1).any(1).tolist(), strict=True):
+        if broken:
+            raise FloatingPointError(
+                f"the model's label scores are NaN at the point with offset {point.offset} along seed {point.seed}:"
+                " its weights, or what it makes of them, are out of range"
+            )
 
 
 def _options(encoded: Encoded) -> Options:

@@ -22,11 +22,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from zorl.classifier_head import (
+    ClassifierHead,
+    has_new_head,
+    is_classifier,
+    parameters_not_in_checkpoint,
+    prepare_classifier,
+)
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
 from zorl.directions import canonical_names, derive_seed
 from zorl.forward_trainer import ForwardTrainer
 from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
+from zorl.linear_probe import probe
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
@@ -66,7 +74,9 @@ class MeZOTrainer(ForwardTrainer):
         train_dataset: rows with the columns of the prompt and of the rewards.
         eval_dataset: held-out rows, scored once over the whole split.
         processing_class: the tokenizer; by default the model's own.
-        prompt: template and label words. By default the column `prompt` is answered with generated text.
+        prompt: template and label words. By default the column `prompt` is answered with generated text. For a
+            sequence-classification model it has no label words; its classes are by default those that the model's
+            configuration names, or the labels of the training rows.
         metrics: functions that are recorded at evaluations and never optimised.
         peft_config: tune an adapter (LoRA, prefix, …) instead of the model.
         callbacks: as in transformers.
@@ -105,7 +115,7 @@ class MeZOTrainer(ForwardTrainer):
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
         prompt = prompt if prompt is not None else Prompt("{prompt}")
         name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
-        network: Any = load_model(model, args.dtype) if isinstance(model, str) else model
+        network: Any = load_model(model, args.dtype, classes=prompt.classes) if isinstance(model, str) else model
         if peft_config is not None:
             from peft import PeftModel, get_peft_model
 
@@ -117,6 +127,13 @@ class MeZOTrainer(ForwardTrainer):
         self.base_name = name
         processing_class = processing_class if processing_class is not None else load_processing_class(name)
         train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
+        self._new_head, self._not_in_checkpoint = False, set[str]()  # of a classifier
+        if is_classifier(network):
+            rows = train_dataset if isinstance(train_dataset, list) else []
+            labels = [row[args.label_column] for row in rows if args.label_column in row]
+            prompt = prepare_classifier(network, prompt, processing_class, labels)
+            train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
+            self._new_head, self._not_in_checkpoint = has_new_head(network), parameters_not_in_checkpoint(network)
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(network, args.parameters))
         super().__init__(
@@ -306,13 +323,14 @@ class MeZOTrainer(ForwardTrainer):
     def _header(self) -> dict[str, Any]:
         """What else decides where a run goes, or how its base is rebuilt."""
         args = self.args
-        init = self.folder.keep_init(self.tuned) if self._init_is_needed() else None
         named = dict(self.model.named_parameters())  # type: ignore[union-attr]
-        names = canonical_names(named)
+        named = dict(zip(canonical_names(named), named.values(), strict=True))
+        first = self._not_in_base()
+        init = self.folder.keep_init({name: named[name] for name in first}) if first else None
         return {
             "model": self.base_name,
             "peft": peft_to_json(self.model),
-            "base_sha256": tensors_sha256(dict(zip(names, named.values(), strict=True))),
+            "base_sha256": tensors_sha256(named),
             "init_sha256": init,
             "objective": self.objective_name,
             "prompt": self.prompt.to_dict(),
@@ -325,9 +343,10 @@ class MeZOTrainer(ForwardTrainer):
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
 
-    def _init_is_needed(self) -> bool:
-        """Tuned parameters that no base checkpoint holds: an adapter's, or those of a model made in memory."""
-        return peft_to_json(self.model) is not None or not self.base_name
+    def _not_in_base(self) -> set[str]:
+        """What no base checkpoint holds: tuned parameters of an adapter or of a model made in memory, and a new head's."""
+        made_here = peft_to_json(self.model) is not None or not self.base_name
+        return self._not_in_checkpoint | (set(self.tuned) if made_here else set())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model, tokenizer and prompt; no pickled arguments."""
@@ -390,15 +409,27 @@ class MeZOTrainer(ForwardTrainer):
     # --- where tuning starts ---------------------------------------------------------------------------------------
 
     def calibrate(self, kind: Calibration | None = None) -> None:
-        """Fits biases or a head for the labels to training rows, and keeps them in the prompt. Changes no weight.
+        """Fits biases or a head for the labels to training rows.
 
-        The rows count among the run's forwards, as batches. Does nothing where there are no label words, no rewards, or a
-        head that the prompt came with.
+        Those for label words are kept in the prompt and change no weight; a linear probe writes the last layer of a classifier.
+        The rows count among the run's forwards, as batches. Does nothing where there are no labels, no rewards, or a head
+        that the prompt came with.
 
         Args:
-            kind: "head", "bias" or "none"; by default `args.calibration`.
+            kind: "auto", "head", "bias", "probe" or "none"; by default `args.calibration`.
+
+        Raises:
+            ValueError: it is for the other kind of model, or a probe finds no true labels, or none of a class.
         """
-        kind = kind if kind is not None else self.args.calibration  # type: ignore[assignment]
+        asked = kind if kind is not None else self.args.calibration
+        if isinstance(self.policy, ClassifierHead):
+            self._calibrate_classifier(self.policy, asked)
+            return
+        if asked == "probe":
+            raise ValueError(
+                "calibration='probe' fits the head of a sequence-classification model: use 'head' or 'bias'"
+            )
+        kind = "head" if asked == "auto" else asked  # type: ignore[assignment]
         if kind == "none" or (self.prompt.label_head is not None and self._goal_of_labels is None):
             return
         goal = self._label_goal()
@@ -411,17 +442,37 @@ class MeZOTrainer(ForwardTrainer):
                 head = fit_head(goal, derive_seed(self.args.seed, "label head"), bar.update)
         self._use_prompt(replace(self.prompt, label_head=head))
 
+    def _calibrate_classifier(self, policy: ClassifierHead, kind: str) -> None:
+        if kind in ("head", "bias"):
+            raise ValueError(f"calibration={kind!r} is for label words: use 'probe' for a classifier, or 'none'")
+        sample, column = self._calibration_sample(), self.args.label_column
+        labelled = bool(sample) and column in sample[0]
+        if kind == "none" or (kind == "auto" and not (self._new_head and labelled)):
+            return
+        if not labelled:
+            raise ValueError(f"calibration='probe' needs rows with true labels, and there is no column {column!r}")
+        if self.mezo is not None:
+            raise ValueError(
+                "calibration='probe' writes weights, which a run has begun to tune: call it before train()"
+            )
+        probe(policy, sample, [str(row[column]) for row in sample])
+        self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
+
+    def _calibration_sample(self) -> list[dict[str, Any]]:
+        """The training rows that a start is fitted to; none of a data set that is read as a stream."""
+        rows: Any = self.train_dataset
+        if not isinstance(rows, list):
+            return []
+        size = min(self.args.calibration_rows, len(rows))
+        sampler = StratifiedSampler(len(rows), size, self._labels(), self.args.seed)
+        return [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
+
     def _label_goal(self) -> LabelGoal | None:
         """The objective on the rows that a start is fitted to, evaluated once; None where there is nothing to fit."""
-        rows: Any = self.train_dataset
         objective = self.objective
         if not isinstance(objective, RewardObjective | CrossEntropy) or not isinstance(objective.policy, LabelWords):
             return None
-        if self._goal_of_labels is None and isinstance(rows, list):
-            sampler = StratifiedSampler(
-                len(rows), min(self.args.calibration_rows, len(rows)), self._labels(), self.args.seed
-            )
-            sample = [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
+        if self._goal_of_labels is None and (sample := self._calibration_sample()):
             self._goal_of_labels = objective.label_goal(sample)
             self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
         return self._goal_of_labels

@@ -275,7 +275,7 @@ def twin_or_scratch(model: nn.Module, parameters: ParameterSet, distribution: Di
             return [None] * copies
 
         twin.evaluate_all(points, forward)
-    except (StackingError, TypeError):
+    except (RuntimeError, TypeError):  # a StackingError, or shapes that do not fit each other once they are stacked
         return Scratch(model, parameters, distribution)
     return twin
 

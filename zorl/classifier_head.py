@@ -1,0 +1,340 @@
+"""Labels by a sequence-classification model's own head, at points around θ: the classic way to a label, without words.
+
+Encoders (BERT, RoBERTa and their kin) read their first token, decoders (OPT, GPT-2, Llama, Qwen) the last one that is no padding:
+what transformers' own `forward` does is what is scored here, so a saved model answers the same anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zorl.directions import canonical_name
+from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
+from zorl.probe import CENTRE
+from zorl.prompts import Answer, Prompt, Rendered
+from zorl.scoring import check_not_nan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from zorl.perturbation import Evaluator
+    from zorl.probe import Point
+
+
+class ClassifierHead:
+    """Answers rows with the class that the head of a sequence-classification model finds likeliest.
+
+    A text is tokenised with the tokenizer's own special tokens, a pair (`{sep}` in the template) by its pair encoding, and both
+    are padded on the right. Values that are too long lose their end, as with transformers' `truncation=True`.
+
+    Args:
+        evaluator: runs the model at points.
+        processing_class: the model's tokenizer. Its padding side does not matter.
+        prompt: with classes, in the order of the model's logits.
+        batch_size: inputs in a forward, at most, those of all points together that it holds.
+        max_length: tokens in an input, at most; by default what the model reads.
+
+    Attributes:
+        head: the linear layer that makes the logits, of the evaluator's module; None where there is none.
+
+    Raises:
+        ValueError: the prompt has no classes, or another number of them than the model; or the model has no padding token.
+        TypeError: the model is no sequence-classification model.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        processing_class: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        *,
+        batch_size: int = 64,
+        max_length: int | None = None,
+    ) -> None:
+        module = evaluator.module
+        if prompt.classes is None:
+            raise ValueError(f"the prompt {prompt.template!r} has no classes for the model's head to choose from")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if not is_classifier(module):
+            raise TypeError(
+                f"the prompt has classes, which need a sequence-classification model, and {type(module).__name__} is none; "
+                "load it with AutoModelForSequenceClassification"
+            )
+        config = module.config.get_text_config()
+        if config.pad_token_id is None:
+            raise ValueError("the model's configuration has no pad_token_id, without which it reads one text at a time")
+        check_number(prompt.classes, module.config)
+        config.use_cache = False  # of the evaluator's own copy: nothing is generated
+        self.evaluator = evaluator
+        self.prompt = prompt
+        self.batch_size = batch_size
+        self.head = _last_linear(module, len(prompt.classes))
+        self._tokenizer = processing_class
+        self._contexts = ContextTokenizer(processing_class, prompt)
+        self._pad_id: int = config.pad_token_id
+        # BERT's two kinds of tokens, where its tokenizer tells them apart; RoBERTa has one kind, decoders have none.
+        typed = "token_type_ids" in processing_class.model_input_names
+        self._segments = typed and getattr(config, "type_vocab_size", 0) > 1
+        self._encode = PromptEncoder(
+            prompt,
+            self._tokenise,
+            max_length=longest_input(module, processing_class) if max_length is None else max_length,
+            keep="start",
+            vocabulary=module.get_input_embeddings().weight.shape[0],
+        )
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes in the order of the scores' last dimension."""
+        return list(self.prompt.labels)
+
+    def scores(self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> Tensor:
+        """Log-probabilities of the classes.
+
+        Returns:
+            float32 of shape `(len(points), len(rows), classes)`, on the model's device. NaN where the logits are.
+        """
+        return self._logits(self._encode(rows), points)[0].log_softmax(dim=-1)
+
+    def answers(
+        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], *, noise_seed: int = 0
+    ) -> list[list[Answer]]:
+        """The likeliest class of each row at each point, as `[point][row]`; of equals the first. No tokens are written.
+
+        Args:
+            noise_seed: unused, since nothing is sampled.
+
+        Raises:
+            FloatingPointError: the model's scores are NaN.
+        """
+        scores = self.scores(rows, points)
+        check_not_nan(scores, points)
+        names = self.prompt.labels
+        return [[Answer(names[i], []) for i in of_point] for of_point in scores.argmax(dim=-1).tolist()]
+
+    def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
+        """Each class as the answer to each row, as `[row][class]`."""
+        return [[Answer(name, []) for name in self.prompt.labels] for _ in rows]
+
+    def words_and_states(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None]:
+        """What a head is fitted to: the classes' log-probabilities at θ, and the state that the last linear layer reads.
+
+        Returns:
+            Log-probabilities of shape `(rows, classes)`, and states of shape `(rows, width)`, both float32 on the CPU. No
+            states where the logits are not those of a linear layer.
+        """
+        logits, states = self._logits(self._encode(rows), [CENTRE])
+        return logits[0].log_softmax(dim=-1).cpu(), None if states is None else states[0].cpu()
+
+    def _logits(self, encoded: Sequence[Encoded], points: Sequence[Point]) -> tuple[Tensor, Tensor | None]:
+        """Logits `(points, rows, classes)`, and the states that they are made of, `(points, rows, width)`."""
+        device = next(self.evaluator.module.parameters()).device
+        if not encoded or not points:
+            return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device), None
+        size = max(1, self.batch_size // self.evaluator.copies(len(points)))
+        buckets = length_buckets([one.length for one in encoded], size)
+        batches = [self._inputs([encoded[i] for i in bucket], device) for bucket in buckets]
+        back = torch.tensor([i for bucket in buckets for i in bucket], device=device).argsort()
+
+        def forward(copies: int) -> list[tuple[Tensor, Tensor | None]]:
+            parts = [self._forward(inputs, copies) for inputs in batches]
+            logits = torch.cat([part for part, _ in parts], dim=1)[:, back]
+            known = [part for _, part in parts if part is not None]
+            states = torch.cat(known, dim=1)[:, back] if known else [None] * copies
+            return list(zip(logits, states, strict=True))
+
+        found = self.evaluator.evaluate_all(points, forward)
+        states = [of_point for _, of_point in found if of_point is not None]
+        return torch.stack([logits for logits, _ in found]), torch.stack(states) if states else None
+
+    def _forward(self, inputs: Mapping[str, Tensor], copies: int) -> tuple[Tensor, Tensor | None]:
+        """Logits `(copies, n, classes)` and states `(copies, n, width)` of a batch."""
+        repeated = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
+        read: list[Tensor] = []
+        handle = None
+        if self.head is not None:
+            handle = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        try:
+            logits = self.evaluator.module(**repeated).logits.float()
+        finally:
+            if handle is not None:
+                handle.remove()
+        states = read[-1].float() if read else None
+        if states is not None and states.ndim == 3:  # a decoder's head reads all positions, and one is chosen then
+            if states.shape[1] != repeated["input_ids"].shape[1]:
+                raise ValueError(
+                    "a soft prompt hides from the model where a text ends, so it would read padding: tune LoRA or a prefix"
+                )
+            states = states[torch.arange(len(states), device=states.device), self._last(repeated["input_ids"])]
+        return logits.view(copies, -1, logits.shape[-1]), None if states is None else states.view(
+            copies, -1, states.shape[-1]
+        )
+
+    def _last(self, input_ids: Tensor) -> Tensor:
+        """The last token that is no padding, as transformers finds it; shape `(n,)`."""
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return (position * (input_ids != self._pad_id)).argmax(dim=1)
+
+    def _inputs(self, encoded: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+        input_ids, mask = padded([one.ids for one in encoded], self._pad_id, "right", device)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        if self._segments:
+            second = torch.tensor([one.position for one in encoded], device=device)
+            after = torch.arange(input_ids.shape[1], device=device) >= second[:, None]
+            inputs["token_type_ids"] = (after & mask.bool()).long()
+        return inputs
+
+    def _tokenise(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """Tokens; their `position` is where a pair's second text begins."""
+        if self.prompt.is_pair:
+            first, second = [one.before.rstrip() for one in rendered], [one.after.lstrip() for one in rendered]
+            pairs = self._tokenizer(
+                first, second, return_token_type_ids=True, return_attention_mask=False, verbose=False
+            )
+            return [
+                self._encoded(ids, [*types, 1].index(1))
+                for ids, types in zip(pairs["input_ids"], pairs["token_type_ids"], strict=True)
+            ]
+        texts = [self._contexts.text(one) for one in rendered]
+        chat = [bool(one.messages) for one in rendered]  # a chat template writes the special tokens itself
+        found = {
+            kind: iter(
+                self._contexts.plain([t for t, k in zip(texts, chat, strict=True) if k == kind], special=not kind)
+            )
+            for kind in (False, True)
+        }
+        return [self._encoded(ids, len(ids)) for ids in (next(found[kind]) for kind in chat)]
+
+    def _encoded(self, ids: Sequence[int], second: int) -> Encoded:
+        return Encoded(np.array(list(ids) or [self._pad_id], dtype=np.int32), second)
+
+
+def is_classifier(module: nn.Module) -> bool:
+    """Whether the model, or what an adapter wraps, is one of transformers' sequence-classification models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as MODELS
+
+    names = set(MODELS.values())
+    return any(kind.__name__ in names for inner in module.modules() for kind in type(inner).__mro__)
+
+
+def has_new_head(model: nn.Module) -> bool:
+    """Whether the head was made when the model was loaded: its checkpoint, if any, is that of another kind of model.
+
+    Ask before the model is saved, which makes it one of its own kind.
+    """
+    base = _unwrapped(model)
+    return type(base).__name__ not in (base.config.architectures or [])
+
+
+def class_names(config: Any, labels: Iterable[Any] = (), *, new_head: bool = False) -> tuple[str, ...]:
+    """The names of a model's classes, in the order of its logits.
+
+    They are those of its `id2label`. Where that says no more than LABEL_0, LABEL_1, …, they are the different labels of the data,
+    sorted, for a new head, and 0, 1, … for one that was trained.
+    """
+    named = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if named != [f"LABEL_{i}" for i in range(config.num_labels)]:
+        return tuple(named)
+    return (sorted_labels(labels) if new_head else ()) or tuple(map(str, range(config.num_labels)))
+
+
+def sorted_labels(labels: Iterable[Any]) -> tuple[str, ...]:
+    """The different labels as text, whole numbers by their value and others by the alphabet."""
+    names = {str(label) for label in labels}
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=int) if numbers else sorted(names))
+
+
+def prepare_classifier(
+    model: nn.Module, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, labels: Iterable[Any] = ()
+) -> Prompt:
+    """Agrees on the classes' names: in the prompt, and in the model's configuration, so that they are saved with it.
+
+    The configuration also gets a padding token where it has none: a decoder finds the end of a text by it, and reads a single
+    text at a time without.
+
+    Args:
+        labels: of the training rows, for a new head whose classes nobody has named.
+
+    Raises:
+        ValueError: the model has another number of classes, or the prompt has label words.
+    """
+    base = _unwrapped(model)
+    config: Any = base.config
+    if prompt.label_words is not None:
+        raise ValueError(
+            f"the prompt has label words, and {type(base).__name__} is a sequence-classification model: leave them and "
+            "{mask} out, or load a language model"
+        )
+    if prompt.classes is None:
+        names = class_names(config, labels, new_head=has_new_head(model))
+        check_number(names, config)
+        prompt = replace(prompt, classes=names)
+    check_number(prompt.labels, config)
+    config.id2label = dict(enumerate(prompt.labels))
+    config.label2id = {name: i for i, name in enumerate(prompt.labels)}
+    if config.get_text_config().pad_token_id is None:
+        config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id(tokenizer)
+    return prompt
+
+
+def check_number(classes: Sequence[str], config: PreTrainedConfig) -> None:
+    """Raises ValueError unless there are as many classes as the model has logits, and two at least."""
+    if len(classes) != config.num_labels or len(classes) < 2:
+        raise ValueError(
+            f"the model's head has {config.num_labels} outputs, and there are {len(classes)} classes "
+            f"({', '.join(map(repr, classes[:5]))}); give as many as it has outputs, two at least"
+        )
+
+
+def parameters_not_in_checkpoint(model: nn.Module) -> set[str]:
+    """Canonical names of what the checkpoint of a classifier does not hold, such as a new head's; and of its head, which a
+    linear probe writes. Reads the checkpoint's names alone."""
+    from transformers.utils import logging
+
+    base: Any = _unwrapped(model)
+    missing: set[str] = set()
+    if has_new_head(base) and base.config._name_or_path:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it has said so when the model was loaded
+        try:
+            _, info = type(base).from_pretrained(
+                base.config._name_or_path,
+                config=base.config,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map="meta",
+            )
+        except OSError:  # the checkpoint is gone, or a pickle
+            return {canonical_name(name) for name, _ in model.named_parameters()}
+        finally:
+            logging.set_verbosity(verbosity)
+        missing = set(info["missing_keys"])
+    head = _last_linear(model, base.config.num_labels)
+    written = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    return {
+        canonical_name(name)
+        for name, parameter in model.named_parameters()
+        # peft keeps the head as it was beside the one that it tunes
+        if id(parameter) in written or canonical_name(name).replace("original_module.", "") in missing
+    }
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """The transformers model that an adapter wraps."""
+    from peft import PeftModel  # slow
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _last_linear(module: nn.Module, outputs: int) -> nn.Linear | None:
+    """The last linear layer with so many outputs: a head's, and peft's own copy of it where there is one."""
+    found = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
+    return found[-1] if found else None
