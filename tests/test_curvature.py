@@ -77,7 +77,9 @@ def test_trace_and_norms_of_a_known_hessian_lie_within_the_stated_errors(
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_the_effective_rank_is_found_where_there_are_more_directions_than_it_is_large(distribution: Distribution) -> None:
+def test_the_effective_rank_is_found_where_there_are_more_directions_than_it_is_large(
+    distribution: Distribution,
+) -> None:
     problem = Quadratic([10.0, *[0.5] * 40], distribution)  # tr H = 30, ‖H‖ = 10: r = 3
     found = measure_curvature(problem.losses, problem.parameters, distribution, SEEDS, 1e-2)
     assert found.norm.value == pytest.approx(10.0, rel=0.5)
