@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from zorl.apps.arguments import DiagnoseArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import DIAGNOSE
 from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require
-from zorl.apps.train import OUTPUT_DIR
 from zorl.curvature import Estimate
 from zorl.diagnosis import SLOPE_ERROR, Diagnosis, diagnose
 
@@ -49,19 +48,19 @@ def run(argv: Sequence[str]) -> str:
     asked_label = given.get("label_column")
     loaded = load(arguments, prompt, asked_label)
     label_column = label_of(loaded, prompt, str(arguments.dataset), needed=arguments.loss is not None)
-    settings = {**given, "output_dir": given.get("output_dir", OUTPUT_DIR), "disable_tqdm": True}
-    if label_column is not None:
-        settings["label_column"] = label_column
-    trainer = MeZOTrainer(
-        arguments.model,
-        load_rewards(arguments.reward, label_column if asked_label is not None or prompt.labels else None) or None,
-        loss=arguments.loss,
-        args=build(MeZOConfig, settings),
-        train_dataset=loaded.dataset,
-        prompt=prompt,
-    )
-    with tqdm(desc="diagnosis", unit="forward", total=arguments.budget, leave=False, file=sys.stderr) as bar:
-        found = diagnose(trainer, arguments.budget, bar.update)
+    rewards = load_rewards(arguments.reward, label_column if asked_label is not None or prompt.labels else None)
+    settings = given if label_column is None else {**given, "label_column": label_column}
+    with tempfile.TemporaryDirectory() as folder:  # transformers' Trainer makes its folder, though nothing is written
+        trainer = MeZOTrainer(
+            arguments.model,
+            rewards or None,
+            loss=arguments.loss,
+            args=build(MeZOConfig, {**settings, "output_dir": folder, "disable_tqdm": True}),
+            train_dataset=loaded.dataset,
+            prompt=prompt,
+        )
+        with tqdm(desc="diagnosis", unit="forward", total=arguments.budget, leave=False) as bar:
+            found = diagnose(trainer, arguments.budget, bar.update)
     result = {
         "model": arguments.model,
         "objective": trainer.objective_name,
@@ -141,7 +140,8 @@ def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
 
 
 def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
-    of, d = found.curvature, found.parameters
+    of, d, m = found.curvature, found.parameters, len(found.curvature.slopes)
+    size = f"{d:,} parameters, batches of {result['batch']} rows, {result['distribution']} directions"
     middle = found.tries[1]
     best = max(found.tries, key=lambda t: t.fall)
     measured, expected = found.lemma_2_measured
@@ -149,48 +149,44 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
         ("gradient, squared norm", _shown(of.gradient_squared), "How steep the loss is at θ, on one batch."),
         ("trace of the Hessian", _shown(of.trace), "What a random direction of length √d meets of curvature."),
         ("Frobenius norm", _shown(of.frobenius), "Curvature over all directions, root of the sum of squares."),
-        ("largest eigenvalue", _shown(of.norm), "Curvature of the sharpest direction; too large where r is above "
-         f"{len(of.slopes)}."),
-        ("effective rank r", _shown(of.effective_rank), f"Trace over largest eigenvalue. MeZO slows down by r, not by d = {d:,}."),
+        ("largest eigenvalue", _shown(of.norm), f"Curvature of the sharpest direction; too large if r > {m}."),
+        ("effective rank r", _shown(of.effective_rank), f"Trace over eigenvalue: what slows MeZO down, not d = {d:,}."),
         ("r is at most", _shown(of.effective_rank_bound), "Trace squared over Frobenius norm squared, if H ⪰ 0."),
-        ("Lemma 2, n = " + str(found.n_spsa), f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one's."),
-        (f"Lemma 2, n = {len(of.slopes)}", f"{measured:.4g}", f"The same of the estimate made here; {expected:.4g} expected."),
+        ("Lemma 2, n = " + str(found.n_spsa), f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one."),
+        (f"Lemma 2, n = {m}", f"{measured:.4g}", f"The same of the estimate made here; {expected:.4g} expected."),
         ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch finds too."),
     ]  # fmt: skip
-    lines = [
-        f"{result['model']}: {result['objective']}, {d:,} parameters, batches of {result['batch']} rows, {result['distribution']} "
-        "directions",
-        f"{found.forwards} forwards of a batch, {found.calibration_forwards} of them for where tuning starts; in brackets: 95% intervals",
-        "",
-        *(f"{name:24}{figure:>34}   {meaning}" for name, figure, meaning in rows),
-        "",
-        f"{'epsilon':>10}{'informative':>14}{'error of a slope':>19}",
-        *(
-            f"{look.epsilon:>10.1e}{look.informative:>14.0%}"
-            f"{'?' if math.isnan(look.slope_error) else f'{look.slope_error:.1%}':>19}"
-            f"{'   <- chosen' if look.epsilon == found.epsilon else ''}"
-            for look in found.looks
+    spent = f"{found.forwards} forwards of a batch, {found.calibration_forwards} of them for where tuning starts"
+    looks = [
+        f"{look.epsilon:>10.1e}{look.informative:>14.0%}"
+        f"{'?' if math.isnan(look.slope_error) else f'{look.slope_error:.1%}':>19}"
+        f"{'   <- chosen' if look.epsilon == found.epsilon else ''}"
+        for look in found.looks
+    ]
+    tries = [
+        f"{t.learning_rate:>14.1e}{t.fall:>26.2e}"
+        f"{'   <- chosen' if t is best else ''}{'   Corollary 1' if t is middle else ''}"
+        for t in found.tries
+    ]
+    paragraphs = [
+        f"{result['model']}: {result['objective']}, {size}\n{spent}; in brackets: 95% intervals",
+        "\n".join(f"{name:24}{figure:>34}   {meaning}" for name, figure, meaning in rows),
+        "\n".join([f"{'epsilon':>10}{'informative':>14}{'error of a slope':>19}", *looks]),
+        f"The largest epsilon that misjudges slopes by {SLOPE_ERROR:.0%} at most is chosen, or the one that does so least: smaller ones\n"
+        "lose slopes in rounding, or in a reward's steps; larger ones average them over a curved loss."
+        + (
+            ""
+            if found.epsilon is not None
+            else "\nNone keeps the probes informative here: leave epsilon to adapt itself."
         ),
-        f"The largest epsilon that misjudges slopes by {SLOPE_ERROR:.0%} at most, or the best there is: smaller ones lose them in rounding, "
-        "larger",
-        "ones average over a curved loss."
-        if found.epsilon is not None
-        else "ones average over a curved loss. None keeps the probes informative here: leave epsilon to adapt itself.",
-        "",
-        f"{'learning rate':>14}{'fall of the loss a step':>26}   update={result['update']}",
-        *(
-            f"{t.learning_rate:>14.1e}{t.fall:>26.2e}{'   <- chosen' if t is best else ''}"
-            f"{'   Corollary 1' if t is middle else ''}"
-            for t in found.tries
-        ),
-        f"Corollary 1, with the confirmed share, predicts a fall of {found.predicted_fall:.1e} a step. The rate that fell farthest is chosen.",
-        "",
-        f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (the typical change of a weight in a step),",
+        "\n".join([f"{'learning rate':>14}{'fall of the loss a step':>26}   update={result['update']}", *tries]),
+        f"Corollary 1, with the confirmed share, predicts a fall of {found.predicted_fall:.1e} a step at first. The rate with which the\n"
+        "loss fell farthest is chosen.",
+        f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (the typical change of a weight in a step),\n"
         f"           or {found.lr_sgd:.1e} with update=sgd; epsilon {result['suggested']['epsilon']}",
-        "",
         f"  {result['command']}",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)
 
 
 def _shown(estimate: Estimate) -> str:
