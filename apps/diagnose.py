@@ -41,8 +41,8 @@ def run(argv: Sequence[str]) -> str:
     require(arguments, "model", "dataset")
     assert arguments.model is not None
     if (arguments.reward is None) == (arguments.loss is None):
-        found = "neither" if arguments.loss is None else "both"
-        raise ValueError(f"give exactly one of --reward and --loss, such as --reward f1; got {found}")
+        goals = "neither" if arguments.loss is None else "both"
+        raise ValueError(f"give exactly one of --reward and --loss, such as --reward f1; got {goals}")
     check_model_folder(arguments.model)
     prompt = make_prompt(arguments)
     asked_label = given.get("label_column")
@@ -82,6 +82,7 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
     """For JSON: an estimate is its value and its 95% interval."""
     of = found.curvature
     gradient, trace, frobenius, norm = of.gradient_squared, of.trace, of.frobenius, of.norm
+    normalized = found.corollary_1 * found.gradient
     return {
         "parameters": found.parameters,
         "forwards": found.forwards,
@@ -104,7 +105,10 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
             {"epsilon": look.epsilon, "informative": look.informative, "slope_error": number(look.slope_error)}
             for look in found.looks
         ],
-        "corollary_1_learning_rate": number(found.corollary_1),
+        "corollary_1": {
+            "learning_rate_normalized": _finite(normalized),
+            "learning_rate_sgd": _finite(found.corollary_1),
+        },
         "tries": [{"learning_rate": number(t.learning_rate), "fall_a_step": number(t.fall)} for t in found.tries],
         "predicted_fall_a_step": number(found.predicted_fall),
         "suggested": {
@@ -117,6 +121,10 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
 
 def _triple(estimate: Estimate) -> list[float | None]:
     return [number(estimate.value), number(estimate.low), number(estimate.high)]
+
+
+def _finite(value: float) -> float | None:
+    return number(value) if math.isfinite(value) else None
 
 
 def _rounded(value: float) -> float:
@@ -142,7 +150,7 @@ def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
 def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
     of, d, m = found.curvature, found.parameters, len(found.curvature.slopes)
     size = f"{d:,} parameters, batches of {result['batch']} rows, {result['distribution']} directions"
-    middle = found.tries[1]
+    rate = found.corollary_1 * (found.gradient if result["update"] == "normalized" else 1.0)
     best = max(found.tries, key=lambda t: t.fall)
     measured, expected = found.lemma_2_measured
     rows = [
@@ -152,9 +160,10 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
         ("largest eigenvalue", _shown(of.norm), f"Curvature of the sharpest direction; too large if r > {m}."),
         ("effective rank r", _shown(of.effective_rank), f"Trace over eigenvalue: what slows MeZO down, not d = {d:,}."),
         ("r is at most", _shown(of.effective_rank_bound), "Trace squared over Frobenius norm squared, if H ⪰ 0."),
-        ("Lemma 2, n = " + str(found.n_spsa), f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one."),
+        (f"Lemma 2, n = {found.n_spsa}", f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one's."),
         (f"Lemma 2, n = {m}", f"{measured:.4g}", f"The same of the estimate made here; {expected:.4g} expected."),
         ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch finds too."),
+        ("Corollary 1", f"{rate:.1e}", f"The learning rate that this adds up to, update={result['update']}."),
     ]  # fmt: skip
     spent = f"{found.forwards} forwards of a batch, {found.calibration_forwards} of them for where tuning starts"
     looks = [
@@ -163,25 +172,21 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
         f"{'   <- chosen' if look.epsilon == found.epsilon else ''}"
         for look in found.looks
     ]
-    tries = [
-        f"{t.learning_rate:>14.1e}{t.fall:>26.2e}"
-        f"{'   <- chosen' if t is best else ''}{'   Corollary 1' if t is middle else ''}"
-        for t in found.tries
-    ]
+    tries = [f"{t.learning_rate:>14.1e}{t.fall:>26.2e}{'   <- chosen' if t is best else ''}" for t in found.tries]
     paragraphs = [
         f"{result['model']}: {result['objective']}, {size}\n{spent}; in brackets: 95% intervals",
         "\n".join(f"{name:24}{figure:>34}   {meaning}" for name, figure, meaning in rows),
         "\n".join([f"{'epsilon':>10}{'informative':>14}{'error of a slope':>19}", *looks]),
-        f"The largest epsilon that misjudges slopes by {SLOPE_ERROR:.0%} at most is chosen, or the one that does so least: smaller ones\n"
-        "lose slopes in rounding, or in a reward's steps; larger ones average them over a curved loss."
+        f"The largest epsilon that misjudges slopes by {SLOPE_ERROR:.0%} at most is chosen, or the one that does so least.\n"
+        "Smaller ones lose slopes in rounding, or in a reward's steps; larger ones average them over curves."
         + (
             ""
             if found.epsilon is not None
             else "\nNone keeps the probes informative here: leave epsilon to adapt itself."
         ),
         "\n".join([f"{'learning rate':>14}{'fall of the loss a step':>26}   update={result['update']}", *tries]),
-        f"Corollary 1, with the confirmed share, predicts a fall of {found.predicted_fall:.1e} a step at first. The rate with which the\n"
-        "loss fell farthest is chosen.",
+        f"The middle rate is Corollary 1's, or moves weights by epsilon a step where that is less; it should lower the loss by\n"
+        f"{found.predicted_fall:.1e} in the first step. The rate with which the loss fell farthest is chosen.",
         f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (the typical change of a weight in a step),\n"
         f"           or {found.lr_sgd:.1e} with update=sgd; epsilon {result['suggested']['epsilon']}",
         f"  {result['command']}",
@@ -191,7 +196,7 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
 
 def _shown(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
-        return "none"
+        return "not known"
     if math.isnan(estimate.low):
         return f"{estimate.value:.3g}"
     return f"{estimate.value:.3g} [{estimate.low:.2g}, {estimate.high:.2g}]"

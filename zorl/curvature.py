@@ -39,6 +39,9 @@ class Estimate:
     high: float
 
 
+_UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True, slots=True)
 class Curvature:
     """What m directions say of the loss at θ.
@@ -73,13 +76,14 @@ class Curvature:
 
     @property
     def effective_rank(self) -> Estimate:
-        """r = tr H / ‖H‖_op (Malladi et al. 2023, Assumption 1). NaN where the loss does not curve upwards."""
-        return _positive(lambda i: _rank(self._of(i)), len(self.slopes))
+        """r = tr H / ‖H‖_op (Malladi et al. 2023, Assumption 1). NaN where the trace's interval holds 0: a loss that is not known
+        to curve upwards has none."""
+        return _positive(lambda i: _rank(self._of(i)), len(self.slopes)) if self.trace.low > 0.0 else _UNKNOWN
 
     @property
     def effective_rank_bound(self) -> Estimate:
-        """(tr H)² / ‖H‖_F², which r does not exceed, since ‖H‖_F² ≤ ‖H‖_op · tr H for H positive semidefinite."""
-        return _positive(lambda i: _rank_bound(self._of(i)), len(self.slopes))
+        """(tr H)² / ‖H‖_F², which r does not exceed, since ‖H‖_F² ≤ ‖H‖_op · tr H for H positive semidefinite. NaN likewise."""
+        return _positive(lambda i: _rank_bound(self._of(i)), len(self.slopes)) if self.trace.low > 0.0 else _UNKNOWN
 
     def _of(self, chosen: Tensor) -> Tensor:
         return self.matrix[chosen][:, chosen]

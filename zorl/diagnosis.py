@@ -7,7 +7,8 @@ Five things are measured, each on batches as training draws them:
 2. curvature and effective rank (`zorl.curvature`), at that ε.
 3. the share of a slope that another batch confirms: the rest of it is the batch's own.
 4. the learning rate of the descent lemma with these figures (Malladi et al. 2023, Corollary 1).
-5. a few real steps with that rate, a quarter of it and four times it, from the same start, on the same batches.
+5. a few real steps with that rate, or with one that moves weights by ε a step where that is less, with a quarter of it and
+   with four times it, from the same start, on the same batches. The rate with which the loss falls farthest is suggested.
 
 θ is the same afterwards, bit for bit.
 """
@@ -36,7 +37,7 @@ from zorl.trainer import MeZOTrainer
 EPSILONS = tuple(10.0 ** (-4.0 + i / 2.0) for i in range(7))  # 1e-4 … 0.1
 LOOKS = 4  # directions that ε is chosen by
 SLOPE_ERROR = 0.1  # of a slope that ε may cost: unseen beside what a batch and a direction leave to chance
-TRIES = (0.25, 1.0, 4.0)  # times Corollary 1's learning rate
+TRIES = (0.25, 1.0, 4.0)  # times the learning rate that the theory gives
 MEASURED_ON = 4  # batches on which the fall of the loss is measured
 LEAST_CONFIRMED = 0.1  # a share measured below this is taken for this: it is hardly known
 
@@ -76,9 +77,11 @@ class Diagnosis:
         lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions a step.
         lemma_2_measured: the same with all the directions of `curvature`, and what is expected then.
         confirmed: the share of a squared slope that another batch confirms.
-        corollary_1: the learning rate that follows, for `update="sgd"`.
-        tries: real steps with the run's own update rule; the middle rate is Corollary 1's.
-        predicted_fall: of the loss a step, with Corollary 1's rate.
+        corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
+        gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"`.
+        tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
+            a step where that is less.
+        predicted_fall: of the loss, in the first step with the middle rate.
         epsilon: to train with; None where no fixed one will do, and `"auto"` is to be left to find one.
         lr_normalized, lr_sgd: to train with.
     """
@@ -93,6 +96,7 @@ class Diagnosis:
     lemma_2_measured: tuple[float, float]
     confirmed: Estimate
     corollary_1: float
+    gradient: float
     tries: tuple[Try, ...]
     predicted_fall: float
     epsilon: float | None
@@ -137,13 +141,13 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
 
     share = min(max(confirmed.value, LEAST_CONFIRMED), 1.0)
     gradient = math.sqrt((curvature.slopes.square().mean() + second.square().mean()).item() / 2.0)
-    sgd = share * _corollary_1_of(curvature, n)
+    theory = share * _corollary_1_of(curvature, n)
     if gradient == 0.0:
         raise ValueError(
             f"all {plan.directions} directions tie at ε = {at:g}: there is no slope to follow; ask for a reward that moves, "
             "such as label_reward='expected', or for larger batches"
         )
-    sgd = min(sgd, at / gradient)  # no weight goes farther in a step than the slopes were measured: nobody has looked
+    sgd = min(theory, at / gradient)  # a typical step is no longer than the distance at which slopes were measured
     unit = gradient if args.update == "normalized" else 1.0  # from `sgd` to the rate of the run's own rule
     tries = _descend(trainer, [times * sgd * unit for times in TRIES], at, plan.steps, batches, progress)
     best = max(tries, key=lambda t: t.fall if math.isfinite(t.fall) else -math.inf).learning_rate / unit
@@ -160,9 +164,10 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
             lemma_2(parameters.numel, plan.directions, distribution),
         ),
         confirmed=confirmed,
-        corollary_1=sgd,
+        corollary_1=theory,
+        gradient=gradient,
         tries=tuple(tries),
-        predicted_fall=0.5 * sgd * share * gradient**2,
+        predicted_fall=sgd * share * gradient**2 * (1.0 - sgd / (2.0 * theory)),
         epsilon=epsilon,
         lr_normalized=best * gradient,
         lr_sgd=best,
