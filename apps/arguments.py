@@ -157,6 +157,19 @@ class ProfileArguments:
 
 
 @dataclass
+class DiagnoseArguments(InputArguments):
+    """What `zorl diagnose` takes besides `MeZOConfig`."""
+
+    reward: list[str] | None = field(
+        default=None,
+        metadata=_several("What is to be maximised, named as for zorl train: f1, accuracy, your own function, …"),
+    )
+    loss: str | None = _flag("Instead of a reward: cross_entropy, over the label words.")
+    budget: int = _flag("Forwards of a batch to spend, at most; fitting the label head is among them.", 500)
+    plot: str = _flag("File for the plot.", "zorl_diagnosis.png")
+
+
+@dataclass
 class JudgeArguments:
     """What `zorl judge` takes."""
 

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from zorl.apps.arguments import (
+    DiagnoseArguments,
     EvalArguments,
     JudgeArguments,
     PredictArguments,
@@ -83,6 +84,12 @@ def _train_types() -> tuple[Any, ...]:
     from zorl.config import MeZOConfig  # loads transformers' TrainingArguments: seconds
 
     return TrainArguments, MeZOConfig
+
+
+def _diagnose_types() -> tuple[Any, ...]:
+    from zorl.config import MeZOConfig
+
+    return DiagnoseArguments, MeZOConfig
 
 
 _QUESTION = "prompt label_words chat system"
@@ -196,6 +203,35 @@ zorl profile --model facebook/opt-125m --batch_size 16 --length 128
 zorl profile --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --json""",
 )
 
+DIAGNOSE = Command(
+    name="diagnose",
+    usage="--model M --dataset FILE --prompt TEMPLATE --label_words LABEL=WORD … --reward R",
+    about="""\
+Suggests a learning rate and an epsilon for zorl train, without a grid search, from a bounded number of forwards: how steep and
+how curved the objective is where tuning would start, its effective rank, how much of a step another batch confirms, and how
+far a few real steps get. Takes the flags of zorl train and changes nothing; prints the command to train with.""",
+    types=_diagnose_types,
+    sections={
+        "Model and data": f"{_DATA} label_column",
+        "The question that a row becomes": _QUESTION,
+        "What is to be maximised": "reward reward_weights loss",
+        "What it may cost, and what comes out": "budget plot json",
+        "As in training": "per_device_train_batch_size gradient_accumulation_steps update n_spsa distribution evaluation "
+        "informative_target label_reward calibration parameters dtype seed",
+        "Memory and text": "forward_batch_size max_length max_completion_length temperature top_k top_p",
+    },
+    examples="""\
+zorl diagnose --model facebook/opt-125m --dataset train.tsv --text_column text --label_column label \\
+  --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1
+zorl diagnose … --loss cross_entropy --update sgd --distribution gaussian      # the paper's own recipe
+zorl diagnose … --budget 250 --json""",
+    words={
+        "label_column": "Column with the true label, by name or position as for --text_column. Default: label.",
+        "seed": "Of directions, order of the rows and sampling. Default: 42.",
+        "gradient_accumulation_steps": "Batches that are put together for one probe. Default: 1.",
+    },
+)
+
 JUDGE = Command(
     name="judge",
     usage="[--model M --prompts FILE] [--run DIR]",
@@ -217,4 +253,4 @@ zorl judge --run my_run                                                 # goes o
 zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in""",
 )
 
-COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, PROFILE)}
+COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, PROFILE, DIAGNOSE)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -32,8 +33,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from zorl.directions import Distribution, key
+from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
+from zorl.probe import Point
 from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep
 
 torch.set_num_threads(1)  # all is tiny here: a second thread costs more than it saves, much more on a busy machine
@@ -114,6 +118,43 @@ class PretendTuner:
                 archive.writestr("config.json", "{}")
             return {"path": str(archive.filename)}
         return {"error": f"{kind} cannot be done"}
+
+
+class Quadratic:
+    """L(θ) = ½ (Qᵀθ)ᵀ diag(λ) (Qᵀθ) + bᵀθ, with random orthonormal Q: float64 sums, as an evaluator would see them."""
+
+    def __init__(self, eigenvalues: Sequence[float], distribution: Distribution, dimension: int = 400) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shape = (dimension // 20, 20)
+        self.eigenvalues = torch.tensor(eigenvalues, dtype=torch.float64)
+        noise = torch.randn(dimension, len(eigenvalues), generator=generator, dtype=torch.float64)
+        self.basis = torch.linalg.qr(noise)[0]
+        self.linear = torch.randn(dimension, generator=generator, dtype=torch.float64)
+        self.parameters = ParameterSet({"w": torch.randn(shape, generator=generator) * 0.1}.items())
+        self.distribution = distribution
+        self.asked = 0
+
+    def losses(self, points: Sequence[Point]) -> Tensor:
+        self.asked += len(points)
+        return torch.tensor([self.at(point) for point in points], dtype=torch.float64)
+
+    def at(self, point: Point) -> float:
+        theta, moved = self.parameters["w"], torch.empty_like(self.parameters["w"])
+        kernel_for(theta).perturb(theta, key(point.seed, "w"), point.offset, self.distribution, moved)
+        flat = moved.double().flatten()
+        inside = self.basis.T @ flat
+        return (0.5 * inside @ (self.eigenvalues * inside) + self.linear @ flat).item()
+
+    @property
+    def gradient(self) -> Tensor:
+        flat = self.parameters["w"].double().flatten()
+        return self.basis @ (self.eigenvalues * (self.basis.T @ flat)) + self.linear
+
+
+@pytest.fixture(scope="session")
+def quadratic() -> type[Quadratic]:
+    """The class: `quadratic(eigenvalues, distribution, dimension)`."""
+    return Quadratic
 
 
 @pytest.fixture(scope="session")

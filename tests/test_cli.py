@@ -724,3 +724,40 @@ def test_profile_measures_each_way_of_tuning_and_draws_it(
     assert zorl("profile", "--batch_size", "0").err.strip().endswith("--batch_size must be at least 1, got 0")
     too_long = zorl("profile", "--model", files.gpt2, "--length", "1000", "--plot", str(plot))
     assert "the model reads 96 tokens at most" in too_long.err
+
+
+# --- diagnose ---------------------------------------------------------------------------------------------------------
+
+
+def test_diagnose_suggests_a_command_that_trains(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    plot, out = tmp_path / "plots" / "diagnosis.png", tmp_path / "out"
+    question = ["--model", files.bert, "--dataset", files.path("train.tsv"), *QUESTION, "--loss", "cross_entropy"]
+    flags = [*question, "--budget", "200", "--calibration", "none", "--per_device_train_batch_size", "8"]
+    outcome = zorl("diagnose", *flags, "--plot", str(plot), "--json")
+    result = outcome.json
+    assert result["forwards"] <= 200
+    assert result["lemma_2"]["expected"] == result["parameters"], "n = 1 and rank one: d"
+    for name in ("gradient_norm_squared", "trace", "frobenius_norm", "operator_norm"):
+        value, low, high = result[name]
+        assert low <= value <= high
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    program, *words = shlex.split(result["command"])
+    assert program == "zorl"
+    assert words[words.index("--learning_rate") + 1] == f"{result['suggested']['learning_rate_normalized']:g}"
+    assert not {"--budget", "--plot", "--json"} & set(words)
+    trained = zorl(*words, "--max_steps", "2", "--output_dir", str(out), "--json").json
+    assert trained["steps"] == 2
+
+
+def test_diagnose_explains_what_it_found(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    plot = ["--plot", str(tmp_path / "diagnosis.png")]
+    question = ["--model", files.gpt2, "--dataset", files.path("train.tsv"), *QUESTION]
+    text = zorl("diagnose", *question, "--reward", "accuracy", "--budget", "250", "--calibration", "bias", *plot).out
+    assert all(
+        word in text for word in ("effective rank r", "Lemma 2, n = 1", "Corollary 1", "<- chosen", "suggested:")
+    )
+    assert "zorl train --model" in text
+    both = zorl("diagnose", *question, "--reward", "f1", "--loss", "cross_entropy")
+    assert both.err.strip().endswith("give exactly one of --reward and --loss, such as --reward f1; got both")
+    small = zorl("diagnose", *question, "--reward", "f1", "--calibration", "none", "--budget", "10", *plot)
+    assert "a budget of 10 forwards is too small" in small.err

@@ -73,6 +73,11 @@ class Scores:
         values = torch.as_tensor(losses, dtype=torch.float64)
         return cls(-(values[:, None] if values.ndim == 1 else values))
 
+    @property
+    def losses(self) -> Tensor:
+        """The mean loss of each point, float64 of shape `(points,)`: abstentions are left out."""
+        return -self.values.double().nanmean(dim=1).cpu()
+
 
 class Choice(StrEnum):
     """A judge's answer on two completions that it saw in some order."""

@@ -1,0 +1,237 @@
+"""`zorl diagnose`: a learning rate and an ε for `zorl train`, from what a few hundred forwards find where tuning starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from zorl import MeZOConfig, MeZOTrainer
+from zorl.apps.arguments import DiagnoseArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import DIAGNOSE
+from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require
+from zorl.curvature import Estimate
+from zorl.diagnosis import SLOPE_ERROR, Diagnosis, diagnose
+
+_OWN = (
+    "budget",
+    "plot",
+    "json",
+    "learning_rate",
+    "epsilon",
+    "output_dir",
+)  # that the suggested command does not repeat
+
+
+def run(argv: Sequence[str]) -> str:
+    """Measures, writes the plot, and returns what to print.
+
+    Raises:
+        ValueError: an argument or the data does not fit, or the budget is too small; the message says what.
+    """
+    given = parse(DIAGNOSE, argv)
+    arguments = build(DiagnoseArguments, given)
+    require(arguments, "model", "dataset")
+    assert arguments.model is not None
+    if (arguments.reward is None) == (arguments.loss is None):
+        goals = "neither" if arguments.loss is None else "both"
+        raise ValueError(f"give exactly one of --reward and --loss, such as --reward f1; got {goals}")
+    check_model_folder(arguments.model)
+    prompt = make_prompt(arguments)
+    asked_label = given.get("label_column")
+    loaded = load(arguments, prompt, asked_label)
+    label_column = label_of(loaded, prompt, str(arguments.dataset), needed=arguments.loss is not None)
+    rewards = load_rewards(arguments.reward, label_column if asked_label is not None or prompt.labels else None)
+    settings = given if label_column is None else {**given, "label_column": label_column}
+    with tempfile.TemporaryDirectory() as folder:  # transformers' Trainer makes its folder, though nothing is written
+        trainer = MeZOTrainer(
+            arguments.model,
+            rewards or None,
+            loss=arguments.loss,
+            args=build(MeZOConfig, {**settings, "output_dir": folder, "disable_tqdm": True}),
+            train_dataset=loaded.dataset,
+            prompt=prompt,
+        )
+        with tqdm(desc="diagnosis", unit="forward", total=arguments.budget, leave=False) as bar:
+            found = diagnose(trainer, arguments.budget, bar.update)
+    result = {
+        "model": arguments.model,
+        "objective": trainer.objective_name,
+        "batch": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
+        "distribution": trainer.args.distribution,
+        "update": trainer.args.update,
+        **_figures(found),
+        "command": _command(given, found, trainer.args.update),
+    }
+    path = Path(arguments.plot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _plot(found, result, path)
+    if arguments.json:
+        return json.dumps({**result, "plot": str(path)})
+    return f"{_table(found, result)}\n\nplot: {path}"
+
+
+def _figures(found: Diagnosis) -> dict[str, Any]:
+    """For JSON: an estimate is its value and its 95% interval."""
+    of = found.curvature
+    gradient, trace, frobenius, norm = of.gradient_squared, of.trace, of.frobenius, of.norm
+    normalized = found.corollary_1 * found.gradient
+    return {
+        "parameters": found.parameters,
+        "forwards": found.forwards,
+        "calibration_forwards": found.calibration_forwards,
+        "directions": len(of.slopes),
+        "gradient_norm_squared": _triple(gradient),
+        "trace": _triple(trace),
+        "frobenius_norm": _triple(frobenius),
+        "operator_norm": _triple(norm),
+        "effective_rank": _triple(of.effective_rank),
+        "effective_rank_at_most": _triple(of.effective_rank_bound),
+        "lemma_2": {
+            "n_spsa": found.n_spsa,
+            "expected": found.lemma_2,
+            "measured": found.lemma_2_measured[0],
+            "expected_of_measured": found.lemma_2_measured[1],
+        },
+        "confirmed_by_another_batch": _triple(found.confirmed),
+        "epsilons": [
+            {"epsilon": look.epsilon, "informative": look.informative, "slope_error": number(look.slope_error)}
+            for look in found.looks
+        ],
+        "corollary_1": {
+            "learning_rate_normalized": _finite(normalized),
+            "learning_rate_sgd": _finite(found.corollary_1),
+        },
+        "tries": [{"learning_rate": number(t.learning_rate), "fall_a_step": number(t.fall)} for t in found.tries],
+        "predicted_fall_a_step": number(found.predicted_fall),
+        "suggested": {
+            "epsilon": "auto" if found.epsilon is None else _rounded(found.epsilon),
+            "learning_rate_normalized": _rounded(found.lr_normalized),
+            "learning_rate_sgd": _rounded(found.lr_sgd),
+        },
+    }
+
+
+def _triple(estimate: Estimate) -> list[float | None]:
+    return [number(estimate.value), number(estimate.low), number(estimate.high)]
+
+
+def _finite(value: float) -> float | None:
+    return number(value) if math.isfinite(value) else None
+
+
+def _rounded(value: float) -> float:
+    """Two digits: more are not known."""
+    return float(f"{value:.1e}")
+
+
+def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
+    """`zorl train` with the flags that were given, and the suggestion."""
+    words = ["zorl", "train"]
+    for name, value in given.items():
+        if name in _OWN or value is None or value is False:
+            continue
+        if isinstance(value, Mapping):
+            value = [f"{label}={word}" for label, word in value.items()]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    rate = found.lr_normalized if update == "normalized" else found.lr_sgd
+    epsilon = "auto" if found.epsilon is None else f"{_rounded(found.epsilon):g}"
+    return shlex.join([*words, "--learning_rate", f"{_rounded(rate):g}", "--epsilon", epsilon])
+
+
+def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
+    of, d, m = found.curvature, found.parameters, len(found.curvature.slopes)
+    size = f"{d:,} parameters, batches of {result['batch']} rows, {result['distribution']} directions"
+    rate = found.corollary_1 * (found.gradient if result["update"] == "normalized" else 1.0)
+    best = max(found.tries, key=lambda t: t.fall)
+    measured, expected = found.lemma_2_measured
+    rows = [
+        ("gradient, squared norm", _shown(of.gradient_squared), "How steep the loss is at θ, on one batch."),
+        ("trace of the Hessian", _shown(of.trace), "What a random direction of length √d meets of curvature."),
+        ("Frobenius norm", _shown(of.frobenius), "Curvature over all directions, root of the sum of squares."),
+        ("largest eigenvalue", _shown(of.norm), f"Curvature of the sharpest direction; too large if r > {m}."),
+        ("effective rank r", _shown(of.effective_rank), f"Trace over eigenvalue: what slows MeZO down, not d = {d:,}."),
+        ("r is at most", _shown(of.effective_rank_bound), "Trace squared over Frobenius norm squared, if H ⪰ 0."),
+        (f"Lemma 2, n = {found.n_spsa}", f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one's."),
+        (f"Lemma 2, n = {m}", f"{measured:.4g}", f"The same of the estimate made here; {expected:.4g} expected."),
+        ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch finds too."),
+        ("Corollary 1", f"{rate:.1e}", f"The learning rate that this adds up to, update={result['update']}."),
+    ]  # fmt: skip
+    spent = f"{found.forwards} forwards of a batch, {found.calibration_forwards} of them for where tuning starts"
+    looks = [
+        f"{look.epsilon:>10.1e}{look.informative:>14.0%}"
+        f"{'?' if math.isnan(look.slope_error) else f'{look.slope_error:.1%}':>19}"
+        f"{'   <- chosen' if look.epsilon == found.epsilon else ''}"
+        for look in found.looks
+    ]
+    tries = [f"{t.learning_rate:>14.1e}{t.fall:>26.2e}{'   <- chosen' if t is best else ''}" for t in found.tries]
+    paragraphs = [
+        f"{result['model']}: {result['objective']}, {size}\n{spent}; in brackets: 95% intervals",
+        "\n".join(f"{name:24}{figure:>34}   {meaning}" for name, figure, meaning in rows),
+        "\n".join([f"{'epsilon':>10}{'informative':>14}{'error of a slope':>19}", *looks]),
+        f"The largest epsilon that misjudges slopes by {SLOPE_ERROR:.0%} at most is chosen, or the one that does so least.\n"
+        "Smaller ones lose slopes in rounding, or in a reward's steps; larger ones average them over curves."
+        + (
+            ""
+            if found.epsilon is not None
+            else "\nNone keeps the probes informative here: leave epsilon to adapt itself."
+        ),
+        "\n".join([f"{'learning rate':>14}{'fall of the loss a step':>26}   update={result['update']}", *tries]),
+        f"The middle rate is Corollary 1's, or moves weights by epsilon a step where that is less; it should lower the loss by\n"
+        f"{found.predicted_fall:.1e} in the first step. The rate with which the loss fell farthest is chosen.",
+        f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (the typical change of a weight in a step),\n"
+        f"           or {found.lr_sgd:.1e} with update=sgd; epsilon {result['suggested']['epsilon']}",
+        f"  {result['command']}",
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _shown(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "not known"
+    if math.isnan(estimate.low):
+        return f"{estimate.value:.3g}"
+    return f"{estimate.value:.3g} [{estimate.low:.2g}, {estimate.high:.2g}]"
+
+
+def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    epsilons = [look.epsilon for look in found.looks]
+    errors = [look.slope_error if look.slope_error > 0.0 else math.nan for look in found.looks]
+    left.loglog(epsilons, errors, "o-", color="#1f5aa6")
+    left.axhline(SLOPE_ERROR, color="#8a8a8a", linewidth=0.8, linestyle="--")
+    if found.epsilon is not None:
+        left.axvline(found.epsilon, color="#c2571a", linewidth=1.2)
+    left.set(title="error of a slope", xlabel="epsilon")
+
+    spectrum = torch.linalg.eigvalsh(found.curvature.matrix).flip(0) / len(found.curvature.slopes)
+    middle.bar(range(1, len(spectrum) + 1), spectrum.tolist(), color="#1f5aa6")
+    middle.axhline(found.curvature.norm.value, color="#c2571a", linewidth=1.2)
+    middle.set(
+        title=f"Hessian seen in {len(spectrum)} directions: eigenvalues", xlabel="(line: its largest, corrected)"
+    )
+
+    rates = [f"{t.learning_rate:.1e}" for t in found.tries]
+    best = max(range(len(rates)), key=lambda i: found.tries[i].fall)
+    colours = ["#c2571a" if i == best else "#1f5aa6" for i in range(len(rates))]
+    right.bar(rates, [t.fall for t in found.tries], color=colours)
+    right.axhline(found.predicted_fall, color="#8a8a8a", linewidth=0.8, linestyle="--")
+    right.axhline(0.0, color="black", linewidth=0.6)
+    right.set(title="fall of the loss a step (dashed: predicted)", xlabel=f"learning rate, update={result['update']}")
+    figure.suptitle(f"{Path(str(result['model'])).name}, {result['objective']}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

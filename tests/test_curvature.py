@@ -1,0 +1,96 @@
+"""Trace, norms and effective rank of quadratics that are known, from values of them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zorl.curvature import forwards_of, jackknife, measure_curvature, restored
+from zorl.directions import DISTRIBUTIONS, Distribution, Step
+
+SEEDS = range(24)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [[10.0, *[0.5] * 20], [4.0, 3.0, 2.0, 1.0], [1.0] * 300, [8.0, -1.0, -2.0, 4.0] * 3],
+    ids=["a spike and a bulk", "few", "flat and of full rank", "indefinite"],
+)
+def test_trace_and_norms_of_a_known_hessian_lie_within_the_stated_errors(
+    quadratic: Callable[..., Any], distribution: Distribution, eigenvalues: list[float]
+) -> None:
+    problem = quadratic(eigenvalues, distribution)
+    found = measure_curvature(problem.losses, problem.parameters, distribution, SEEDS, 1e-2)
+    assert problem.asked == forwards_of(len(SEEDS))
+    known = problem.eigenvalues
+    for estimate, truth in (
+        (found.gradient_squared, problem.gradient.square().sum().item()),
+        (found.trace, known.sum().item()),
+        (found.frobenius, known.square().sum().sqrt().item()),
+    ):
+        # Twice the 95% interval: of sixteen cases times three, two or three should fall out of the interval itself.
+        assert 2 * (estimate.low - estimate.value) < truth - estimate.value < 2 * (estimate.high - estimate.value)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_effective_rank_is_found_where_there_are_more_directions_than_it_is_large(
+    quadratic: Callable[..., Any], distribution: Distribution
+) -> None:
+    problem = quadratic([10.0, *[0.5] * 40], distribution)  # tr H = 30, ‖H‖ = 10: r = 3
+    found = measure_curvature(problem.losses, problem.parameters, distribution, SEEDS, 1e-2)
+    assert found.norm.value == pytest.approx(10.0, rel=0.5)
+    assert found.effective_rank.value == pytest.approx(3.0, rel=0.5)
+    assert found.effective_rank.low < 3.0 < found.effective_rank.high
+    assert found.effective_rank_bound.high > 30.0**2 / 110.0 > found.effective_rank_bound.low
+
+
+def test_of_a_flat_spectrum_above_the_number_of_directions_the_rank_is_too_small_and_the_bound_holds(
+    quadratic: Callable[..., Any],
+) -> None:
+    problem = quadratic([1.0] * 300, "rademacher")
+    found = measure_curvature(problem.losses, problem.parameters, "rademacher", SEEDS, 1e-2)
+    most = 1.0 + 2.0 * math.sqrt(300 / len(SEEDS))
+    assert 300 / most * 0.8 < found.effective_rank.value < 300
+    assert found.effective_rank_bound.low < 300 < found.effective_rank_bound.high
+
+
+@pytest.mark.parametrize("sign", [0.0, -1.0])
+def test_a_loss_that_does_not_curve_upwards_has_no_effective_rank(quadratic: Callable[..., Any], sign: float) -> None:
+    problem = quadratic([sign] * 20, "rademacher")
+    found = measure_curvature(problem.losses, problem.parameters, "rademacher", range(6), 2.0**-6)
+    assert found.trace.value <= 0.1
+    if sign:
+        assert math.isnan(found.effective_rank.value)
+        assert math.isnan(found.effective_rank_bound.value)
+
+
+def test_measuring_leaves_every_bit_in_place(quadratic: Callable[..., Any]) -> None:
+    problem = quadratic([1.0] * 10, "rank1")
+    before = problem.parameters.sha256()
+    measure_curvature(problem.losses, problem.parameters, "rank1", range(4), 1e-3)
+    assert problem.parameters.sha256() == before
+    with restored(problem.parameters):
+        problem.parameters.add([Step(1, 0.1)], "rank1")
+        assert problem.parameters.sha256() != before
+    assert problem.parameters.sha256() == before
+    with pytest.raises(ValueError, match="at least 3 directions, got 2"):
+        measure_curvature(problem.losses, problem.parameters, "rank1", range(2), 1e-3)
+
+
+def _mean_of(sample: Tensor) -> Callable[[Tensor], float]:
+    return lambda chosen: sample[chosen].mean().item()
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    """The jackknife of a mean is its standard error; 95 of 100 intervals hold the truth."""
+    samples = torch.randn(400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = jackknife(_mean_of(samples[0]), 8)
+    assert first.high - first.value == pytest.approx(2.3646 * samples[0].std().item() / math.sqrt(8), rel=2e-3)
+    intervals = [jackknife(_mean_of(sample), 8) for sample in samples]
+    assert sum(i.low < 0.0 < i.high for i in intervals) / 400 == pytest.approx(0.95, abs=0.03)

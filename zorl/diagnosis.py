@@ -1,0 +1,359 @@
+"""What a model's loss looks like where tuning starts, and the lr and ε that follow, from a bounded number of forwards.
+
+Five things are measured, each on batches as training draws them:
+
+1. ε: slopes along a few directions at ε from 1e-4 to 0.1, against the slopes where they agree best from one ε to the next.
+   Below that plateau rounding, or the steps of a reward, make the error; above it the loss's third derivative does.
+2. curvature and effective rank (`zorl.curvature`), at that ε.
+3. the share of a slope that another batch confirms: the rest of it is the batch's own.
+4. the learning rate of the descent lemma with these figures (Malladi et al. 2023, Corollary 1).
+5. a few real steps with that rate, or with one that moves weights by ε a step where that is less, with a quarter of it and
+   with four times it, from the same start, on the same batches. The rate with which the loss falls farthest is suggested.
+
+θ is the same afterwards, bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zorl.curvature import Curvature, Estimate, Losses, forwards_of, jackknife, measure_curvature, restored
+from zorl.directions import Distribution, derive_seed, key
+from zorl.epsilon import FLOOR
+from zorl.kernels import kernel_for
+from zorl.mezo import MeZO
+from zorl.parameters import ParameterSet
+from zorl.probe import CENTRE, Point, Scores
+from zorl.schedules import Directions
+from zorl.trainer import MeZOTrainer
+
+EPSILONS = tuple(10.0 ** (-4.0 + i / 2.0) for i in range(7))  # 1e-4 … 0.1
+LOOKS = 4  # directions that ε is chosen by
+SLOPE_ERROR = 0.1  # of a slope that ε may cost: unseen beside what a batch and a direction leave to chance
+TRIES = (0.25, 1.0, 4.0)  # times the learning rate that the theory gives
+MEASURED_ON = 4  # batches on which the fall of the loss is measured
+LEAST_CONFIRMED = 0.1  # a share measured below this is taken for this: it is hardly known
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Slopes at one ε.
+
+    Attributes:
+        informative: the share of directions in which the two sides differ.
+        slope_error: root mean square against the slopes of the plateau, as a share of these; NaN where there is none.
+    """
+
+    epsilon: float
+    informative: float
+    slope_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """A few real steps: the fall of the loss a step, on rows that stay the same."""
+
+    learning_rate: float
+    fall: float
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found, and what to train with.
+
+    Attributes:
+        parameters: d, of those that are tuned.
+        n_spsa: n, directions a step.
+        forwards: evaluations of a batch that this took, `calibration_forwards` of them for the start that tuning has.
+        looks: what ε was chosen by, smallest first.
+        curvature: along random directions, and with it gradient, trace, norms and effective rank.
+        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions a step.
+        lemma_2_measured: the same with all the directions of `curvature`, and what is expected then.
+        confirmed: the share of a squared slope that another batch confirms.
+        corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
+        gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"`.
+        tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
+            a step where that is less.
+        predicted_fall: of the loss, in the first step with the middle rate.
+        epsilon: to train with; None where no fixed one will do, and `"auto"` is to be left to find one.
+        lr_normalized, lr_sgd: to train with.
+    """
+
+    parameters: int
+    n_spsa: int
+    forwards: int
+    calibration_forwards: int
+    looks: tuple[Look, ...]
+    curvature: Curvature
+    lemma_2: float
+    lemma_2_measured: tuple[float, float]
+    confirmed: Estimate
+    corollary_1: float
+    gradient: float
+    tries: tuple[Try, ...]
+    predicted_fall: float
+    epsilon: float | None
+    lr_normalized: float
+    lr_sgd: float
+
+
+def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], object] = lambda n: None) -> Diagnosis:
+    """Measures a trainer's objective where its training would start. The trainer is not trained by it.
+
+    Args:
+        trainer: with a training set, and a reward or a loss that has a value for every answer.
+        budget: evaluations of a batch, at most; those of the calibration are among them.
+        progress: called with the number of evaluations made.
+
+    Raises:
+        ValueError: the budget is too small, no direction finds a difference, or the objective is a judge's, which has no
+            value to measure.
+    """
+    args, parameters = trainer.args, trainer.tuned
+    n = Directions.parse(args.n_spsa).at(0)
+    distribution: Distribution = args.distribution  # type: ignore[assignment]
+    trainer.calibrate()
+    calibration = trainer.calibration_forwards
+    plan = Plan.of(budget - calibration, n)
+    if plan is None:
+        least = next(b for b in itertools.count() if Plan.of(b, n)) + calibration
+        raise ValueError(f"a budget of {budget} forwards is too small: {least} are needed, {calibration} to calibrate")
+    progress(calibration)
+    batches = _batches(trainer)
+    seeds = [derive_seed(args.seed, "diagnosis", i) for i in range(plan.directions)]
+    one, other = (_losses(trainer, next(batches), i, n, progress) for i in range(2))
+
+    epsilons = [e for e in EPSILONS if e >= max(FLOOR[dtype] for dtype in parameters.dtypes)]
+    looks = look(one, seeds[:LOOKS], epsilons)
+    epsilon = choose_epsilon(looks, args.informative_target)
+    at = epsilon if epsilon is not None else max(looks, key=lambda found: (found.informative, -found.epsilon)).epsilon
+    curvature = measure_curvature(one, parameters, distribution, seeds, at)
+    sides = other([Point(seed, sign * at) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
+    second = (sides[:, 0] - sides[:, 1]) / (2.0 * at)
+    confirmed = _confirmed(curvature.slopes, second)
+
+    share = min(max(confirmed.value, LEAST_CONFIRMED), 1.0)
+    gradient = math.sqrt((curvature.slopes.square().mean() + second.square().mean()).item() / 2.0)
+    theory = share * _corollary_1_of(curvature, n)
+    if gradient == 0.0:
+        raise ValueError(
+            f"all {plan.directions} directions tie at ε = {at:g}: there is no slope to follow; ask for a reward that moves, "
+            "such as label_reward='expected', or for larger batches"
+        )
+    sgd = min(theory, at / gradient)  # a typical step is no longer than the distance at which slopes were measured
+    unit = gradient if args.update == "normalized" else 1.0  # from `sgd` to the rate of the run's own rule
+    tries = _descend(trainer, [times * sgd * unit for times in TRIES], at, plan.steps, batches, progress)
+    best = max(tries, key=lambda t: t.fall if math.isfinite(t.fall) else -math.inf).learning_rate / unit
+    return Diagnosis(
+        parameters=parameters.numel,
+        n_spsa=n,
+        forwards=calibration + plan.forwards(n, len(epsilons)),
+        calibration_forwards=calibration,
+        looks=tuple(looks),
+        curvature=curvature,
+        lemma_2=lemma_2(parameters.numel, n, distribution),
+        lemma_2_measured=(
+            estimated_norm(curvature.slopes, parameters, distribution, seeds) / curvature.gradient_squared.value,
+            lemma_2(parameters.numel, plan.directions, distribution),
+        ),
+        confirmed=confirmed,
+        corollary_1=theory,
+        gradient=gradient,
+        tries=tuple(tries),
+        predicted_fall=sgd * share * gradient**2 * (1.0 - sgd / (2.0 * theory)),
+        epsilon=epsilon,
+        lr_normalized=best * gradient,
+        lr_sgd=best,
+    )
+
+
+# --- the theory -------------------------------------------------------------------------------------------------------
+
+
+def lemma_2(parameters: int, n: int, distribution: Distribution) -> float:
+    """E‖∇̂L‖² / ‖∇L‖² of n-SPSA (Malladi et al. 2023, Lemma 2): (d + n − 1)/n wherever ‖z‖² = d.
+
+    That is so on the paper's sphere of radius √d, and for ±1 and rank-one directions, whose elements are all ±1. A Gaussian z is
+    longer where it meets the gradient, E[(z·∇L)²‖z‖²] = (d + 2)‖∇L‖², which makes it (d + n + 1)/n. For rank four the
+    length varies too; (d + n − 1)/n is then an approximation.
+    """
+    return (parameters + n + (1 if distribution == "gaussian" else -1)) / n
+
+
+def corollary_1(trace: float, norm: float, n: int) -> float:
+    """The learning rate η_SGD/γ that falls the most a step by the descent lemma (Malladi et al. 2023, Corollary 1), η_SGD = 1/ℓ.
+
+    For Gaussian z, E[ĝᵀHĝ] = (tr H‖∇L‖² + (n+1)·∇LᵀH∇L)/n, so γ = (r + n + 1)/n with r = tr H/ℓ; for the sphere, ±1 and rank one
+    it differs by terms of the order of ℓ/n. The dimension does not occur.
+
+    Args:
+        trace: tr H.
+        norm: ℓ, H's largest eigenvalue.
+        n: directions a step.
+    """
+    return n / (trace + (n + 1) * norm)
+
+
+def estimated_norm(slopes: Tensor, parameters: ParameterSet, distribution: Distribution, seeds: Sequence[int]) -> float:
+    """‖∇̂L‖² of n-SPSA with these seeds and slopes zᵢ·∇L: the estimate is made one parameter at a time, and not kept."""
+    coefficients = (slopes / len(seeds)).tolist()
+    total = 0.0
+    for name, tensor in parameters.items():
+        estimate = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
+        kernel_for(estimate).add(estimate, [key(seed, name) for seed in seeds], coefficients, distribution)
+        total += estimate.double().square().sum().item()
+    return total
+
+
+def _corollary_1_of(curvature: Curvature, n: int) -> float:
+    """With the trace's upper end where it cannot be told from zero; infinite where nothing curves upwards."""
+    trace = curvature.trace
+    steepest = trace.value if trace.low > 0.0 else trace.high
+    norm = max(curvature.norm.value, 0.0)
+    return corollary_1(steepest, norm, n) if steepest > 0.0 else math.inf
+
+
+# --- the measurements -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a budget is spent."""
+
+    directions: int
+    steps: int
+
+    @classmethod
+    def of(cls, budget: int, n: int) -> Plan | None:
+        """Up to 16 directions for at most two fifths of it, the rest for real steps; None where it is too small."""
+        directions = max((m for m in range(6, 17) if forwards_of(m) + 2 * m <= 0.4 * budget), default=6)
+        left = budget - cls(directions, 0).forwards(n)
+        steps = left // (2 * n * len(TRIES))
+        return cls(directions, steps) if steps >= 4 else None
+
+    def forwards(self, n: int, epsilons: int = len(EPSILONS)) -> int:
+        of_looks = 2 * LOOKS * epsilons
+        of_curvature = forwards_of(self.directions) + 2 * self.directions  # the second batch has slopes alone
+        of_tries = MEASURED_ON * (1 + len(TRIES)) + 2 * n * self.steps * len(TRIES)
+        return of_looks + of_curvature + of_tries
+
+
+def look(losses: Losses, seeds: Sequence[int], epsilons: Sequence[float]) -> list[Look]:
+    """Slopes along the same directions at each ε, against those of the plateau."""
+    slopes = []
+    for epsilon in epsilons:
+        sides = losses([Point(seed, sign * epsilon) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
+        slopes.append((sides[:, 0] - sides[:, 1]) / (2.0 * epsilon))
+    informative = [(found != 0.0).double().mean().item() for found in slopes]
+    pairs = [
+        (_rms(low - high), (low + high) / 2.0)
+        for low, high, share in zip(slopes, slopes[1:], informative, strict=False)
+        if share == 1.0
+    ]
+    plateau = min(pairs, key=lambda pair: pair[0])[1] if pairs else None
+    return [
+        Look(epsilon, share, math.nan if plateau is None else _rms(found - plateau) / _rms(plateau))
+        for epsilon, share, found in zip(epsilons, informative, slopes, strict=True)
+    ]
+
+
+def choose_epsilon(looks: Sequence[Look], target: float) -> float | None:
+    """The largest ε that misjudges slopes by no more than `SLOPE_ERROR`, or else the one that does so least.
+
+    The largest, because what rounding and a reward's steps add to a slope falls with ε.
+
+    Args:
+        target: the share of informative directions that is asked for.
+
+    Returns:
+        None where none of them is informative enough.
+    """
+    able = [found for found in looks if found.informative >= target and not math.isnan(found.slope_error)]
+    good = [found for found in able if found.slope_error <= SLOPE_ERROR]
+    if good:
+        return max(found.epsilon for found in good)
+    return min(able, key=lambda found: found.slope_error).epsilon if able else None
+
+
+def _confirmed(one: Tensor, other: Tensor) -> Estimate:
+    """E[g g′] / √(E g² · E g′²) of slopes along the same directions on two batches: ‖∇L‖² over the batches' own."""
+
+    def share(i: Tensor) -> float:
+        scale = _rms(one[i]) * _rms(other[i])
+        return (one[i] * other[i]).mean().item() / scale if scale > 0.0 else math.nan
+
+    return jackknife(share, len(one))
+
+
+def _descend(
+    trainer: MeZOTrainer,
+    rates: Sequence[float],
+    epsilon: float,
+    steps: int,
+    batches: Iterator[list[dict[str, Any]]],
+    progress: Callable[[int], object],
+) -> list[Try]:
+    """The same few steps with each learning rate, along the same directions, from θ as it is."""
+    args = trainer.args
+    n = Directions.parse(args.n_spsa).at(0)
+    measured = [_losses(trainer, next(batches), 2 + i, n, progress) for i in range(MEASURED_ON)]
+    rows = list(itertools.islice(batches, steps))
+
+    def level() -> float:
+        return sum(losses([CENTRE]).item() for losses in measured) / len(measured)
+
+    before, tries = level(), []
+    with restored(trainer.tuned) as restore:
+        for rate in rates:
+            mezo = MeZO(
+                trainer.tuned.items(), rate, epsilon, n_spsa=n, distribution=args.distribution,  # type: ignore[arg-type]
+                update=args.update, seed=derive_seed(args.seed, "tries"),  # type: ignore[arg-type]
+            )  # fmt: skip
+            for step, batch in enumerate(rows):
+                probe = mezo.ask()
+                asked = trainer.objective.ask(batch, probe.points, derive_seed(args.seed, "tries", step))
+                mezo.tell(probe.id, asked.answers)
+                mezo.step()
+                progress(len(probe.points))
+            tries.append(Try(rate, (before - level()) / steps))
+            restore()
+    return tries
+
+
+def _losses(
+    trainer: MeZOTrainer, rows: list[dict[str, Any]], number: int, n: int, progress: Callable[[int], object]
+) -> Losses:
+    """The mean loss on these rows, at as many points at once as a step of training holds. Its noise is always the same."""
+    noise = derive_seed(trainer.args.seed, "diagnosis", "noise", number)
+
+    def losses(points: Sequence[Point]) -> Tensor:
+        found = []
+        for start in range(0, len(points), 2 * n):
+            chunk = points[start : start + 2 * n]
+            answers = trainer.objective.ask(rows, chunk, noise).answers
+            if not isinstance(answers, Scores):
+                raise ValueError("a judge only compares: there is no value whose curvature could be measured")
+            found.append(answers.losses)
+            progress(len(chunk))
+        return torch.cat(found)
+
+    return losses
+
+
+def _batches(trainer: MeZOTrainer) -> Iterator[list[dict[str, Any]]]:
+    """Batches as training draws them, over and over."""
+    while True:
+        loader = iter(trainer.get_train_dataloader())
+        while parts := list(itertools.islice(loader, trainer.args.gradient_accumulation_steps)):
+            yield [row for part in parts for row in part.rows]
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
