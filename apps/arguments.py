@@ -142,6 +142,40 @@ class ReplayArguments:
 
 
 @dataclass
+class CompareArguments(InputArguments):
+    """What `zorl compare` takes."""
+
+    label_column: str | None = _flag("Column with the true label, by name or position. Default: label.")
+    eval_dataset: str | None = _flag(
+        "Held-out rows on which methods choose their settings. Default: as many as --k_shot draws, else a fifth of --dataset."
+    )
+    test_dataset: str | None = _flag("Rows to report on. Default: the task's test split, else a fifth of --dataset.")
+    test_split: str | None = _flag("Split of --test_dataset, or of --dataset where that is a hub data set.")
+    test_rows: int = _flag("Rows to report on, at most; drawn once for all seeds.", 1000)
+    k_shot: int | None = _flag("Learn from this many rows of each label, drawn by each seed. Default: from all.")
+    methods: list[str] | None = field(
+        default=None, metadata=_several("What to compare; see below. Default: what needs no backward pass and no grid.")
+    )
+    metrics: list[str] | None = field(
+        default=None,
+        metadata=_several(
+            "Rewards to report, named as for zorl train; the first is also what methods maximise and choose by. Default: the "
+            "task's, else accuracy and f1, or without label words squad_f1 and exact_match."
+        ),
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [13, 21, 42], metadata=_several("Of draws and methods. Default: 13 21 42.")
+    )
+    budget: int = _flag("Forwards of a batch that a method may spend in learning.", 500)
+    batch_size: int = _flag("Rows of a batch.", 32)
+    max_length: int | None = _flag("Tokens of a prompt; longer texts are cut. Default: what the model takes.")
+    max_completion_length: int = _flag("Tokens to generate.", 64)
+    output_dir: str = _flag(
+        "Folder for the tables, the plot and a file a cell; the same command goes on there.", "comparison"
+    )
+
+
+@dataclass
 class ProfileArguments:
     """What `zorl profile` takes."""
 

@@ -17,6 +17,7 @@ zorl {__version__}: tune a language model on the metric itself (F1, accuracy, an
   zorl eval      accuracy, macro-F1 and other rewards of a model on a file
   zorl predict   answer every row of a file
   zorl replay    rebuild a tuned model from its base and a trajectory, at any step
+  zorl compare   methods side by side: zero-shot, a threshold, probing, MeZO, fine-tuning and more, in one table
   zorl profile   time and memory of tuning a model here, beside fine-tuning, and the largest that would fit
   zorl diagnose  a learning rate and an epsilon for zorl train, measured; and the model's effective rank
   zorl judge     tune a model by what people prefer: a page on which they say which of two answers is better
@@ -85,6 +86,8 @@ def _run(words: list[str]) -> str:
         from zorl.apps.profile import run
     elif name == "diagnose":
         from zorl.apps.diagnose import run
+    elif name == "compare":
+        from zorl.apps.compare import run
     else:
         from zorl.apps.judge import run
     from transformers.utils import logging

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from zorl.apps.arguments import (
+    CompareArguments,
     DiagnoseArguments,
     EvalArguments,
     JudgeArguments,
@@ -232,6 +233,32 @@ zorl diagnose … --budget 250 --json""",
     },
 )
 
+COMPARE = Command(
+    name="compare",
+    usage="--model M --task TASK [--methods METHOD …]",
+    about="""\
+Runs methods side by side on the same rows, each within the same budget of forward passes, over several seeds: one table with
+means and standard deviations, forwards, seconds and memory, and a plot. A cell that is done is kept, so the same command goes
+on where it was stopped, and another with more --methods or --seeds adds to the table.
+
+Methods: zero_shot, threshold (one fitted bias a label), in_context (32 demonstrations), linear_probing, bbt (CMA-ES on a soft
+prompt), mezo (zorl on the metric), mezo_f1, mezo_cross_entropy, mezo_published and mezo_published_metric (the paper's recipe,
+with a grid of learning rates), fine_tuning and fine_tuning_sgd (backpropagation), grpo (TRL's).""",
+    types=lambda: (CompareArguments,),
+    sections={
+        "Model and data": f"{_DATA} label_column k_shot eval_dataset test_dataset test_split test_rows",
+        "The question that a row becomes": _QUESTION,
+        "What to compare": "methods metrics seeds budget batch_size",
+        "Output": "output_dir json",
+        "Memory and text": "max_length max_completion_length",
+    },
+    examples="""\
+zorl compare --model roberta-base --task sst2 --k_shot 16 --output_dir sst2
+zorl compare --model roberta-base --task sst2 --k_shot 16 --output_dir sst2 --methods fine_tuning bbt   # adds two rows
+zorl compare --model facebook/opt-125m --dataset train.tsv --test_dataset test.tsv --prompt "{text} It was {mask}" \\
+  --label_words 0=terrible 1=great --budget 1000""",
+)
+
 JUDGE = Command(
     name="judge",
     usage="[--model M --prompts FILE] [--run DIR]",
@@ -252,5 +279,6 @@ zorl judge --model Qwen/Qwen2.5-0.5B --prompts prompts.txt --run my_run
 zorl judge --run my_run                                                 # goes on with it
 zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in""",
 )
+)
 
-COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, PROFILE, DIAGNOSE)}
+COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, COMPARE, PROFILE, DIAGNOSE)}

@@ -1,0 +1,215 @@
+"""`zorl compare`: every method on the same rows, within the same budget of forward passes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from zorl.apps import compare_report
+from zorl.apps.arguments import CompareArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import COMPARE
+from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.inputs import (
+    check_model_folder,
+    check_source,
+    label_of,
+    load,
+    load_task,
+    make_prompt,
+    say,
+    source_of,
+)
+from zorl.apps.memory import peak_memory
+from zorl.baselines.problem import NotApplicable, Problem
+from zorl.data import hold_out
+from zorl.prompts import Prompt
+from zorl.rewards import load_reward
+from zorl.tables import did_you_mean
+from zorl.tasks import Task
+from zorl.tasks.few_shot import k_shot
+
+# What two comparisons must have in common for their cells to stand in one table.
+SAME = (
+    "model", "task", "dataset", "eval_dataset", "test_dataset", "prompt", "label_words", "options", "chat", "system",
+    "label_column", "k_shot", "test_rows", "budget", "batch_size", "metrics", "max_length", "max_completion_length",
+)  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """What a seed draws."""
+
+    train: list[dict[str, Any]]
+    dev: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+
+
+def run(argv: Sequence[str]) -> str:
+    """Runs the cells that are missing, writes table and plot, and returns what to print.
+
+    Raises:
+        ValueError: an argument or the data does not fit, or the folder holds a comparison of something else.
+        KeyboardInterrupt: with a sentence on how to go on.
+    """
+    given = parse(COMPARE, argv)
+    arguments = build(CompareArguments, given)
+    task = load_task(arguments.task)
+    check_source(arguments, task)
+    check_model_folder(str(arguments.model))
+    methods = _chosen(arguments)
+    folder = Path(arguments.output_dir)
+    _claim(folder, {name: given.get(name) for name in SAME})
+    prompt = make_prompt(arguments, task=task)
+    metrics = arguments.metrics or ([task.metric] if task is not None else [])
+    metrics = metrics or (["accuracy", "f1"] if prompt.labels else ["squad_f1", "exact_match"])
+    if prompt.labels and not arguments.metrics:
+        metrics = list(dict.fromkeys([*metrics, "accuracy", "f1"]))
+    todo = [(seed, name) for seed in arguments.seeds for name in methods if not _cell(folder, name, seed).exists()]
+    say(f"{len(todo)} of {len(methods) * len(arguments.seeds)} cells to run: {len(methods)} methods, "
+        f"{len(arguments.seeds)} seeds, {arguments.budget} forwards of {arguments.batch_size} rows each at most")  # fmt: skip
+    try:
+        with tqdm(total=len(todo), unit="cell") as bar:
+            for seed in dict.fromkeys(seed for seed, _ in todo):
+                rows, label_column = _draw(arguments, prompt, task, seed)
+                problem = Problem(
+                    model=str(arguments.model), prompt=prompt, train=rows.train, dev=rows.dev, label_column=label_column,
+                    batch_size=arguments.batch_size, budget=arguments.budget, seed=seed, reward=load_reward(metrics[0], column=label_column),
+                    max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
+                )  # fmt: skip
+                for name in [name for at, name in todo if at == seed]:
+                    bar.set_postfix_str(f"{METHODS[name].title}, seed {seed}")
+                    _run_cell(folder, name, problem, rows.test, metrics)
+                    bar.update()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; finished cells are kept, and the same command goes on") from None
+    return _report(folder, methods, arguments, metrics)
+
+
+def _chosen(arguments: CompareArguments) -> list[str]:
+    methods = list(dict.fromkeys(arguments.methods or STANDARD))
+    unknown = next((name for name in methods if name not in METHODS), None)
+    if unknown is not None:
+        known = f"{did_you_mean(unknown, METHODS)} (methods: {', '.join(METHODS)})"
+        raise ValueError(f"--methods: there is no {unknown!r}{known}")
+    for name in ("budget", "batch_size", "test_rows"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if not arguments.seeds:
+        raise ValueError("--seeds needs at least one number")
+    return methods
+
+
+def _claim(folder: Path, same: dict[str, Any]) -> None:
+    """Notes what the folder's cells have in common.
+
+    Raises:
+        ValueError: they were run on something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "comparison.json"
+    same = json.loads(json.dumps(same))
+    if note.exists():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        changed = [name for name in same if same[name] != before.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{folder} holds a comparison with --{name} {before.get(name)}, and now it is {same[name]}: their figures would "
+                "stand in one table; choose another --output_dir"
+            )
+    else:
+        _write(note, same)
+
+
+def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: int) -> tuple[Rows, str]:
+    """The rows of a seed, and the name of the label column."""
+    wished, source = arguments.label_column, source_of(arguments, task)
+    train = load(arguments, prompt, wished, task=task)
+    label_column = label_of(train, prompt, source, needed=True) or "label"
+    classes = label_column if prompt.labels else None
+    test = (
+        load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=arguments.test_split, task_split="test")
+        if task is not None or arguments.test_dataset is not None or arguments.test_split is not None
+        else None
+    )  # fmt: skip
+    train_rows = train.dataset
+    if test is None:
+        train_rows, tested = hold_out(train_rows, classes)
+        say(f"no --test_dataset: {len(tested)} of {len(train.dataset)} rows are held out to report on")
+    else:
+        tested = test.dataset
+    if arguments.k_shot is not None and arguments.eval_dataset is None:
+        shots = k_shot(train_rows.to_list(), arguments.k_shot, seed=seed, label_column=classes)
+        drawn = shots.train, shots.validation
+    elif arguments.eval_dataset is not None:
+        dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, task_split="validation")
+        drawn = train_rows.to_list(), dev.dataset.to_list()
+    else:
+        kept, held = hold_out(train_rows, classes)
+        drawn = kept.to_list(), held.to_list()
+    rows = tested.to_list()
+    if len(rows) > arguments.test_rows:
+        rows = random.Random(0).sample(rows, arguments.test_rows)  # the same ones for all seeds
+    return Rows(*drawn, rows), label_column
+
+
+def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, Any]], metrics: Sequence[str]) -> None:
+    """Runs a method and writes its figures."""
+    method = METHODS[name]
+    work = folder / "runs" / f"{name}-{problem.seed}"
+    cell: dict[str, Any] = {"method": name, "title": method.title, "seed": problem.seed}
+    start = time.perf_counter()
+    try:
+        with peak_memory() as peak:
+            fitted = method.fit(problem, work)
+            learning = time.perf_counter() - start
+            answers = fitted.answers(test)
+        for metric in metrics:
+            judged = replace(problem, reward=load_reward(metric, column=problem.label_column))
+            cell[metric] = judged.score(test, answers)
+        cell |= {
+            "forwards": fitted.forwards, "seconds": round(learning, 1),
+            "peak_memory_mb": None if peak.megabytes is None else round(peak.megabytes), "chosen": fitted.chosen,
+            "train_rows": len(problem.train), "test_rows": len(test),
+        }  # fmt: skip
+    except NotApplicable as error:
+        cell["not_applicable"] = str(error)
+    _write(_cell(folder, name, problem.seed), cell)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _cell(folder: Path, name: str, seed: int) -> Path:
+    return folder / "cells" / f"{name}-{seed}.json"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def _report(folder: Path, methods: Sequence[str], arguments: CompareArguments, metrics: Sequence[str]) -> str:
+    """Writes the tables and the plot of every cell there is, those of earlier calls too."""
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+    order = {name: i for i, name in enumerate(METHODS)}
+    cells.sort(key=lambda cell: (order.get(cell["method"], len(order)), cell["seed"]))
+    rows = compare_report.summary(cells, metrics)
+    (folder / "table.md").write_text(compare_report.markdown(rows, metrics), encoding="utf-8")
+    compare_report.write_csv(rows, metrics, folder / "table.csv")
+    name = arguments.task or Path(str(arguments.dataset)).name
+    compare_report.plot(rows, cells, metrics[0], f"{name}, {Path(str(arguments.model)).name}", folder / "table.png")
+    if arguments.json:
+        return json.dumps({"rows": rows, "output_dir": str(folder)}, ensure_ascii=False)
+    return (
+        f"{compare_report.text(rows, metrics)}\n\n{folder}: table.md, table.csv, table.png, and a file a cell in cells/"
+    )

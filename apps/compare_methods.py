@@ -1,0 +1,107 @@
+"""The methods that `zorl compare` runs side by side: MeZO in its forms, and the baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from zorl import MeZOConfig, MeZOTrainer
+from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
+from zorl.baselines.problem import Fitted, Problem
+from zorl.probe import CENTRE
+from zorl.rewards import load_reward
+
+CROSS_ENTROPY = "cross_entropy"
+EVALUATIONS = 10  # of a run, on the held-out rows; the best step counts
+# The recipe of the paper's own code. Its learning rate comes from a grid: each is tried with a quarter of the budget, and the
+# one that does best on the held-out rows gets all of it.
+PUBLISHED_RATES = (1e-5, 1e-4, 1e-3)
+PUBLISHED: dict[str, Any] = {
+    "distribution": "gaussian", "epsilon": "1e-3", "update": "sgd", "calibration": "none", "label_reward": "best",
+    "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: what the table calls it.
+        fit: learns from a problem. The folder is for what a run that was cut short goes on from.
+    """
+
+    title: str
+    fit: Callable[[Problem, Path], Fitted]
+
+
+def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **settings: Any) -> Fitted:
+    """MeZO for as many forwards as the budget has, those of the label head included; the best of ten evaluations is kept.
+
+    Args:
+        objective: a reward by name, or "cross_entropy". By default the problem's own reward.
+        settings: of `MeZOConfig`.
+    """
+    settings = {"calibration": "head", **settings}
+    calibrated = settings["calibration"] != "none" and bool(problem.prompt.labels)
+    before = math.ceil(min(1024, len(problem.train)) / problem.batch_size) if calibrated else 0
+    steps = max(1, (problem.budget - before) // 2)
+    config = MeZOConfig(
+        output_dir=str(folder), seed=problem.seed, max_steps=steps, per_device_train_batch_size=problem.batch_size,
+        forward_batch_size=problem.forward_batch_size, label_column=problem.label_column, max_length=problem.max_length,
+        max_completion_length=problem.max_completion_length, temperature=0.0, disable_tqdm=True, report_to="none",
+        eval_strategy="steps", eval_steps=math.ceil(steps / EVALUATIONS), save_steps=math.ceil(steps / EVALUATIONS),
+        load_best_model_at_end=True, **settings,
+    )  # fmt: skip
+    reward = problem.reward if objective is None else load_reward(objective, column=problem.label_column)
+    goal: dict[str, Any] = {"loss": CROSS_ENTROPY} if objective == CROSS_ENTROPY else {"reward_funcs": reward}
+    trainer = MeZOTrainer(
+        problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt
+    )
+    trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
+    chosen = {"step": trainer.step, "learning_rate": config.learning_rate}
+    return Fitted(lambda rows: trainer.policy.answers(rows, [CENTRE])[0], trainer.forwards, chosen)
+
+
+def published(problem: Problem, folder: Path, *, objective: str | None = None) -> Fitted:
+    """MeZO's own recipe, with the best of three learning rates. The forwards of all four runs count."""
+    quarter = replace(problem, budget=max(2, problem.budget // 4))
+    found: dict[float, tuple[float, int]] = {}
+    for rate in PUBLISHED_RATES:
+        fitted = mezo(quarter, folder / f"{rate:g}", objective=objective, learning_rate=rate, **PUBLISHED)
+        found[rate] = problem.score(problem.dev, fitted.answers(problem.dev)), fitted.forwards
+    best = max(found, key=lambda rate: found[rate][0])
+    fitted = mezo(problem, folder / "best", objective=objective, learning_rate=best, **PUBLISHED)
+    return replace(fitted, forwards=fitted.forwards + sum(forwards for _, forwards in found.values()))
+
+
+def _silent(forwards: int) -> None:
+    """The bar is over the cells."""
+
+
+def baseline(fit: Callable[..., Fitted], **settings: Any) -> Callable[[Problem, Path], Fitted]:
+    """A baseline, which does not go on from where it was cut short but starts again."""
+    return lambda problem, _: fit(problem, _silent, **settings)
+
+
+METHODS: dict[str, Method] = {
+    "zero_shot": Method("zero-shot", baseline(zero_shot.fit)),
+    "threshold": Method("one fitted threshold a label", baseline(threshold.fit)),
+    "in_context": Method("in-context, 32 demonstrations", baseline(in_context.fit)),
+    "linear_probing": Method("linear probing", baseline(linear_probing.fit)),
+    "bbt": Method("BBT (CMA-ES on a soft prompt)", baseline(bbt.fit)),
+    "mezo_published": Method("published MeZO, cross entropy", partial(published, objective=CROSS_ENTROPY)),
+    "mezo_published_metric": Method("published MeZO, the metric", published),
+    "mezo_cross_entropy": Method("zorl, cross entropy", partial(mezo, objective=CROSS_ENTROPY)),
+    "mezo": Method("zorl, the metric", mezo),
+    "mezo_f1": Method("zorl, macro-F1", partial(mezo, objective="f1")),
+    "fine_tuning": Method("fine-tuning, Adam", baseline(fine_tuning.fit, optimizer="adam")),
+    "fine_tuning_sgd": Method("fine-tuning, SGD", baseline(fine_tuning.fit, optimizer="sgd")),
+    "grpo": Method("GRPO (TRL)", baseline(grpo.fit)),
+}
+# What runs without --methods: what costs no more than MeZO does, and MeZO on the metric and on cross entropy.
+STANDARD = ("zero_shot", "threshold", "in_context", "linear_probing", "mezo_cross_entropy", "mezo")

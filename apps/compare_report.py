@@ -1,0 +1,107 @@
+"""The finished cells of `zorl compare` as a table, in CSV and Markdown, and as a plot."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Cell = Mapping[str, Any]
+
+
+def summary(cells: Sequence[Cell], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a method, in the order of the cells: each figure's mean and sample standard deviation over the seeds.
+
+    A method that does not apply has its reason under `not_applicable`.
+    """
+    methods = dict.fromkeys(cell["method"] for cell in cells)
+    rows = []
+    for method in methods:
+        mine = [cell for cell in cells if cell["method"] == method]
+        row: dict[str, Any] = {"method": method, "title": mine[0]["title"], "seeds": len(mine)}
+        reason = next((cell["not_applicable"] for cell in mine if "not_applicable" in cell), None)
+        if reason is not None:
+            rows.append({**row, "seeds": 0, "not_applicable": reason})
+            continue
+        for figure in (*metrics, "forwards", "seconds", "peak_memory_mb"):
+            values = [cell[figure] for cell in mine if cell.get(figure) is not None]
+            row[figure] = statistics.fmean(values) if values else None
+            row[f"{figure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Cell], metrics: Sequence[str]) -> list[list[str]]:
+    """A heading and a line a method, as text."""
+    lines = [["method", *metrics, "forwards", "seconds", "memory MB", "seeds"]]
+    for row in rows:
+        if "not_applicable" in row:
+            lines.append([row["title"], *["—"] * (len(metrics) + 3), "0"])
+            continue
+        figures = [_spread(row[metric], row[f"{metric}_std"]) for metric in metrics]
+        costs = ["—" if row[name] is None else f"{row[name]:.0f}" for name in ("forwards", "seconds", "peak_memory_mb")]
+        lines.append([row["title"], *figures, *costs, str(row["seeds"])])
+    return lines
+
+
+def text(rows: Sequence[Cell], metrics: Sequence[str]) -> str:
+    """The table for a terminal, with the reasons of what does not apply under it."""
+    lines = table(rows, metrics)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+              for line in lines]  # fmt: skip
+    notes = [f"{row['title']}: {row['not_applicable']}" for row in rows if "not_applicable" in row]
+    return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:], *([""] if notes else []), *notes])
+
+
+def markdown(rows: Sequence[Cell], metrics: Sequence[str]) -> str:
+    head, *lines = table(rows, metrics)
+    notes = [f"- {row['title']}: {row['not_applicable']}" for row in rows if "not_applicable" in row]
+    body = [_line(head), _line(["---"] * len(head)), *map(_line, lines), *([""] if notes else []), *notes]
+    return "\n".join(body) + "\n"
+
+
+def write_csv(rows: Sequence[Cell], metrics: Sequence[str], path: Path) -> None:
+    names = [
+        name for figure in (*metrics, "forwards", "seconds", "peak_memory_mb") for name in (figure, f"{figure}_std")
+    ]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["method", "title", "seeds", *names, "not_applicable"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, path: Path) -> None:
+    """The first metric of each method: the mean as a bar, and every seed as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row.get(metric) is not None]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.34 * max(1, len(shown))), layout="constrained")
+    for y, row in enumerate(shown):
+        ours = row["method"].startswith(("mezo", "lp_mezo", "label_head"))
+        seeds = [c[metric] for c in cells if c["method"] == row["method"] and c.get(metric) is not None]
+        axes.barh(y, row[metric], color="#1f5aa6" if ours else "#b3b3b3", height=0.7)
+        axes.plot(seeds, [y] * len(seeds), "o", color="#111111", markersize=3.5)
+    axes.set_yticks(range(len(shown)), [row["title"] for row in shown])
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{metric} on the test rows; a dot is a seed", title=title)
+    lowest = min((c[metric] for c in cells if c.get(metric) is not None), default=0.0)
+    axes.set_xlim(max(0.0, lowest - 0.1) if lowest >= 0 else None, None)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _spread(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "—"
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
