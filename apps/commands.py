@@ -279,6 +279,5 @@ zorl judge --model Qwen/Qwen2.5-0.5B --prompts prompts.txt --run my_run
 zorl judge --run my_run                                                 # goes on with it
 zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in""",
 )
-)
 
 COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, COMPARE, PROFILE, DIAGNOSE)}

@@ -81,7 +81,8 @@ def run(argv: Sequence[str]) -> str:
                 rows, label_column = _draw(arguments, prompt, task, seed)
                 problem = Problem(
                     model=str(arguments.model), prompt=prompt, train=rows.train, dev=rows.dev, label_column=label_column,
-                    batch_size=arguments.batch_size, budget=arguments.budget, seed=seed, reward=load_reward(metrics[0], column=label_column),
+                    batch_size=arguments.batch_size, budget=arguments.budget, seed=seed,
+                    reward=load_reward(metrics[0], column=label_column),
                     max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
                 )  # fmt: skip
                 for name in [name for at, name in todo if at == seed]:
