@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
 from zorl.baselines.problem import Fitted, Problem
@@ -62,6 +64,7 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
     trainer = MeZOTrainer(
         problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt
     )
+    trainer.pop_callback(PrinterCallback)  # ten lines a cell that nobody reads
     trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
     chosen = {"step": trainer.step, "learning_rate": config.learning_rate}
     return Fitted(lambda rows: trainer.policy.answers(rows, [CENTRE])[0], trainer.forwards, chosen)
