@@ -172,7 +172,7 @@ def test_a_multiple_choice_is_trained_and_evaluated(
     code, figures, err = zorl(capsys, "eval", *words, "--model", out, "--json")
     assert code == 0, err
     assert figures["n"] == 10
-    assert 0.0 <= figures["rewards"]["accuracy"] <= 1.0
+    assert 0.0 <= figures["accuracy"] <= 1.0
 
 
 def test_a_task_of_one_s_own_is_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
