@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, Report, answers_of, progress
 from zorl.baselines.selection import Selection, look_at
@@ -124,10 +124,11 @@ def _train(
             chat_template_kwargs=dict(problem.prompt.chat_template_kwargs or {}) or None,
             seed=problem.seed,
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            dataloader_pin_memory=False,
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
@@ -138,6 +139,7 @@ def _train(
             processing_class=tokenizer,
             callbacks=[_Looks(selection, rate, spend)],
         )
+        trainer.pop_callback(PrinterCallback)
         trainer.train()
 
 
