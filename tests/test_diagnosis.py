@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zorl import MeZO, MeZOConfig, MeZOTrainer, Prompt
-from zorl.diagnosis import Look, choose_epsilon, corollary_1, diagnose, estimated_norm, lemma_2, look
+from zorl.diagnosis import Look, Try, choose_epsilon, choose_try, corollary_1, diagnose, estimated_norm, lemma_2, look
 from zorl.directions import Distribution, key
 from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
@@ -152,6 +152,15 @@ def test_an_epsilon_that_is_not_informative_enough_is_not_chosen() -> None:
     assert choose_epsilon(looks, 0.8) == 1e-2, "none is within the tolerance: the best of the informative ones"
     assert choose_epsilon(looks, 0.95) == 1e-3
     assert choose_epsilon(looks, 0.4) == 1e-1
+
+
+def test_another_rate_than_the_theorys_has_to_win_by_more_than_chance() -> None:
+    middle = Try(1e-3, (1.0, 1.2, 0.8, 1.0))
+    assert choose_try([Try(2.5e-4, (0.9, 0.9, 0.9, 0.9)), middle, Try(4e-3, (1.6, 0.7, 1.6, 0.6))]) is middle
+    clear = Try(4e-3, (1.6, 1.7, 1.5, 1.4))
+    assert choose_try([Try(2.5e-4, (0.9, 0.9, 0.9, 0.9)), middle, clear]) is clear
+    slow = Try(2.5e-4, (0.1, 0.1, 0.1, 0.1))
+    assert choose_try([slow, Try(1e-3, (math.nan,) * 4), Try(4e-3, (math.nan,) * 4)]) is slow
 
 
 # --- a trainer --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ Five things are measured, each on batches as training draws them:
 3. the share of a slope that another batch confirms: the rest of it is the batch's own.
 4. the learning rate of the descent lemma with these figures (Malladi et al. 2023, Corollary 1).
 5. a few real steps with that rate, or with one that moves weights by ε a step where that is less, with a quarter of it and
-   with four times it, from the same start, on the same batches. The rate with which the loss falls farthest is suggested.
+   with four times it, from the same start, on the same batches. The rate of theory is suggested, unless the loss falls
+   farther with another by more than twice the standard error of the difference.
 
 θ is the same afterwards, bit for bit.
 """
@@ -58,10 +59,19 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """A few real steps: the fall of the loss a step, on rows that stay the same."""
+    """A few real steps.
+
+    Attributes:
+        falls: of the loss, a step, on each of several batches that stay the same.
+    """
 
     learning_rate: float
-    fall: float
+    falls: tuple[float, ...]
+
+    @property
+    def fall(self) -> float:
+        """Their mean."""
+        return sum(self.falls) / len(self.falls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +160,7 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     sgd = min(theory, at / gradient)  # a typical step is no longer than the distance at which slopes were measured
     unit = gradient if args.update == "normalized" else 1.0  # from `sgd` to the rate of the run's own rule
     tries = _descend(trainer, [times * sgd * unit for times in TRIES], at, plan.steps, batches, progress)
-    best = max(tries, key=lambda t: t.fall if math.isfinite(t.fall) else -math.inf).learning_rate / unit
+    best = choose_try(tries).learning_rate / unit
     return Diagnosis(
         parameters=parameters.numel,
         n_spsa=n,
@@ -279,7 +289,19 @@ def choose_epsilon(looks: Sequence[Look], target: float) -> float | None:
     good = [found for found in able if found.slope_error <= SLOPE_ERROR]
     if good:
         return max(found.epsilon for found in good)
-    return min(able, key=lambda found: found.slope_error).epsilon if able else None
+    # The two ε of the plateau are equally far from their mean, but for rounding.
+    return max(able, key=lambda found: (-round(found.slope_error, 6), found.epsilon)).epsilon if able else None
+
+
+def choose_try(tries: Sequence[Try]) -> Try:
+    """The one with which the loss fell farthest, or the middle one where its lead over that is no more than noise: twice the
+    standard error of the difference over the batches."""
+    middle = tries[len(tries) // 2]
+    best = max(tries, key=lambda found: found.fall if math.isfinite(found.fall) else -math.inf)
+    if not math.isfinite(middle.fall):
+        return best
+    leads = torch.tensor(best.falls, dtype=torch.float64) - torch.tensor(middle.falls, dtype=torch.float64)
+    return best if leads.mean() > 2.0 * leads.std() / math.sqrt(len(leads)) else middle
 
 
 def _confirmed(one: Tensor, other: Tensor) -> Estimate:
@@ -306,10 +328,10 @@ def _descend(
     measured = [_losses(trainer, next(batches), 2 + i, n, progress) for i in range(MEASURED_ON)]
     rows = list(itertools.islice(batches, steps))
 
-    def level() -> float:
-        return sum(losses([CENTRE]).item() for losses in measured) / len(measured)
+    def levels() -> list[float]:
+        return [losses([CENTRE]).item() for losses in measured]
 
-    before, tries = level(), []
+    before, tries = levels(), []
     with restored(trainer.tuned) as restore:
         for rate in rates:
             mezo = MeZO(
@@ -322,7 +344,8 @@ def _descend(
                 mezo.tell(probe.id, asked.answers)
                 mezo.step()
                 progress(len(probe.points))
-            tries.append(Try(rate, (before - level()) / steps))
+            falls = [(start - end) / steps for start, end in zip(before, levels(), strict=True)]
+            tries.append(Try(rate, tuple(falls)))
             restore()
     return tries
 
