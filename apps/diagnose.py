@@ -18,7 +18,8 @@ from zorl.apps.command_line import build, parse
 from zorl.apps.commands import DIAGNOSE
 from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require
 from zorl.curvature import Estimate
-from zorl.diagnosis import SLOPE_ERROR, Diagnosis, choose_try, diagnose
+from zorl.diagnosis import Diagnosis, choose_try, diagnose
+from zorl.slopes import SLOPE_ERROR
 
 _OWN = (
     "budget",
