@@ -18,7 +18,8 @@ from zorl.apps.command_line import build, parse
 from zorl.apps.commands import DIAGNOSE
 from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require
 from zorl.curvature import Estimate
-from zorl.diagnosis import SLOPE_ERROR, Diagnosis, diagnose
+from zorl.diagnosis import Diagnosis, choose_try, diagnose
+from zorl.slopes import SLOPE_ERROR
 
 _OWN = (
     "budget",
@@ -151,7 +152,7 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
     of, d, m = found.curvature, found.parameters, len(found.curvature.slopes)
     size = f"{d:,} parameters, batches of {result['batch']} rows, {result['distribution']} directions"
     rate = found.corollary_1 * (found.gradient if result["update"] == "normalized" else 1.0)
-    best = max(found.tries, key=lambda t: t.fall)
+    best = choose_try(found.tries)
     measured, expected = found.lemma_2_measured
     rows = [
         ("gradient, squared norm", _shown(of.gradient_squared), "How steep the loss is at θ, on one batch."),
@@ -186,7 +187,7 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
         ),
         "\n".join([f"{'learning rate':>14}{'fall of the loss a step':>26}   update={result['update']}", *tries]),
         f"The middle rate is Corollary 1's, or moves weights by epsilon a step where that is less; it should lower the loss by\n"
-        f"{found.predicted_fall:.1e} in the first step. The rate with which the loss fell farthest is chosen.",
+        f"{found.predicted_fall:.1e} in the first step. It is chosen unless the loss fell farther with another, beyond chance.",
         f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (the typical change of a weight in a step),\n"
         f"           or {found.lr_sgd:.1e} with update=sgd; epsilon {result['suggested']['epsilon']}",
         f"  {result['command']}",
@@ -226,8 +227,8 @@ def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
     )
 
     rates = [f"{t.learning_rate:.1e}" for t in found.tries]
-    best = max(range(len(rates)), key=lambda i: found.tries[i].fall)
-    colours = ["#c2571a" if i == best else "#1f5aa6" for i in range(len(rates))]
+    best = choose_try(found.tries)
+    colours = ["#c2571a" if t is best else "#1f5aa6" for t in found.tries]
     right.bar(rates, [t.fall for t in found.tries], color=colours)
     right.axhline(found.predicted_fall, color="#8a8a8a", linewidth=0.8, linestyle="--")
     right.axhline(0.0, color="black", linewidth=0.6)

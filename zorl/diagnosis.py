@@ -2,13 +2,13 @@
 
 Five things are measured, each on batches as training draws them:
 
-1. ε: slopes along a few directions at ε from 1e-4 to 0.1, against the slopes where they agree best from one ε to the next.
-   Below that plateau rounding, or the steps of a reward, make the error; above it the loss's third derivative does.
+1. ε: slopes along a few directions at ε from 1e-4 to 0.1 (`zorl.slopes`).
 2. curvature and effective rank (`zorl.curvature`), at that ε.
 3. the share of a slope that another batch confirms: the rest of it is the batch's own.
 4. the learning rate of the descent lemma with these figures (Malladi et al. 2023, Corollary 1).
 5. a few real steps with that rate, or with one that moves weights by ε a step where that is less, with a quarter of it and
-   with four times it, from the same start, on the same batches. The rate with which the loss falls farthest is suggested.
+   with four times it, from the same start, on the same batches. The rate of theory is suggested, unless the loss falls
+   farther with another by more than twice the standard error of the difference.
 
 θ is the same afterwards, bit for bit.
 """
@@ -25,43 +25,36 @@ import torch
 from torch import Tensor
 
 from zorl.curvature import Curvature, Estimate, Losses, forwards_of, jackknife, measure_curvature, restored
-from zorl.directions import Distribution, derive_seed, key
+from zorl.directions import Distribution, derive_seed
 from zorl.epsilon import FLOOR
-from zorl.kernels import kernel_for
 from zorl.mezo import MeZO
-from zorl.parameters import ParameterSet
 from zorl.probe import CENTRE, Point, Scores
 from zorl.schedules import Directions
+from zorl.slopes import EPSILONS, Look, choose_epsilon, look, rms
+from zorl.theory import corollary_1, estimated_norm, lemma_2
 from zorl.trainer import MeZOTrainer
 
-EPSILONS = tuple(10.0 ** (-4.0 + i / 2.0) for i in range(7))  # 1e-4 … 0.1
 LOOKS = 4  # directions that ε is chosen by
-SLOPE_ERROR = 0.1  # of a slope that ε may cost: unseen beside what a batch and a direction leave to chance
 TRIES = (0.25, 1.0, 4.0)  # times the learning rate that the theory gives
 MEASURED_ON = 4  # batches on which the fall of the loss is measured
 LEAST_CONFIRMED = 0.1  # a share measured below this is taken for this: it is hardly known
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Slopes at one ε.
+class Try:
+    """A few real steps.
 
     Attributes:
-        informative: the share of directions in which the two sides differ.
-        slope_error: root mean square against the slopes of the plateau, as a share of these; NaN where there is none.
+        falls: of the loss, a step, on each of several batches that stay the same.
     """
 
-    epsilon: float
-    informative: float
-    slope_error: float
-
-
-@dataclass(frozen=True, slots=True)
-class Try:
-    """A few real steps: the fall of the loss a step, on rows that stay the same."""
-
     learning_rate: float
-    fall: float
+    falls: tuple[float, ...]
+
+    @property
+    def fall(self) -> float:
+        """Their mean."""
+        return sum(self.falls) / len(self.falls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +143,7 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     sgd = min(theory, at / gradient)  # a typical step is no longer than the distance at which slopes were measured
     unit = gradient if args.update == "normalized" else 1.0  # from `sgd` to the rate of the run's own rule
     tries = _descend(trainer, [times * sgd * unit for times in TRIES], at, plan.steps, batches, progress)
-    best = max(tries, key=lambda t: t.fall if math.isfinite(t.fall) else -math.inf).learning_rate / unit
+    best = choose_try(tries).learning_rate / unit
     return Diagnosis(
         parameters=parameters.numel,
         n_spsa=n,
@@ -172,44 +165,6 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         lr_normalized=best * gradient,
         lr_sgd=best,
     )
-
-
-# --- the theory -------------------------------------------------------------------------------------------------------
-
-
-def lemma_2(parameters: int, n: int, distribution: Distribution) -> float:
-    """E‖∇̂L‖² / ‖∇L‖² of n-SPSA (Malladi et al. 2023, Lemma 2): (d + n − 1)/n wherever ‖z‖² = d.
-
-    That is so on the paper's sphere of radius √d, and for ±1 and rank-one directions, whose elements are all ±1. A Gaussian z is
-    longer where it meets the gradient, E[(z·∇L)²‖z‖²] = (d + 2)‖∇L‖², which makes it (d + n + 1)/n. For rank four the
-    length varies too; (d + n − 1)/n is then an approximation.
-    """
-    return (parameters + n + (1 if distribution == "gaussian" else -1)) / n
-
-
-def corollary_1(trace: float, norm: float, n: int) -> float:
-    """The learning rate η_SGD/γ that falls the most a step by the descent lemma (Malladi et al. 2023, Corollary 1), η_SGD = 1/ℓ.
-
-    For Gaussian z, E[ĝᵀHĝ] = (tr H‖∇L‖² + (n+1)·∇LᵀH∇L)/n, so γ = (r + n + 1)/n with r = tr H/ℓ; for the sphere, ±1 and rank one
-    it differs by terms of the order of ℓ/n. The dimension does not occur.
-
-    Args:
-        trace: tr H.
-        norm: ℓ, H's largest eigenvalue.
-        n: directions a step.
-    """
-    return n / (trace + (n + 1) * norm)
-
-
-def estimated_norm(slopes: Tensor, parameters: ParameterSet, distribution: Distribution, seeds: Sequence[int]) -> float:
-    """‖∇̂L‖² of n-SPSA with these seeds and slopes zᵢ·∇L: the estimate is made one parameter at a time, and not kept."""
-    coefficients = (slopes / len(seeds)).tolist()
-    total = 0.0
-    for name, tensor in parameters.items():
-        estimate = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
-        kernel_for(estimate).add(estimate, [key(seed, name) for seed in seeds], coefficients, distribution)
-        total += estimate.double().square().sum().item()
-    return total
 
 
 def _corollary_1_of(curvature: Curvature, n: int) -> float:
@@ -245,48 +200,22 @@ class Plan:
         return of_looks + of_curvature + of_tries
 
 
-def look(losses: Losses, seeds: Sequence[int], epsilons: Sequence[float]) -> list[Look]:
-    """Slopes along the same directions at each ε, against those of the plateau."""
-    slopes = []
-    for epsilon in epsilons:
-        sides = losses([Point(seed, sign * epsilon) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
-        slopes.append((sides[:, 0] - sides[:, 1]) / (2.0 * epsilon))
-    informative = [(found != 0.0).double().mean().item() for found in slopes]
-    pairs = [
-        (_rms(low - high), (low + high) / 2.0)
-        for low, high, share in zip(slopes, slopes[1:], informative, strict=False)
-        if share == 1.0
-    ]
-    plateau = min(pairs, key=lambda pair: pair[0])[1] if pairs else None
-    return [
-        Look(epsilon, share, math.nan if plateau is None else _rms(found - plateau) / _rms(plateau))
-        for epsilon, share, found in zip(epsilons, informative, slopes, strict=True)
-    ]
-
-
-def choose_epsilon(looks: Sequence[Look], target: float) -> float | None:
-    """The largest ε that misjudges slopes by no more than `SLOPE_ERROR`, or else the one that does so least.
-
-    The largest, because what rounding and a reward's steps add to a slope falls with ε.
-
-    Args:
-        target: the share of informative directions that is asked for.
-
-    Returns:
-        None where none of them is informative enough.
-    """
-    able = [found for found in looks if found.informative >= target and not math.isnan(found.slope_error)]
-    good = [found for found in able if found.slope_error <= SLOPE_ERROR]
-    if good:
-        return max(found.epsilon for found in good)
-    return min(able, key=lambda found: found.slope_error).epsilon if able else None
+def choose_try(tries: Sequence[Try]) -> Try:
+    """The one with which the loss fell farthest, or the middle one where its lead over that is no more than noise: twice the
+    standard error of the difference over the batches."""
+    middle = tries[len(tries) // 2]
+    best = max(tries, key=lambda found: found.fall if math.isfinite(found.fall) else -math.inf)
+    if not math.isfinite(middle.fall):
+        return best
+    leads = torch.tensor(best.falls, dtype=torch.float64) - torch.tensor(middle.falls, dtype=torch.float64)
+    return best if leads.mean() > 2.0 * leads.std() / math.sqrt(len(leads)) else middle
 
 
 def _confirmed(one: Tensor, other: Tensor) -> Estimate:
     """E[g g′] / √(E g² · E g′²) of slopes along the same directions on two batches: ‖∇L‖² over the batches' own."""
 
     def share(i: Tensor) -> float:
-        scale = _rms(one[i]) * _rms(other[i])
+        scale = rms(one[i]) * rms(other[i])
         return (one[i] * other[i]).mean().item() / scale if scale > 0.0 else math.nan
 
     return jackknife(share, len(one))
@@ -306,10 +235,10 @@ def _descend(
     measured = [_losses(trainer, next(batches), 2 + i, n, progress) for i in range(MEASURED_ON)]
     rows = list(itertools.islice(batches, steps))
 
-    def level() -> float:
-        return sum(losses([CENTRE]).item() for losses in measured) / len(measured)
+    def levels() -> list[float]:
+        return [losses([CENTRE]).item() for losses in measured]
 
-    before, tries = level(), []
+    before, tries = levels(), []
     with restored(trainer.tuned) as restore:
         for rate in rates:
             mezo = MeZO(
@@ -322,7 +251,8 @@ def _descend(
                 mezo.tell(probe.id, asked.answers)
                 mezo.step()
                 progress(len(probe.points))
-            tries.append(Try(rate, (before - level()) / steps))
+            falls = [(start - end) / steps for start, end in zip(before, levels(), strict=True)]
+            tries.append(Try(rate, tuple(falls)))
             restore()
     return tries
 
@@ -353,7 +283,3 @@ def _batches(trainer: MeZOTrainer) -> Iterator[list[dict[str, Any]]]:
         loader = iter(trainer.get_train_dataloader())
         while parts := list(itertools.islice(loader, trainer.args.gradient_accumulation_steps)):
             yield [row for part in parts for row in part.rows]
-
-
-def _rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()

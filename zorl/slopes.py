@@ -1,0 +1,76 @@
+"""How far to look: the ε at which slopes are right, chosen by what a few directions find at many.
+
+A slope [L(θ+εz) − L(θ−εz)]/2ε is off by rounding, or by the steps of a reward, where ε is small, and by the loss's third
+derivative where ε is large. Between the two it stays the same from one ε to the next: that plateau is what all are held to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zorl.curvature import Losses
+from zorl.probe import Point
+
+EPSILONS = tuple(10.0 ** (-4.0 + i / 2.0) for i in range(7))  # 1e-4 … 0.1
+SLOPE_ERROR = 0.1  # of a slope that ε may cost: unseen beside what a batch and a direction leave to chance
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Slopes at one ε.
+
+    Attributes:
+        informative: the share of directions in which the two sides differ.
+        slope_error: root mean square against the slopes of the plateau, as a share of these; NaN where there is none.
+    """
+
+    epsilon: float
+    informative: float
+    slope_error: float
+
+
+def look(losses: Losses, seeds: Sequence[int], epsilons: Sequence[float]) -> list[Look]:
+    """Slopes along the same directions at each ε, against those of the plateau."""
+    slopes = []
+    for epsilon in epsilons:
+        sides = losses([Point(seed, sign * epsilon) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
+        slopes.append((sides[:, 0] - sides[:, 1]) / (2.0 * epsilon))
+    informative = [(found != 0.0).double().mean().item() for found in slopes]
+    pairs = [
+        (rms(low - high), (low + high) / 2.0)
+        for low, high, share in zip(slopes, slopes[1:], informative, strict=False)
+        if share == 1.0
+    ]
+    plateau = min(pairs, key=lambda pair: pair[0])[1] if pairs else None
+    return [
+        Look(epsilon, share, math.nan if plateau is None else rms(found - plateau) / rms(plateau))
+        for epsilon, share, found in zip(epsilons, informative, slopes, strict=True)
+    ]
+
+
+def choose_epsilon(looks: Sequence[Look], target: float) -> float | None:
+    """The largest ε that misjudges slopes by no more than `SLOPE_ERROR`, or else the one that does so least.
+
+    The largest, because what rounding and a reward's steps add to a slope falls with ε.
+
+    Args:
+        target: the share of informative directions that is asked for.
+
+    Returns:
+        None where none of them is informative enough.
+    """
+    able = [found for found in looks if found.informative >= target and not math.isnan(found.slope_error)]
+    good = [found for found in able if found.slope_error <= SLOPE_ERROR]
+    if good:
+        return max(found.epsilon for found in good)
+    # The two ε of the plateau are equally far from their mean, but for rounding.
+    return max(able, key=lambda found: (-round(found.slope_error, 6), found.epsilon)).epsilon if able else None
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square."""
+    return values.square().mean().sqrt().item()
