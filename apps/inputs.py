@@ -59,16 +59,17 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
     Raises:
         ValueError: template and label words do not fit together, or a label word is not given as label=word.
     """
-    column = arguments.text_column
+    column, options = arguments.text_column, arguments.options
     default = DEFAULT_TEMPLATE if column is None else f"{{{TEXT if column.isdecimal() else column}}}"
     remembered = Prompt.from_dict(saved) if saved is not None else None
     words = _label_words(arguments.label_words)
     template = None if arguments.prompt is None else arguments.prompt.replace("\\n", "\n")
     if remembered is None:
         template = default if template is None else template
-        return Prompt(template, words, chat=arguments.chat, system=arguments.system)
-    if words is None and (template is None or "{mask}" in template):
+        return Prompt(template, words, chat=arguments.chat, system=arguments.system, options=options)
+    if words is None and options is None and (template is None or "{mask}" in template):
         words = None if remembered.label_words is None else dict(remembered.label_words)
+        options = remembered.options
     asked = replace(
         remembered,
         template=remembered.template if template is None else template,
@@ -76,6 +77,7 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
         chat=arguments.chat or remembered.chat,
         system=remembered.system if arguments.system is None else arguments.system,
         label_head=None,
+        options=options,
     )
     return remembered if asked == replace(remembered, label_head=None) else asked
 
@@ -112,7 +114,7 @@ def load(
         columns = ", ".join(map(repr, rows.dataset.column_names))
         raise ValueError(
             f"--prompt is needed: a template over the columns {columns}, such as "
-            f"'{{{rows.dataset.column_names[0]}}} It was {{mask}}.' with --label_words, or without {{mask}} for text"
+            f"'{{{rows.dataset.column_names[0]}}} It was {{mask}}.' with --label_words or --options, or without {{mask}} for text"
         )
     prompt.check_columns(rows.dataset.column_names)
     return rows
@@ -128,7 +130,7 @@ def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | 
         return rows.label_column
     if needed:
         check_columns(source, [LABEL], rows.dataset.column_names)
-    return LABEL if prompt.labels and LABEL in rows.dataset.column_names else None
+    return LABEL if prompt.chooses and LABEL in rows.dataset.column_names else None
 
 
 def load_rewards(names: list[str] | None, label_column: str | None) -> list[RewardFunction]:

@@ -61,10 +61,10 @@ def run(argv: Sequence[str]) -> str:
     train_rows, eval_rows, label_column = _rows(arguments, given, prompt)
     if label_column is not None:
         given["label_column"] = label_column
-    truth = label_column if asked_label is not None or prompt.labels else None
+    truth = label_column if asked_label is not None or prompt.chooses or arguments.loss is not None else None
     rewards = load_rewards(arguments.reward, truth)
-    if arguments.metrics is None and label_column is not None and prompt.labels:
-        metrics = load_rewards(["accuracy", "f1"], label_column)
+    if arguments.metrics is None and label_column is not None and prompt.chooses:
+        metrics = load_rewards(["accuracy", "f1"] if prompt.labels else ["accuracy"], label_column)
     else:
         metrics = load_rewards(arguments.metrics, truth)
     judge = (
@@ -113,6 +113,7 @@ def _rows(
     source = str(arguments.dataset)
     loaded = load(arguments, prompt, wished)
     label_column = label_of(loaded, prompt, source, needed=arguments.loss is not None)
+    classes = label_column if prompt.labels else None
     train_rows, eval_rows = loaded.dataset, None
     if arguments.eval_dataset is not None or arguments.eval_split is not None:
         if arguments.judge is not None and not arguments.metrics:
@@ -120,18 +121,16 @@ def _rows(
                 "a judge gives no figure to evaluate: name some with --metrics, or leave out --eval_dataset"
             )
         held = load(arguments, prompt, wished, source=arguments.eval_dataset, split=arguments.eval_split)
-        label_of(
-            held, prompt, str(arguments.eval_dataset or source), needed=label_column is not None and bool(prompt.labels)
-        )
+        needed = label_column is not None and (prompt.chooses or arguments.loss is not None)
+        label_of(held, prompt, str(arguments.eval_dataset or source), needed=needed)
         eval_rows = held.dataset
         origin = arguments.eval_dataset or f"{source}, {arguments.eval_split}"
-        say(f"{origin}: {describe(eval_rows, label_column)} to evaluate on")
+        say(f"{origin}: {describe(eval_rows, classes)} to evaluate on")
     elif given.get("eval_strategy") != "no" and (arguments.judge is None or arguments.metrics):
-        stratify = label_column if prompt.labels else None
-        train_rows, eval_rows = hold_out(train_rows, stratify)
-        how = "stratified by label" if stratify else "drawn at random"
+        train_rows, eval_rows = hold_out(train_rows, classes)
+        how = "stratified by label" if classes else "drawn at random"
         say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
-    say(f"{source}: {describe(train_rows, label_column)} to train on")
+    say(f"{source}: {describe(train_rows, classes)} to train on")
     return train_rows, eval_rows, label_column
 
 

@@ -47,6 +47,7 @@ class FittingForwards:
         points: Sequence[Point],
         prepare: Callable[[int], Callable[[int], list[T]]],
         *,
+        inputs: int,
         inputs_per_row: int = 1,
         head_rows: Tensor | None = None,
     ) -> list[T]:
@@ -55,6 +56,7 @@ class FittingForwards:
         Args:
             prepare: called with the number of inputs that a forward may hold of each point, at least 1; returns what
                 `Evaluator.evaluate_all` calls.
+            inputs: of all rows at a point.
             inputs_per_row: as many inputs of a point go together where they fit; points share a forward if these do.
             head_rows: as for `Evaluator.evaluate_all`.
 
@@ -82,13 +84,14 @@ class FittingForwards:
             if failure is None:
                 break
             clear_device_cache(garbage_collection=True)
-            if self.batch_size == 1:
+            held = min(self.batch_size, inputs * self.evaluator.copies(together))
+            if held <= 1:
                 raise torch.OutOfMemoryError(
-                    f"memory does not suffice for a forward of one input at one point: forward_batch_size was {tried} and has "
-                    "been halved down to 1; shorten the inputs with max_length, load the model with dtype='bfloat16', or use "
-                    "a device with more memory"
+                    f"memory does not suffice for a forward of one input at one point (forward_batch_size was {tried}, and has "
+                    "been halved as often as can be): shorten the inputs with max_length, load the model with "
+                    "dtype='bfloat16', or use a device with more memory"
                 ) from failure
-            self.batch_size //= 2
+            self.batch_size = held // 2
         if self.batch_size < tried:
             warnings.warn(
                 f"memory did not suffice for forwards of {tried} inputs: forward_batch_size has been lowered to "

@@ -100,13 +100,15 @@ class Likelihood:
                     states += [read] if with_states and read is not None else []
                 if not states:
                     return [(of_copy, None) for of_copy in scores]
-                back = torch.cat([batch.rows for batch in batches]).argsort()  # from length buckets to the rows' own order
+                back = torch.cat(
+                    [batch.rows for batch in batches]
+                ).argsort()  # from length buckets to the rows' own order
                 return list(zip(scores, torch.cat(states, dim=1)[:, back], strict=True))
 
             return forward
 
-        inputs_per_row = max(len(one.choices.suffixes) for one in encoded)
-        found = self.forwards(points, prepare, inputs_per_row=inputs_per_row, head_rows=label_rows)
+        counts = [len(one.choices.suffixes) for one in encoded]
+        found = self.forwards(points, prepare, inputs=sum(counts), inputs_per_row=max(counts), head_rows=label_rows)
         states = [of_point for _, of_point in found if of_point is not None]
         return torch.stack([scores for scores, _ in found]), torch.stack(states) if states else None
 
@@ -161,7 +163,9 @@ class Likelihood:
         rows = torch.tensor([row for row, _, _ in parts], device=device)
         if self._label_rows is not None:
             positions = torch.tensor([[one.position] for one in encoded], device=device)
-            return _Batch(rows, inputs, positions, rows[:, None], torch.arange(len(self._label_rows), device=device)[None])
+            return _Batch(
+                rows, inputs, positions, rows[:, None], torch.arange(len(self._label_rows), device=device)[None]
+            )
         choices = [one.choices for one in encoded]
         steps = max(options.longest for options in choices)
         tables = {key: self._table(options, steps) for key, options in {id(o): o for o in choices}.items()}

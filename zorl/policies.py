@@ -1,4 +1,4 @@
-"""A policy answers prompts: with the best of some label words, or with generated text."""
+"""A policy answers prompts: with the best of some label words or of a row's own options, or with generated text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from zorl.generation import Generation
 from zorl.perturbation import Evaluator
 from zorl.probe import Point
 from zorl.prompts import Answer, Prompt
+from zorl.row_options import RowOptions
 from zorl.scoring import LabelWords
 
 if TYPE_CHECKING:
     from zorl.config import MeZOConfig
 
 Row = Mapping[str, Any]
+Choosing = LabelWords | RowOptions  # policies that score the answers they choose from
 
 
 class Policy(Protocol):
@@ -27,16 +29,15 @@ class Policy(Protocol):
 
 def make_policy(
     evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig
-) -> LabelWords | Generation:
-    """`LabelWords` for a prompt with label words, else `Generation`.
+) -> LabelWords | RowOptions | Generation:
+    """`LabelWords` for a prompt with label words, `RowOptions` for one with options, else `Generation`.
 
     Raises:
         ValueError: the prompt does not suit the model or its tokenizer.
     """
-    if prompt.labels:
-        return LabelWords(
-            evaluator, processing_class, prompt, batch_size=args.forward_batch_size, max_length=args.max_length
-        )
+    if prompt.labels or prompt.options is not None:
+        kind = LabelWords if prompt.labels else RowOptions
+        return kind(evaluator, processing_class, prompt, batch_size=args.forward_batch_size, max_length=args.max_length)
     return Generation(
         evaluator,
         processing_class,

@@ -139,6 +139,11 @@ class Prompt:
         return tuple(self.label_words or ())
 
     @property
+    def chooses(self) -> bool:
+        """The answer is one of given texts, label words or options; otherwise it is generated."""
+        return self.label_words is not None or self.options is not None
+
+    @property
     def literal_before_mask(self) -> str:
         """The template's own text right before `{mask}`, back to the column before it. Empty without `{mask}`."""
         return next((literal for literal, name in self._parts if name == MASK), "")
@@ -172,9 +177,7 @@ class Prompt:
                 close = difflib.get_close_matches(name, available, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 listed = ", ".join(repr(column) for column in available)
-                raise ValueError(
-                    f"{user} the column {name!r}, which the data does not have{hint} (columns: {listed})"
-                )
+                raise ValueError(f"{user} the column {name!r}, which the data does not have{hint} (columns: {listed})")
 
     def options_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The row's own answers to choose from, as they are in the data; empty for a prompt without `options`.
@@ -254,7 +257,7 @@ class Prompt:
     ) -> Rendered:
         literals = "".join(literal for literal, _ in self._parts)
         if literals.strip() or self.fields != (name,) or self.fields_after_mask:
-            alone = f"{{{name}}}{{mask}}" if self.label_words or self.options else f"{{{name}}}"
+            alone = f"{{{name}}}{{mask}}" if self.chooses else f"{{{name}}}"
             raise ValueError(
                 f"the column {name!r} holds conversations, so the template must be {alone!r}, not {self.template!r}"
             )

@@ -156,9 +156,7 @@ class LabelWords:
             )
 
 
-def best_answers(
-    every: Sequence[Sequence[Answer]], scores: Tensor, points: Sequence[Point]
-) -> list[list[Answer]]:
+def best_answers(every: Sequence[Sequence[Answer]], scores: Tensor, points: Sequence[Point]) -> list[list[Answer]]:
     """The likeliest of the answers to each row at each point, as `[point][row]`; of equals the first.
 
     Args:

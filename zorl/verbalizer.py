@@ -28,8 +28,8 @@ class Verbalizer:
         masked: the model reads a mask token in the text; otherwise it continues the text before `{mask}`.
 
     Attributes:
-        options: the tokens of the label words (none where rows bring their own), with the template's text behind them where that is scored and is the
-            same for all rows.
+        options: the tokens of the label words, with the template's text behind them where that is scored and is the
+            same for all rows. None of them where rows bring their own.
 
     Raises:
         ValueError: a word is unknown to the tokenizer, is the same token as another, or has several tokens where the
