@@ -24,7 +24,7 @@ from zorl.twin import Twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEXTS = ["the film was great", "odd", "who wrote the book ?", "it was good", "the plot", "what", "bad", "I liked it"]
+TEXTS = ["the film was great", "odd", "who wrote the book ?", "it was good", "the plot"]
 ROWS = [
     {"text": text, "label": "the film", "choices": ["it was odd", "the plot was bad", "the book", "who knows"]}
     for text in TEXTS
@@ -81,7 +81,7 @@ def taught(evaluator: Any, tokenizer: Any, size: int) -> Any:
 
 @pytest.mark.parametrize("make", [words, options, texts, taught])
 @pytest.mark.parametrize("kind", [Scratch, Twin])
-@pytest.mark.parametrize("room", [1, 3, 16])
+@pytest.mark.parametrize("room", [1, 3])
 def test_results_do_not_depend_on_what_fits(
     parts: Callable[[str], Any], make: Any, kind: type[Scratch] | type[Twin], room: int
 ) -> None:
