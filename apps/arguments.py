@@ -48,6 +48,10 @@ class InputArguments:
             "--label_words=-1=bad.)"
         ),
     )
+    options: str | None = _flag(
+        "Column that holds a list of texts in each row: the model answers with the likeliest of them, at {mask}. The label "
+        "column holds the text of the right one. For causal models; .jsonl, .json and .parquet files have such columns."
+    )
     chat: bool = _flag("Put the prompt through the tokenizer's chat template.", False)
     system: str | None = _flag("A system message; implies --chat.")
     json: bool = _flag("Print one JSON object on stdout. Progress and messages go to stderr in any case.", False)
@@ -82,11 +86,14 @@ class TrainArguments(InputArguments):
         "or your own function, as package.module:name or path/file.py:name."
     )
     judgments: str | None = _flag("With --judge human: the SQLite file in which the run and its raters meet.")
-    loss: str | None = _flag("Instead of a reward: cross_entropy, over the label words.")
+    loss: str | None = _flag(
+        "Instead of a reward: cross_entropy, of the true label among the label words or options; without them, of the text "
+        "in --label_column given the prompt, token by token."
+    )
     metrics: list[str] | None = field(
         default=None,
         metadata=_several(
-            "Rewards to record at evaluations and not to optimise. Default with label words: accuracy f1."
+            "Rewards to record at evaluations and not to optimise. Default with label words: accuracy f1; with options: accuracy."
         ),
     )
 
@@ -96,7 +103,9 @@ class AnswerArguments(InputArguments):
     """How answers are computed where nothing is trained."""
 
     dtype: str | None = _flag("float32, bfloat16, float16 or auto. Default: as saved by zorl, else float32.")
-    forward_batch_size: int = _flag("Rows a forward: lower it when memory runs out; results do not change.", 64)
+    forward_batch_size: int = _flag(
+        "Inputs a forward, at most. It is halved where memory runs out; results do not change.", 64
+    )
     max_length: int | None = _flag(
         "Tokens of a prompt; longer texts are cut. Default: as trained, or what the model takes."
     )
@@ -114,7 +123,7 @@ class EvalArguments(AnswerArguments):
     label_column: str | None = _flag("Column with the true label, by name or position. Default: as trained, or label.")
     reward: list[str] | None = field(
         default=None,
-        metadata=_several("Rewards to compute, named as for zorl train. Needed without label words."),
+        metadata=_several("Rewards to compute, named as for zorl train. Needed without label words and options."),
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each reward in their sum. Default: 1 each."}

@@ -93,7 +93,7 @@ def _diagnose_types() -> tuple[Any, ...]:
     return DiagnoseArguments, MeZOConfig
 
 
-_QUESTION = "prompt label_words chat system"
+_QUESTION = "prompt label_words options chat system"
 _DATA = "model task dataset text_column dataset_config dataset_split"
 _COMPUTING = "dtype forward_batch_size max_length max_completion_length temperature top_k top_p use_cpu"
 
@@ -125,6 +125,8 @@ zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one clas
 zorl train … --reward rewards.py:cost                      # def cost(completions, label, **columns): return [ … ]
 zorl train --model roberta-base --head classifier --dataset train.tsv --text_column text --reward f1   # probe, then MeZO
 zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --reward squad_f1    # generated answers
+zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --loss cross_entropy --label_column answers
+zorl train --model M --dataset copa.jsonl --prompt "{premise} {connective} {mask}" --options choices --reward accuracy
 zorl train --model M --dataset prompts.jsonl --judge reward:rewards.py:kind               # only which answer is better counts""",
     words={
         "output_dir": "Folder for the run: trajectory, tuned model, tokenizer and prompt. Default: zorl_output.",
@@ -144,8 +146,8 @@ EVAL = Command(
     name="eval",
     usage="--model M --dataset FILE",
     about="""\
-Scores a model on a file: accuracy, macro-F1 and the F1 of each label, and any reward. A folder that zorl train wrote
-remembers its prompt, label words and label column; flags override them.""",
+Scores a model on a file: accuracy, macro-F1 and the F1 of each label (of options accuracy alone), and any reward. A folder
+that zorl train wrote remembers its prompt, label words or options, and label column; flags override them.""",
     types=lambda: (EvalArguments,),
     sections={
         "Model and data": f"{_DATA} label_column",
@@ -164,8 +166,9 @@ PREDICT = Command(
     name="predict",
     usage="--model M --dataset FILE --output FILE",
     about="""\
-Answers every row of a file: with a label's name where the prompt has label words, with text where it has none. The output
-holds the columns of the data set, and 'prediction'. A folder that zorl train wrote remembers its prompt.""",
+Answers every row of a file: with a label's name where the prompt has label words, with one of the row's options where it
+names such, else with text. The output holds the columns of the data set, and 'prediction'. A folder that zorl train wrote
+remembers its prompt.""",
     types=lambda: (PredictArguments,),
     sections={
         "Model and data": f"{_DATA} output overwrite json",

@@ -61,25 +61,28 @@ def run_eval(argv: Sequence[str]) -> str:
     settings = _settings(arguments)
     prompt = with_trained_classes(make_prompt(arguments, settings.get("prompt"), task), str(arguments.model))
     wished = arguments.label_column
-    if wished is None and prompt.labels and task is None:
+    if wished is None and prompt.chooses and task is None:
         wished = settings.get("label_column")
     loaded = load(arguments, prompt, wished, task=task, task_split="test")
-    label_column = label_of(loaded, prompt, str(arguments.dataset), needed=bool(prompt.labels))
-    if arguments.reward is None and task is not None and not prompt.labels:
+    label_column = label_of(loaded, prompt, str(arguments.dataset), needed=prompt.chooses)
+    if arguments.reward is None and task is not None and not prompt.chooses:
         arguments.reward = [task.metric]
     asked = load_rewards(arguments.reward, label_column)
-    if not asked and not prompt.labels:
-        raise ValueError("--reward is needed, such as squad_f1: without label words there is no accuracy to compute")
+    if not asked and not prompt.chooses:
+        raise ValueError(
+            "--reward is needed, such as squad_f1: without label words or options there is no accuracy to compute"
+        )
     rows = checked_rows(loaded.dataset, "--dataset", prompt, label_column or "label")
     policy = _policy(arguments, settings, prompt)
     start = time.perf_counter()
     (answers,) = policy.answers(rows, [CENTRE])
     result: dict[str, Any] = {}
-    if prompt.labels:
-        column = str(label_column)
-        answered = [answer.completion for answer in answers]
-        keywords = {**columns_of(rows), "completions": answered, "label_names": list(prompt.labels)}
+    column = str(label_column)
+    answered = [answer.completion for answer in answers]
+    keywords = {**columns_of(rows), "completions": answered, "label_names": list(prompt.labels) or None}
+    if prompt.chooses:
         result["accuracy"] = statistics.fmean(accuracy(column)(**keywords))
+    if prompt.labels:
         result["macro_f1"] = f1(column=column)(**keywords)
         result["f1"] = {label: f1(column=column, pos_label=label)(**keywords) for label in prompt.labels}
     if asked:

@@ -98,7 +98,7 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
         ValueError: template and label words do not fit together, a label word is not given as label=word, or the task is
             not for such a model.
     """
-    column = arguments.text_column
+    column, options = arguments.text_column, arguments.options
     default = DEFAULT_TEMPLATE if column is None else f"{{{TEXT if column.isdecimal() else column}}}"
     words = _label_words(arguments.label_words)
     template = None if arguments.prompt is None else arguments.prompt.replace("\\n", "\n")
@@ -108,9 +108,10 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
         base = task.prompt(masked=template is None and is_masked(str(arguments.model)))
     else:
         template = default if template is None else template
-        return Prompt(template, words, chat=arguments.chat, system=arguments.system)
-    if words is None and (template is None or "{mask}" in template):
+        return Prompt(template, words, chat=arguments.chat, system=arguments.system, options=options)
+    if words is None and options is None and (template is None or "{mask}" in template):
         words = None if base.label_words is None else dict(base.label_words)
+        options = base.options
     asked = replace(
         base,
         template=base.template if template is None else template,
@@ -118,6 +119,7 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
         chat=arguments.chat or base.chat,
         system=base.system if arguments.system is None else arguments.system,
         label_head=None,
+        options=options,
     )
     return base if asked == replace(base, label_head=None) else asked
 
@@ -172,7 +174,7 @@ def load(
         columns = ", ".join(map(repr, rows.dataset.column_names))
         raise ValueError(
             f"--prompt is needed: a template over the columns {columns}, such as "
-            f"'{{{rows.dataset.column_names[0]}}} It was {{mask}}.' with --label_words, or without {{mask}} for text"
+            f"'{{{rows.dataset.column_names[0]}}} It was {{mask}}.' with --label_words or --options, or without {{mask}} for text"
         )
     prompt.check_columns(rows.dataset.column_names)
     return rows
@@ -188,7 +190,7 @@ def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | 
         return rows.label_column
     if needed:
         check_columns(source, [LABEL], rows.dataset.column_names)
-    return LABEL if (needed or prompt.labels) and LABEL in rows.dataset.column_names else None
+    return LABEL if (needed or prompt.chooses) and LABEL in rows.dataset.column_names else None
 
 
 def load_rewards(names: list[str] | None, label_column: str | None) -> list[RewardFunction]:

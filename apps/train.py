@@ -71,10 +71,11 @@ def run(argv: Sequence[str]) -> str:
     train_rows, eval_rows, label_column, prompt = _rows(arguments, given, prompt, task)
     if label_column is not None:
         given["label_column"] = label_column
-    truth = label_column if asked_label is not None or prompt.labels or task is not None else None
+    known = asked_label is not None or prompt.chooses or arguments.loss is not None or task is not None
+    truth = label_column if known else None
     rewards = load_rewards(arguments.reward, truth)
-    if arguments.metrics is None and label_column is not None and prompt.labels:
-        metrics = load_rewards(["accuracy", "f1"], label_column)
+    if arguments.metrics is None and label_column is not None and prompt.chooses:
+        metrics = load_rewards(["accuracy", "f1"] if prompt.labels else ["accuracy"], label_column)
     else:
         metrics = load_rewards(arguments.metrics, truth)
     judge = (
@@ -154,9 +155,8 @@ def _rows(
             split=arguments.eval_split,
             task_split="validation",
         )
-        label_of(
-            held, prompt, str(arguments.eval_dataset or source), needed=label_column is not None and bool(prompt.labels)
-        )
+        needed = label_column is not None and (prompt.chooses or arguments.loss is not None)
+        label_of(held, prompt, str(arguments.eval_dataset or source), needed=needed)
         eval_rows = held.dataset
         origin = arguments.eval_dataset or f"{source}, {arguments.eval_split}"
         say(f"{origin}: {describe(eval_rows, classes)} to evaluate on")

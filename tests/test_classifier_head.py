@@ -17,7 +17,7 @@ from zorl.classifier_head import ClassifierHead, class_names, has_new_head, prep
 from zorl.models import load_model, trained_classes
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
-from zorl.policies import LabelPolicy
+from zorl.policies import Choosing
 from zorl.probe import CENTRE, Point
 from zorl.prompts import Prompt
 from zorl.twin import Twin
@@ -103,7 +103,7 @@ def test_batches_do_not_matter_and_states_make_the_scores(classifier: Callable[[
 
 def test_answers_are_the_likeliest_classes(classifier: Callable[[str], Classifier]):
     policy = classifier("roberta").policy()
-    assert isinstance(policy, LabelPolicy)
+    assert isinstance(policy, Choosing)
     best = policy.scores(ROWS, [CENTRE])[0].argmax(1).tolist()
     assert [answer.completion for answer in policy.answers(ROWS, [CENTRE])[0]] == [PROMPT.labels[i] for i in best]
     assert [answer.completion for answer in policy.every_answer(ROWS[:1])[0]] == ["bad", "odd", "good"]

@@ -472,6 +472,74 @@ def test_a_causal_model_is_tuned_on_the_text_that_it_generates(
     assert (without.code, "--reward is needed" in without.err) == (2, True)
 
 
+@pytest.fixture(scope="module")
+def questions(files: Files) -> str:
+    """A file of questions with their options, from two to four of them."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(40):
+        choices = rng.sample(["it was odd", "I liked it", "who knows", "the book was terrible"], rng.randint(2, 4))
+        premise = f"the {rng.choice(['film', 'plot'])} was {rng.choice(['good', 'bad'])}"
+        rows.append({"premise": premise, "choices": choices, "right": rng.choice(choices)})
+    return files.write("questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("goal", [["--reward", "accuracy"], ["--loss", "cross_entropy"]])
+def test_rows_may_bring_their_own_options(
+    zorl: Callable[..., Outcome], files: Files, questions: str, tmp_path: Path, goal: list[str]
+) -> None:
+    out = str(tmp_path / "out")
+    data = ["--dataset", questions, "--label_column", "right"]
+    question = ["--prompt", "{premise} so {mask}", "--options", "choices"]
+    result = zorl("train", "--model", files.gpt2, data, question, goal, SHORT, "--output_dir", out, "--json").json
+    assert 0 <= result["eval_accuracy"] <= 1
+    found = zorl("eval", "--model", out, data, "--json").json  # the folder remembers the options
+    assert "macro_f1" not in found
+    predictions = tmp_path / "predictions.jsonl"
+    zorl("predict", "--model", out, "--dataset", questions, "--output", str(predictions))
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert all(row["prediction"] in row["choices"] for row in rows)
+    assert found["accuracy"] == pytest.approx(sum(row["prediction"] == row["right"] for row in rows) / len(rows))
+
+
+def test_options_that_do_not_fit_get_a_sentence(
+    zorl: Callable[..., Outcome], files: Files, questions: str, tmp_path: Path
+) -> None:
+    def error(*more: str) -> str:
+        goal = ["--reward", "accuracy", "--label_column", "right", "--output_dir", str(tmp_path / "out")]
+        outcome = zorl(
+            "train", "--model", files.gpt2, "--dataset", questions, goal, "--prompt", "{premise} {mask}", *more
+        )
+        assert outcome.code == 2
+        return outcome.err.splitlines()[-1]
+
+    assert "no label_words or options to put there" in error()
+    assert "options names the column 'choice', which the data does not have; did you mean 'choices'?" in error(
+        "--options", "choice"
+    )
+    assert "must hold a list of texts to choose from in each row" in error("--options", "premise")
+    assert "two sets of answers" in error("--options", "choices", "--label_words", "0=a", "1=b")
+    assert "BertForMaskedLM fills one mask" in error("--options", "choices", "--model", files.bert)
+    wrong = files.write("wrong.jsonl", json.dumps({"premise": "a", "choices": ["b", "c"], "right": 1}) + "\n")
+    told = error("--options", "choices", "--dataset", wrong, "--eval_strategy", "no")
+    assert "train_dataset, row 1: right=1 is none of the options in 'choices', ['b', 'c']" in told
+
+
+def test_generation_is_taught_by_its_cross_entropy(
+    zorl: Callable[..., Outcome], files: Files, questions: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prompt = ["--prompt", "{premise} so", "--max_completion_length", "40", "--label_column", "right"]
+    goal = ["--loss", "cross_entropy", "--metrics", "squad_f1", "--output_dir", str(out)]
+    result = zorl("train", "--model", files.gpt2, "--dataset", questions, prompt, goal, SHORT, "--json").json
+    assert result["objective"] == "cross_entropy"
+    assert result["eval_reward"] == -result["eval_loss"]
+    assert result["eval_loss"] <= result["start_loss"]
+    assert json.loads((out / "zorl.json").read_text())["temperature"] == 0, "what was taught is decoded greedily"
+    scored = ["--reward", "squad_f1", "--label_column", "right", "--json"]
+    assert 0 <= zorl("eval", "--model", str(out), "--dataset", questions, scored).json["reward"] <= 1
+
+
 def test_a_judge_is_followed_without_evaluations(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
     words = train(files, tmp_path / "out", "--judge", f"{files.rewards}:judge", "--prompt", "{text}", "--json")
     refused = zorl(words, "--model", files.gpt2)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zorl.expected_reward import expected_reward, sample_labels
+from zorl.expected_reward import expected_reward, rectangle, sample_labels
 
 SCORES = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]], [[0.2, 0.2, 0.6], [0.1, 0.1, 0.8]]]).log()  # (2, 2, 3)
 
@@ -23,6 +23,14 @@ def test_a_label_without_a_reward_leaves_its_probability_to_the_others():
     values = expected_reward(SCORES, rewards)
     assert values[:, 0].tolist() == pytest.approx([0.5 / 0.8, 0.5])
     assert values[:, 1].isnan().all()
+
+
+def test_rows_may_have_fewer_labels_than_others():
+    scores = torch.tensor([[[0.5, 0.3, 0.2], [0.4, 0.6, 0.0]]]).log()
+    rewards = rectangle(torch.tensor([1.0, 0.0, -1.0, 0.0, 2.0]), [3, 2])
+    assert torch.equal(rewards.isnan(), torch.tensor([[False] * 3, [False, False, True]]))
+    assert expected_reward(scores, rewards).flatten().tolist() == pytest.approx([0.3, 1.2])
+    assert sample_labels(scores, noise_seed=3, draws=500)[:, 0, 1].max() == 1
 
 
 def test_labels_are_drawn_by_their_probabilities():

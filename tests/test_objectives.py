@@ -187,5 +187,5 @@ def test_a_judge_that_skips_pairs_or_invents_words_is_an_error() -> None:
 def test_a_loss_that_is_no_loss_is_refused(policy: LabelWords) -> None:
     with pytest.raises(ValueError, match="'cross_entropy' or a function"):
         make_objective(policy, loss="crossentropy")
-    with pytest.raises(ValueError, match="needs a prompt with label words"):
+    with pytest.raises(ValueError, match="needs a policy that scores what is right, and Recited"):
         make_objective(Recited([]), loss="cross_entropy")

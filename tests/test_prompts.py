@@ -90,6 +90,47 @@ def test_a_template_that_does_not_fit_its_label_words_says_why(template, words, 
         Prompt(template, words)
 
 
+CHOICE = Prompt("{premise} {mask}", options="choices")
+
+
+def test_a_rows_own_options_belong_to_its_question():
+    row = {"premise": "He fell", "choices": ["down", " up "]}
+    assert CHOICE.options_of(row) == ("down", " up "), "as they are in the data"
+    assert CHOICE.render(row) == Rendered("He fell ", "", (), False, ("down", "up"))
+    assert CHOICE.render(row) != CHOICE.render({**row, "choices": ["down", "over"]})
+    assert Prompt("{premise} {mask}", options="answers") != CHOICE
+    assert (CHOICE.chooses, SENTIMENT.chooses, Prompt("{t}").chooses) == (True, True, False)
+    assert (CHOICE.labels, SENTIMENT.options_of(row)) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("down", r"must hold a list of texts to choose from in each row, found 'down' in the row \{'premise'"),
+        (None, "found None in the row"),
+        (["down", 3], r"found \['down', 3\]"),
+        (["down"], "at least two texts to choose from, all different and none empty"),
+        (["down", "down "], "all different"),
+        (["down", ""], "none empty"),
+    ],
+)
+def test_options_that_leave_no_choice_are_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        CHOICE.render({"premise": "He fell", "choices": choices})
+
+
+def test_options_need_a_place_and_exclude_label_words():
+    with pytest.raises(ValueError, match=r"options are given, but the template '\{t\}' has no \{mask\}"):
+        Prompt("{t}", options="choices")
+    with pytest.raises(ValueError, match="label_words and options='choices' are two sets of answers"):
+        Prompt("{t}{mask}", {0: "a", 1: "b"}, options="choices")
+    with pytest.raises(ValueError, match=r"options names the column 'choices', .* did you mean 'choice'\?"):
+        CHOICE.check_columns(["premise", "choice"])
+    told = {"p": [{"role": "user", "content": "Hi"}], "choices": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"the template must be '\{p\}\{mask\}'"):
+        Prompt("{p} so {mask}", options="choices").render(told)
+
+
 def test_a_misspelt_column_is_named_with_the_nearest_one():
     with pytest.raises(ValueError, match=r"uses the column 'txt', which the data does not have; did you mean 'text'\?"):
         Prompt("{txt}").check_columns(["text", "label"])
@@ -181,6 +222,7 @@ def test_unused_keys_of_a_message_may_be_none():
         SENTIMENT,
         Prompt("{q}"),
         Prompt("{t}{mask}", {1: "Ja", 0: "Nein ☃"}, system="{x}", chat_template_kwargs={"enable_thinking": False}),
+        Prompt("{t}{mask}", options="choices"),
     ],
 )
 def test_a_prompt_survives_json(prompt):

@@ -54,10 +54,10 @@ def test_the_scores_are_those_of_whole_inputs(
 def test_short_prompts_are_not_worth_a_second_forward(parts: Callable[[str], Any]) -> None:
     part = parts("gpt2")
     words = LabelWords(part.evaluator, part.tokenizer, PROMPT)
-    (batch,) = words._batches(words._encode(ROWS), torch.device("cpu"), 1)
+    (batch,) = words._likelihood.batches(words._encode(ROWS), torch.device("cpu"), 64)
     assert batch.shared is None
-    long = words._batches(
-        words._encode([{"text": f"{row['text']} {i}"} for row in ROWS for i in range(16)]), torch.device("cpu"), 1
+    long = words._likelihood.batches(
+        words._encode([{"text": f"{row['text']} {i}"} for row in ROWS for i in range(16)]), torch.device("cpu"), 64
     )
     assert any(batch.shared is not None for batch in long)
 
@@ -67,5 +67,5 @@ def test_one_token_words_and_masked_models_share_nothing(parts: Callable[[str], 
         part = parts(kind)
         single = Prompt("{text} it was {mask}", {"a": "great", "b": "terrible"})
         words = LabelWords(part.evaluator, part.tokenizer, single)
-        (batch,) = words._batches(words._encode([{"text": ROWS[0]["text"] * 3}]), torch.device("cpu"), 1)
+        (batch,) = words._likelihood.batches(words._encode([{"text": ROWS[0]["text"] * 3}]), torch.device("cpu"), 64)
         assert batch.shared is None

@@ -215,6 +215,45 @@ def test_a_callable_loss_is_minimised(make: Callable[..., MeZOTrainer]):
     assert list(trainer.tuned) == ["bert.embeddings.word_embeddings.weight"]
 
 
+def test_generation_is_taught_and_answers_greedily(make: Callable[..., MeZOTrainer]):
+    taught = [{"text": f"the {subject}", "label": "was great"} for subject in SUBJECTS]
+    settings = {"max_steps": 30, "max_completion_length": 8, "n_spsa": "4", "learning_rate": 3e-3}
+    trainer = make(
+        kind="gpt2",
+        loss="cross_entropy",
+        prompt=Prompt("{text}"),
+        settings=settings,
+        train_dataset=taught,
+        eval_dataset=taught,
+        metrics=[accuracy()],
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] - 0.1
+    assert after["eval_reward"] == -after["eval_loss"]
+    assert "eval_accuracy" in after
+    assert trainer.args.temperature == 0
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_the_rest_of_the_run(make: Callable[..., MeZOTrainer]):
+    trainer = make(settings={"calibration": "bias", "forward_batch_size": 32}, reward_funcs=accuracy())
+    held: list[int] = []
+
+    def refuse(module: Any, args: Any, kwargs: Any) -> None:
+        held.append(len(kwargs["input_ids"]))
+        if held[-1] > 5:
+            raise torch.OutOfMemoryError("no room")
+
+    trainer.evaluator.module.register_forward_pre_hook(refuse, with_kwargs=True)
+    with pytest.warns(UserWarning, match="forward_batch_size has been lowered to 3 for the rest of the run") as warned:
+        trainer.train()
+    assert len(warned) == 1
+    assert trainer.args.forward_batch_size == 3, "calibration, which came first, has told the policy that trains"
+    too_large = [size for size in held if size > 5]
+    assert held[: len(too_large)] == too_large == [24, 12, 6]
+
+
 def test_a_reward_of_generated_text_rises(make: Callable[..., MeZOTrainer]):
     def long(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         assert all(len(ids) <= 4 for ids in completion_ids)

@@ -6,7 +6,7 @@ what transformers' own `forward` does is what is scored here, so a saved model a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from zorl.directions import canonical_name
 from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
+from zorl.fitting_forwards import FittingForwards
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt, Rendered
-from zorl.scoring import check_not_nan
+from zorl.scoring import best_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -60,8 +61,6 @@ class ClassifierHead:
         module = evaluator.module
         if prompt.classes is None:
             raise ValueError(f"the prompt {prompt.template!r} has no classes for the model's head to choose from")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if not is_classifier(module):
             raise TypeError(
                 f"the prompt has classes, which need a sequence-classification model, and {type(module).__name__} is none; "
@@ -74,7 +73,7 @@ class ClassifierHead:
         config.use_cache = False  # of the evaluator's own copy: nothing is generated
         self.evaluator = evaluator
         self.prompt = prompt
-        self.batch_size = batch_size
+        self.forwards = FittingForwards(evaluator, batch_size)
         self.head = _last_linear(module, len(prompt.classes))
         self._tokenizer = processing_class
         self._contexts = ContextTokenizer(processing_class, prompt)
@@ -114,10 +113,7 @@ class ClassifierHead:
         Raises:
             FloatingPointError: the model's scores are NaN.
         """
-        scores = self.scores(rows, points)
-        check_not_nan(scores, points)
-        names = self.prompt.labels
-        return [[Answer(names[i], []) for i in of_point] for of_point in scores.argmax(dim=-1).tolist()]
+        return best_answers(self.every_answer(rows), self.scores(rows, points), points)
 
     def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
         """Each class as the answer to each row, as `[row][class]`."""
@@ -138,19 +134,22 @@ class ClassifierHead:
         device = next(self.evaluator.module.parameters()).device
         if not encoded or not points:
             return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device), None
-        size = max(1, self.batch_size // self.evaluator.copies(len(points)))
-        buckets = length_buckets([one.length for one in encoded], size)
-        batches = [self._inputs([encoded[i] for i in bucket], device) for bucket in buckets]
-        back = torch.tensor([i for bucket in buckets for i in bucket], device=device).argsort()
 
-        def forward(copies: int) -> list[tuple[Tensor, Tensor | None]]:
-            parts = [self._forward(inputs, copies) for inputs in batches]
-            logits = torch.cat([part for part, _ in parts], dim=1)[:, back]
-            known = [part for _, part in parts if part is not None]
-            states = torch.cat(known, dim=1)[:, back] if known else [None] * copies
-            return list(zip(logits, states, strict=True))
+        def prepare(size: int) -> Callable[[int], list[tuple[Tensor, Tensor | None]]]:
+            buckets = length_buckets([one.length for one in encoded], size)
+            batches = [self._inputs([encoded[i] for i in bucket], device) for bucket in buckets]
+            back = torch.tensor([i for bucket in buckets for i in bucket], device=device).argsort()
 
-        found = self.evaluator.evaluate_all(points, forward)
+            def forward(copies: int) -> list[tuple[Tensor, Tensor | None]]:
+                parts = [self._forward(inputs, copies) for inputs in batches]
+                logits = torch.cat([part for part, _ in parts], dim=1)[:, back]
+                known = [part for _, part in parts if part is not None]
+                states = torch.cat(known, dim=1)[:, back] if known else [None] * copies
+                return list(zip(logits, states, strict=True))
+
+            return forward
+
+        found = self.forwards(points, prepare, inputs=len(encoded))
         states = [of_point for _, of_point in found if of_point is not None]
         return torch.stack([logits for logits, _ in found]), torch.stack(states) if states else None
 

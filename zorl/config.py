@@ -84,14 +84,18 @@ class MeZOConfig(TrainingArguments):
         metadata={"help": "For a model given by name: float32, bfloat16, float16, or auto (as it was saved)."},
     )
     label_column: str = field(
-        default="label", metadata={"help": "Column with the true label: minibatches keep its proportions."}
+        default="label",
+        metadata={
+            "help": "Column with the true label: minibatches keep its proportions. With options the text of the right one; "
+            "with loss=cross_entropy and neither label words nor options the text that is to be generated."
+        },
     )
     label_reward: str = field(
         default="expected",
         metadata={
-            "help": "Prompts with label words: 'expected' is the reward under the labels' probabilities, which moves "
+            "help": "Prompts with label words or options: 'expected' is the reward under their probabilities, which moves "
             "with every perturbation (rewards of a whole set, such as F1, are called 8 times a side); 'best' is that of "
-            "the likeliest label."
+            "the likeliest one."
         },
     )
     calibration: str = field(
@@ -105,13 +109,14 @@ class MeZOConfig(TrainingArguments):
     )
     calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})
     forward_batch_size: int = field(
-        default=64, metadata={"help": "Rows a forward: lower it when memory runs out; results do not change."}
+        default=64,
+        metadata={"help": "Inputs a forward, at most. It is halved where memory runs out; results do not change."},
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a prompt; longer texts are cut. Default: what the model takes."}
     )
     max_completion_length: int = field(
-        default=64, metadata={"help": "Tokens to generate (prompts without label words)."}
+        default=64, metadata={"help": "Tokens to generate, or to teach with loss=cross_entropy."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 decodes greedily."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})

@@ -215,8 +215,8 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> 
         name: of the argument, for messages.
 
     Raises:
-        ValueError: it is empty, lacks a column, has a label without a label word, or, if it is to be trained on, has one
-            class only.
+        ValueError: it is empty, lacks a column, has a label without a label word or one that is none of the row's options, or,
+            if it is to be trained on, has one class only.
     """
     if dataset is None or isinstance(dataset, dict | datasets.IterableDataset | torch.utils.data.IterableDataset):
         return dataset
@@ -224,6 +224,13 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> 
     if not rows:
         raise ValueError(f"{name} is empty")
     prompt.check_columns(rows[0])
+    for number, row in enumerate(rows if prompt.options is not None else (), 1):
+        options = prompt.options_of(row)
+        if label_column in row and row[label_column] not in options:
+            raise ValueError(
+                f"{name}, row {number}: {label_column}={row[label_column]!r} is none of the options in {prompt.options!r}, "
+                f"{list(options)}; it must be the text of the right one"
+            )
     if prompt.labels and label_column in rows[0]:
         labels = [row[label_column] for row in rows]
         prompt.check_labels(labels, label_column)

@@ -75,6 +75,12 @@ class Encoded:
         """Tokens of the longest input made from this prompt."""
         return len(self.ids) + (self.options.longest - 1 if self.options is not None else 0)
 
+    @property
+    def choices(self) -> Options:
+        """The options of a prompt that has some."""
+        assert self.options is not None
+        return self.options
+
 
 class ContextTokenizer:
     """Tokenises what a model is to continue: with what the tokenizer puts in front, without what it puts behind.
@@ -208,8 +214,9 @@ class PromptEncoder:
 
         best = cut(0)
         if best.length > self._max_length:
+            longest = "" if self._prompt.options is None else " and the row's longest option"
             raise ValueError(
-                f"the template {self._prompt.template!r} alone takes {best.length} tokens, and there is room for"
+                f"the template {self._prompt.template!r}{longest} alone takes {best.length} tokens, and there is room for"
                 f" {self._max_length}; shorten it, or raise max_length"
             )
         fits, too_long = 0, max(len(str(value)) for value in row.values()) + 1

@@ -12,10 +12,12 @@ points. A reward of a whole set, such as F1, is averaged over a few draws of all
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from zorl.directions import derive_seed
 from zorl.generation import gumbel
@@ -28,7 +30,8 @@ def expected_reward(scores: Tensor, rewards: Tensor) -> Tensor:
     """Mean rewards of the labels under their probabilities.
 
     Args:
-        scores: log-probabilities of the labels at each point, shape `(points, rows, labels)`.
+        scores: log-probabilities of the labels at each point, shape `(points, rows, labels)`; −inf for a label that a row
+            does not have.
         rewards: of each label, shape `(rows, labels)`. NaN: not applicable; the other labels then share its probability.
 
     Returns:
@@ -38,6 +41,11 @@ def expected_reward(scores: Tensor, rewards: Tensor) -> Tensor:
     masked = scores.double().masked_fill(~known, -math.inf)
     values = (masked.softmax(dim=2) * rewards.double().nan_to_num(0.0)).sum(dim=2)
     return torch.where(known.any(dim=1), values, math.nan)
+
+
+def rectangle(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Values of each row's answers, one row after the other, as `(rows, most answers of a row)`; NaN where a row has fewer."""
+    return pad_sequence(list(values.split(list(counts))), batch_first=True, padding_value=math.nan)
 
 
 def sample_labels(scores: Tensor, noise_seed: int, draws: int) -> Tensor:

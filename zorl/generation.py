@@ -10,7 +10,7 @@ else: not on the batch, its padding, or the order of calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from zorl.encoding import (
     pad_token_id,
     padded,
 )
+from zorl.fitting_forwards import FittingForwards
 from zorl.prompts import Answer, Prompt, Rendered
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Generation:
     Args:
         evaluator: runs the model at points.
         processing_class: the model's tokenizer. Its padding side does not matter.
-        prompt: without label words. Rows whose prompt is a conversation get conversational completions.
+        prompt: without label words and options. Rows whose prompt is a conversation get conversational completions.
         max_new_tokens: tokens of an answer, at most.
         temperature: divides the logits; sampling at 1 follows the model's own probabilities.
         top_k: sample among this many of the likeliest tokens.
@@ -63,7 +64,7 @@ class Generation:
             values is cut to fit, never the template.
 
     Raises:
-        ValueError: an argument is out of its range, or the prompt has label words.
+        ValueError: an argument is out of its range, or the prompt has answers to choose from.
         TypeError: the model is no causal language model.
     """
 
@@ -86,9 +87,11 @@ class Generation:
             raise ValueError(
                 f"the prompt {prompt.template!r} has label_words, which LabelWords scores; text needs none"
             )
+        if prompt.options is not None:
+            raise ValueError(f"the prompt {prompt.template!r} has options, which RowOptions scores; text needs none")
         if module.config.is_encoder_decoder or not module.can_generate():
             raise TypeError(f"text needs a causal language model, and {type(module).__name__} is none")
-        for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("top_k", top_k)):
+        for name, count in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, not {count}")
         if not 0 < temperature < float("inf"):
@@ -102,8 +105,9 @@ class Generation:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {limit} tokens")
         self.evaluator = evaluator
         self.prompt = prompt
-        self.batch_size = batch_size
-        self._tokenizer = processing_class
+        self.forwards = FittingForwards(evaluator, batch_size)
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = processing_class
         self._contexts = ContextTokenizer(processing_class, prompt)
         self._greedy = greedy
         self._warpers: list[LogitsProcessor] = []
@@ -113,8 +117,7 @@ class Generation:
             self._warpers += [] if top_p is None else [TopPLogitsWarper(top_p)]
         own = module.generation_config.eos_token_id  # one id, several, or none
         stops = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id} - {None}
-        self._stops = sorted(stops)
-        self._max_new_tokens = max_new_tokens
+        self.stops = sorted(stops)
         self._pad_id = pad_token_id(processing_class)
         # What is not set here comes from the model's own generation_config, such as its repetition penalty.
         self._settings: dict[str, Any] = {
@@ -123,7 +126,7 @@ class Generation:
             "top_k": 50,  # the value that means nothing without do_sample
             "top_p": 1.0,
             "num_beams": 1,
-            "eos_token_id": self._stops or None,
+            "eos_token_id": self.stops or None,
             "pad_token_id": self._pad_id,
             "use_cache": True,
             "cache_implementation": "dynamic",  # a new one in every call: none is read at another θ than it was filled at
@@ -152,22 +155,25 @@ class Generation:
             return [[] for _ in points]
         encoded = self._encode(rows)
         conversational = [self.prompt.render(row).conversational for row in rows]
-        overhead = FORWARD_TOKENS * self._max_new_tokens  # a batch takes a forward for every token
-        size = max(1, self.batch_size // max(1, self.evaluator.copies(len(points))))
-        buckets = length_buckets([one.length for one in encoded], size, overhead)
+        overhead = FORWARD_TOKENS * self.max_new_tokens  # a batch takes a forward for every token
 
-        def forward(copies: int) -> list[list[list[int]]]:
-            completions: list[list[list[int]]] = [[[]] * len(encoded) for _ in range(copies)]
-            for bucket in buckets:
-                found = iter(self._generate([encoded[i] for i in bucket] * copies, noise_seed))
-                for of_copy in completions:
-                    for i in bucket:
-                        of_copy[i] = next(found)
-            return completions
+        def prepare(inputs: int) -> Callable[[int], list[list[list[int]]]]:
+            buckets = length_buckets([one.length for one in encoded], inputs, overhead)
+
+            def forward(copies: int) -> list[list[list[int]]]:
+                completions: list[list[list[int]]] = [[[]] * len(encoded) for _ in range(copies)]
+                for bucket in buckets:
+                    found = iter(self._generate([encoded[i] for i in bucket] * copies, noise_seed))
+                    for of_copy in completions:
+                        for i in bucket:
+                            of_copy[i] = next(found)
+                return completions
+
+            return forward
 
         answers = []
-        for completions in self.evaluator.evaluate_all(points, forward):
-            texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        for completions in self.forwards(points, prepare, inputs=len(encoded)):
+            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
             answers.append(
                 [
                     Answer([{"role": "assistant", "content": text}] if chat else text, ids)
@@ -204,11 +210,11 @@ class Generation:
     def _length(self, width: int) -> dict[str, int]:
         """The limit in the unit of the model's own limit, if it has one: transformers warns of two in different units."""
         if self.evaluator.module.generation_config.max_new_tokens is not None:
-            return {"max_new_tokens": self._max_new_tokens}
-        return {"max_length": width + self._max_new_tokens}
+            return {"max_new_tokens": self.max_new_tokens}
+        return {"max_length": width + self.max_new_tokens}
 
     def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self._stops), len(ids))
+        end = next((i + 1 for i, token in enumerate(ids) if token in self.stops), len(ids))
         return ids[:end]
 
     def _tokenise(self, rendered: Sequence[Rendered]) -> list[Encoded]:

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from zorl.directions import derive_seed
-from zorl.expected_reward import DRAWS, LabelReward, expected_reward, sample_labels
+from zorl.expected_reward import DRAWS, LabelReward, expected_reward, rectangle, sample_labels
+from zorl.generation import Generation
 from zorl.head_tuning import LabelGoal
+from zorl.label_loss import LabelLoss
 from zorl.perturbation import Evaluator
-from zorl.policies import LabelPolicy, Policy, Row
+from zorl.policies import Choosing, Policy, Row
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
 from zorl.prompts import Answer
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
+from zorl.scoring import LabelWords
+from zorl.teacher_forcing import TeacherForcing
 
 LossFunction = Callable[[Any, Sequence[Row]], Any]
 
@@ -74,8 +78,8 @@ class RewardObjective:
 
     Args:
         metrics: functions that are recorded at evaluations and never optimised.
-        label_reward: of a prompt with label words: "expected" under the labels' probabilities (see
-            `zorl.expected_reward`), or of the "best" label.
+        label_reward: of a prompt with label words or options: "expected" under their probabilities (see
+            `zorl.expected_reward`), or of the "best" one.
         trainer_state: transformers' `TrainerState`, handed on to the functions as TRL does.
     """
 
@@ -91,7 +95,7 @@ class RewardObjective:
         return "+".join(self.rewards.names)
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
-        if self.label_reward == "expected" and isinstance(self.policy, LabelPolicy):
+        if self.label_reward == "expected" and isinstance(self.policy, Choosing):
             return self._ask_expected(rows, points, noise_seed, self.policy)
         answers = self.policy.answers(rows, points, noise_seed=noise_seed)
         batch = self._batch(rows)
@@ -108,21 +112,20 @@ class RewardObjective:
             figures |= result.means()
         return figures
 
-    def _ask_expected(
-        self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int, policy: LabelPolicy
-    ) -> Asked:
+    def _ask_expected(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int, policy: Choosing) -> Asked:
         every = policy.every_answer(rows)
+        counts = [len(of_row) for of_row in every]
         scores = policy.scores(rows, points).cpu()  # (points, rows, labels)
         if not self._scores_sets:
             values = self._of_every_label(rows, every)
             self._scores_sets = values.set_level
             if not values.set_level:
                 means = {
-                    f"rewards/{name}/mean": expected_reward(scores, of_one.view(len(rows), -1)).nanmean().item()
+                    f"rewards/{name}/mean": expected_reward(scores, rectangle(of_one, counts)).nanmean().item()
                     for name, of_one in zip(values.names, values.values, strict=True)
                 }
-                total = values.total.view(len(rows), -1)
-                return Asked(Scores(expected_reward(scores, total)), means | _logged([values]))
+                total = expected_reward(scores, rectangle(values.total, counts))
+                return Asked(Scores(total), means | _logged([values]))
         return self._of_draws(rows, every, scores, noise_seed, DRAWS)
 
     def _of_every_label(self, rows: Sequence[Row], every: Sequence[Sequence[Answer]]) -> RewardValues:
@@ -149,7 +152,7 @@ class RewardObjective:
 
     def label_goal(self, rows: Sequence[Row]) -> LabelGoal:
         """The rewards as a function of the label scores of these rows."""
-        assert isinstance(self.policy, LabelPolicy)
+        assert isinstance(self.policy, LabelWords)
         return _RewardGoal(self, self.policy, rows)
 
     def _score(self, functions: RewardFunctions, batch: _Batch, answers: Sequence[Answer]) -> RewardValues:
@@ -169,7 +172,7 @@ class RewardObjective:
 class _RewardGoal:
     """See `zorl.head_tuning.LabelGoal`."""
 
-    def __init__(self, objective: RewardObjective, policy: LabelPolicy, rows: Sequence[Row]) -> None:
+    def __init__(self, objective: RewardObjective, policy: LabelWords, rows: Sequence[Row]) -> None:
         self._objective, self._rows = objective, rows
         self._every = policy.every_answer(rows)
         self._batch = objective._batch(rows)
@@ -196,10 +199,12 @@ class _RewardGoal:
 
 @dataclass(slots=True)
 class CrossEntropy:
-    """The negative log-likelihood of the true label among the label words (MeZO's objective for classification)."""
+    """The negative log-likelihood of what is right, one number a row (MeZO's objective): of the true label among the answers to
+    choose from, or of the text that is to be generated.
+    """
 
-    policy: LabelPolicy
-    label_column: str
+    policy: Policy
+    losses: LabelLoss | TeacherForcing
     metrics: RewardFunctions | None = None
 
     @property
@@ -207,43 +212,20 @@ class CrossEntropy:
         return "cross_entropy"
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
-        losses = self._losses(rows, points)
+        losses = self.losses(rows, points)
         return Asked(Scores.of_losses(losses), {"cross_entropy": losses.mean().item()})
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
-        loss = self._losses(rows, [CENTRE]).mean().item()
+        loss = self.losses(rows, [CENTRE]).mean().item()
         figures = {"reward": -loss, "loss": loss}
         if self.metrics is not None:
             figures |= RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
         return figures
 
     def label_goal(self, rows: Sequence[Row]) -> LabelGoal:
-        """The mean log-likelihood of the truth as a function of the label scores of these rows."""
-        return _LikelihoodGoal(self, rows)
-
-    def _losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:  # (points, rows)
-        scores = self.policy.scores(rows, points).cpu()  # (points, rows, labels)
-        return -scores.gather(2, self._truth(rows).expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
-
-    def _truth(self, rows: Sequence[Row]) -> Tensor:  # (rows,)
-        labels = self.policy.label_names
-        return torch.tensor([labels.index(str(row[self.label_column])) for row in rows])
-
-
-class _LikelihoodGoal:
-    """See `zorl.head_tuning.LabelGoal`."""
-
-    def __init__(self, objective: CrossEntropy, rows: Sequence[Row]) -> None:
-        self._truth = objective._truth(rows)
-        self.scores, self.states = objective.policy.words_and_states(rows)
-
-    def best(self, scores: Tensor) -> float:
-        """The mean log-likelihood: its best label is the likely one."""
-        return scores.log_softmax(dim=1).gather(1, self._truth.unsqueeze(1)).mean().item()
-
-    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
-        truth = self._truth[rows].expand(len(scores), -1).unsqueeze(2)
-        return Scores(scores.gather(2, truth).squeeze(2).double())
+        """The mean log-likelihood of the true label word as a function of the label scores of these rows."""
+        assert isinstance(self.losses, LabelLoss)
+        return self.losses.goal(rows)
 
 
 @dataclass(slots=True)
@@ -334,7 +316,7 @@ def make_objective(
     """The objective of exactly one of `rewards`, `judge` and `loss`.
 
     Raises:
-        ValueError: `loss` is neither a function nor `"cross_entropy"`, or that has no labels to work on.
+        ValueError: `loss` is neither a function nor `"cross_entropy"`, or the policy cannot tell how likely an answer is.
     """
     if rewards is not None:
         return RewardObjective(policy, rewards, metrics, label_reward)
@@ -344,9 +326,13 @@ def make_objective(
         return CallableLoss(policy.evaluator, loss)
     if loss != "cross_entropy":
         raise ValueError(f"loss must be 'cross_entropy' or a function of (model, rows), got {loss!r}")
-    if not isinstance(policy, LabelPolicy):
-        raise ValueError("loss='cross_entropy' needs a prompt with label words, or a classifier")
-    return CrossEntropy(policy, label_column, metrics)
+    if isinstance(policy, Generation):
+        return CrossEntropy(policy, TeacherForcing(policy, label_column), metrics)
+    if not isinstance(policy, Choosing):
+        raise ValueError(
+            f"loss='cross_entropy' needs a policy that scores what is right, and {type(policy).__name__} does not"
+        )
+    return CrossEntropy(policy, LabelLoss(policy, label_column), metrics)
 
 
 def _logged(values: Sequence[RewardValues]) -> dict[str, float]:

@@ -26,8 +26,8 @@ class Answer:
     """What the model answers to one row at one point.
 
     Attributes:
-        completion: with label words the name of the best label; otherwise the generated text, or, where the row's
-            prompt is a conversation, `[{"role": "assistant", "content": text}]`.
+        completion: with label words the name of the best label, with options the best one's text; otherwise the generated
+            text, or, where the row's prompt is a conversation, `[{"role": "assistant", "content": text}]`.
         completion_ids: its token ids, the end-of-sequence token included and padding not.
     """
 
@@ -43,12 +43,14 @@ class Rendered(NamedTuple):
         after: text behind the label word.
         messages: the (role, content) pairs to put through the model's chat template; empty for plain text.
         conversational: the row's own prompt is a conversation, so its completion is one too.
+        options: the row's own answers to choose from; empty where it has none.
     """
 
     before: str
     after: str
     messages: tuple[tuple[str, str], ...]
     conversational: bool
+    options: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str | list[Message]:
@@ -58,19 +60,21 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template over the columns of a data set, and optionally the words that stand for its labels.
+    """A template over the columns of a data set, and optionally the answers to choose from: words that stand for its labels,
+    or a column with the options of each row.
 
         Prompt("{text} It was {mask}.", {"negative": "terrible", "positive": "great"})    # classification
+        Prompt("{premise} {connective} {mask}", options="choices")                         # multiple choice
         Prompt("Question: {question}\\nAnswer:")                                           # generation
         Prompt("{text}\\nPositive or negative?{mask}", {0: "negative", 1: "positive"}, chat=True)
         Prompt("{prompt}")                           # a column that holds conversations (or text)
         Prompt("{premise}{sep}{hypothesis}", classes=("yes", "maybe", "no"))               # a sequence-classification model
 
-    `{column}` stands for the row's value in that column, `{mask}` for the label word; `{{` and `}}` are literal braces.
+    `{column}` stands for the row's value in that column, `{mask}` for the label word or option; `{{` and `}}` are literal braces.
     Braces in the data are never interpreted.
 
     In a chat (`chat=True`, a `system` message, or a template that is a single column holding a list of
-    `{"role": …, "content": …}`) the text before `{mask}` is the user's message, and the label word opens the reply.
+    `{"role": …, "content": …}`) the text before `{mask}` is the user's message, and the word or option opens the reply.
 
     Args:
         template: the text with its fields.
@@ -82,9 +86,11 @@ class Prompt:
         label_head: what was fitted to be added to the labels' log-probabilities (see `zorl.label_head`).
         classes: the labels of a sequence-classification model, in the order of its logits, instead of label words. The text then
             needs no `{mask}`; where it has a `{sep}`, what is before and behind goes through the tokenizer as a pair.
+        options: the column that holds each row's list of answers to choose from: two or more different texts. Spaces around
+            them do not count, as for label words. A causal language model is needed.
 
     Raises:
-        ValueError: the template and the label words do not fit together; the message says how.
+        ValueError: the template and the label words or options do not fit together; the message says how.
     """
 
     template: str
@@ -94,6 +100,7 @@ class Prompt:
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     label_head: LabelHead | None = None
     classes: Sequence[Any] | None = None  # kept as tuple[str, ...], or None
+    options: str | None = None
     _parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +112,7 @@ class Prompt:
             raise ValueError(f"the template {self.template!r} uses no column; write one as {{column}}")
         if masks > 1:
             raise ValueError(
-                f"the template {self.template!r} has {masks} {{mask}} fields; one label word goes in one place"
+                f"the template {self.template!r} has {masks} {{mask}} fields; one answer goes in one place"
             )
         if self.label_head is not None and len(self.label_head.bias) != len(self.label_words or ()):
             raise ValueError(
@@ -113,17 +120,19 @@ class Prompt:
                 " label_words"
             )
         self._check_classes()
-        if self.label_words is None:
-            if masks:
-                raise ValueError(
-                    f"the template {self.template!r} has a {{mask}}, but there are no label_words to put there"
-                )
-            return
-        if not masks:
+        if self.label_words is not None and self.options is not None:
             raise ValueError(
-                f"label_words are given, but the template {self.template!r} has no {{mask}} to put them in"
+                f"label_words and options={self.options!r} are two sets of answers to choose from; give one of them"
             )
-        object.__setattr__(self, "label_words", _normalised(self.label_words))
+        given = "label_words" if self.label_words is not None else "options" if self.options is not None else None
+        if given is None and masks:
+            raise ValueError(
+                f"the template {self.template!r} has a {{mask}}, but there are no label_words or options to put there"
+            )
+        if given is not None and not masks:
+            raise ValueError(f"{given} are given, but the template {self.template!r} has no {{mask}} to put them in")
+        if self.label_words is not None:
+            object.__setattr__(self, "label_words", _normalised(self.label_words))
 
     def _check_classes(self) -> None:
         if sum(name == SEPARATOR for _, name in self._parts) > 1 or (self.is_pair and self.chat):
@@ -137,8 +146,10 @@ class Prompt:
         if self.classes is None:
             return
         names = tuple(map(str, self.classes))
-        if self.label_words is not None:
-            raise ValueError("a prompt has label_words, for a language model, or classes, for a classifier: not both")
+        if self.label_words is not None or self.options is not None:
+            raise ValueError(
+                "a prompt has label_words or options, for a language model, or classes, for a classifier: not both"
+            )
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"classes must be two different labels at least (compared as text), got {names}")
         object.__setattr__(self, "classes", names)
@@ -150,13 +161,18 @@ class Prompt:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label names in the order of `label_words` or `classes`; empty for a prompt that generates."""
+        """The label names in the order of `label_words` or `classes`; empty for a prompt that has neither."""
         return tuple(self.label_words or self.classes or ())
 
     @property
     def is_pair(self) -> bool:
         """The template has a `{sep}`."""
         return any(name == SEPARATOR for _, name in self._parts)
+
+    @property
+    def chooses(self) -> bool:
+        """The answer is one of some given ones: label words, classes or options. Otherwise it is generated."""
+        return bool(self.labels) or self.options is not None
 
     @property
     def literal_before_mask(self) -> str:
@@ -182,18 +198,41 @@ class Prompt:
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raises:
-        ValueError: the template uses a column that is not among `columns`.
+        ValueError: the template uses a column that is not among `columns`, or the options are in none of them.
         """
         available = list(columns)
-        for name in self.fields:
+        users = [(f"the template {self.template!r} uses", name) for name in self.fields]
+        users += [] if self.options is None else [("options names", self.options)]
+        for user, name in users:
             if name not in available:
                 close = difflib.get_close_matches(name, available, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 listed = ", ".join(repr(column) for column in available)
-                raise ValueError(
-                    f"the template {self.template!r} uses the column {name!r}, which the data does not have{hint}"
-                    f" (columns: {listed})"
-                )
+                raise ValueError(f"{user} the column {name!r}, which the data does not have{hint} (columns: {listed})")
+
+    def options_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The row's own answers to choose from, as they are in the data; empty for a prompt without `options`.
+
+        Raises:
+            ValueError: the column is missing, or does not hold two or more different texts.
+        """
+        if self.options is None:
+            return ()
+        if self.options not in row:
+            self.check_columns(row)
+        value = row[self.options]
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(o, str) for o in value):
+            raise ValueError(
+                f"the column {self.options!r} must hold a list of texts to choose from in each row, found {value!r} in the row"
+                f" {_shortened(row)}"
+            )
+        texts = [option.strip() for option in value]
+        if len(texts) < 2 or len(set(texts)) < len(texts) or not all(texts):
+            raise ValueError(
+                f"the column {self.options!r} must hold at least two texts to choose from, all different and none empty, found"
+                f" {list(value)!r} in the row {_shortened(row)}"
+            )
+        return tuple(value)
 
     def check_labels(self, labels: Iterable[Any], column: str = "label") -> None:
         """Checks that every label of the data has a label word. A prompt without label words has nothing to check.
@@ -236,21 +275,22 @@ class Prompt:
                 if isinstance(value, str):
                     texts[side].append(_cut(value, limit, keep))
                 elif _is_conversation(value):
-                    return self._render_conversation(name, value, limit, keep)
+                    rendered = self._render_conversation(name, value, limit, keep)
+                    return rendered._replace(options=self._stripped_options(row))
                 elif value is None or value != value:  # NaN is how tables spell a hole
                     raise ValueError(f"the column {name!r} is empty ({value}) in the row {_shortened(row)}")
                 else:
                     texts[side].append(_cut(str(value), limit, keep))
         before, after = "".join(texts[0]), "".join(texts[1])
         messages = (*self._system_message(), ("user", before.strip())) if self.chat else ()
-        return Rendered(before, after, messages, False)
+        return Rendered(before, after, messages, False, self._stripped_options(row))
 
     def _render_conversation(
         self, name: str, value: Sequence[Any], limit: int | None, keep: Literal["start", "end"]
     ) -> Rendered:
         literals = "".join(literal for literal, _ in self._parts)
         if literals.strip() or self.fields != (name,) or self.fields_after_mask:
-            alone = f"{{{name}}}{{mask}}" if self.label_words else f"{{{name}}}"
+            alone = f"{{{name}}}{{mask}}" if self.chooses and self.classes is None else f"{{{name}}}"
             raise ValueError(
                 f"the column {name!r} holds conversations, so the template must be {alone!r}, not {self.template!r}"
             )
@@ -259,21 +299,25 @@ class Prompt:
         cut = ((role, text if role == "system" else _cut(text, limit, keep)) for role, text in pairs)
         return Rendered("", "", (*system, *cut), True)
 
+    def _stripped_options(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(option.strip() for option in self.options_of(row))
+
     def _system_message(self) -> tuple[tuple[str, str], ...]:
         return () if self.system is None else (("system", self.system),)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for the folder of a saved model. `from_dict` reads it back."""
         words = None if self.label_words is None else dict(self.label_words)
-        options = None if self.chat_template_kwargs is None else dict(self.chat_template_kwargs)
+        chat_options = None if self.chat_template_kwargs is None else dict(self.chat_template_kwargs)
         return {
             "template": self.template,
             "label_words": words,
             "chat": self.chat,
             "system": self.system,
-            "chat_template_kwargs": options,
+            "chat_template_kwargs": chat_options,
             "label_head": None if self.label_head is None else self.label_head.to_dict(),
             "classes": None if self.classes is None else list(self.classes),
+            "options": self.options,
         }
 
     @classmethod
@@ -281,7 +325,9 @@ class Prompt:
         """Raises:
         ValueError: a key that is not a prompt's, or no template.
         """
-        known = ("template", "label_words", "chat", "system", "chat_template_kwargs", "label_head", "classes")
+        known = (
+            "template", "label_words", "chat", "system", "chat_template_kwargs", "label_head", "classes", "options",
+        )  # fmt: skip
         unknown = [key for key in values if key not in known]
         if unknown or "template" not in values:
             problem = f"does not know {unknown[0]!r}" if unknown else "needs 'template'"

@@ -6,6 +6,7 @@ Trainer assumes of backpropagation is switched off in `MeZOConfig` and `zorl.for
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -69,14 +70,16 @@ class MeZOTrainer(ForwardTrainer):
         reward_funcs: one function or several with TRL's signature; see `zorl.reward_functions`. Exactly one of
             `reward_funcs`, `judge` and `loss` is given.
         judge: compares two completions; see `zorl.objectives.Judge`.
-        loss: `"cross_entropy"` over the label words, or `loss(model, rows)` → a float or one per row.
+        loss: `"cross_entropy"`, or `loss(model, rows)` → a float or one per row. Cross entropy is that of the label in
+            `args.label_column` among the label words or options; without these, of the text in that column, token by token
+            given those before it (see `zorl.teacher_forcing`), and answers are then decoded greedily.
         args: settings; the default writes to `zorl_output`.
         train_dataset: rows with the columns of the prompt and of the rewards.
         eval_dataset: held-out rows, scored once over the whole split.
         processing_class: the tokenizer; by default the model's own.
-        prompt: template and label words. By default the column `prompt` is answered with generated text. For a
-            sequence-classification model it has no label words; its classes are by default those that the model's
-            configuration names, or the labels of the training rows.
+        prompt: template and label words or options. By default the column `prompt` is answered with generated text. For a
+            sequence-classification model it has neither; its classes are by default those that the model's configuration
+            names, or the labels of the training rows.
         metrics: functions that are recorded at evaluations and never optimised.
         peft_config: tune an adapter (LoRA, prefix, …) instead of the model.
         callbacks: as in transformers.
@@ -114,6 +117,9 @@ class MeZOTrainer(ForwardTrainer):
             raise ValueError(f"give exactly one of reward_funcs, judge and loss: got {found}")
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
         prompt = prompt if prompt is not None else Prompt("{prompt}")
+        if loss == "cross_entropy" and not prompt.chooses:
+            args = copy.copy(args)
+            args.temperature = 0.0  # taught token by token, nothing is sampled
         name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
         network: Any = load_model(model, args.dtype, classes=prompt.classes) if isinstance(model, str) else model
         if peft_config is not None:
@@ -237,7 +243,7 @@ class MeZOTrainer(ForwardTrainer):
         header, _ = read(self.folder.trajectory, until=0)
         recorded = Prompt.from_dict(header["prompt"])
         if replace(recorded, label_head=None) == replace(self.prompt, label_head=None):
-            self._use_prompt(recorded)  # where it differs in more, the trajectory says so
+            self._change_prompt(recorded)  # where it differs in more, the trajectory says so
         self.calibration_forwards = header["calibration_forwards"]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -440,7 +446,7 @@ class MeZOTrainer(ForwardTrainer):
         else:
             with tqdm(desc="label head", unit="step", leave=False, disable=self.args.disable_tqdm) as bar:
                 head = fit_head(goal, derive_seed(self.args.seed, "label head"), bar.update)
-        self._use_prompt(replace(self.prompt, label_head=head))
+        self._change_prompt(replace(self.prompt, label_head=head))
 
     def _calibrate_classifier(self, policy: ClassifierHead, kind: str) -> None:
         if kind in ("head", "bias"):
@@ -476,6 +482,11 @@ class MeZOTrainer(ForwardTrainer):
             self._goal_of_labels = objective.label_goal(sample)
             self.calibration_forwards = math.ceil(len(sample) / self._rows_a_step)
         return self._goal_of_labels
+
+    def _change_prompt(self, prompt: Prompt) -> None:
+        """Another prompt, in forwards of the size that has been found to fit."""
+        self.args.forward_batch_size = self.policy.forwards.batch_size
+        self._use_prompt(prompt)
 
     def _use_prompt(self, prompt: Prompt) -> None:
         self.prompt = prompt

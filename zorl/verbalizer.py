@@ -1,4 +1,4 @@
-"""Label words as tokens: where a prompt is read, and which tokens are compared there."""
+"""Label words and options as tokens: where a prompt is read, and which tokens are compared there."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 class Verbalizer:
-    """Tokenises prompts together with the label words that may complete them.
+    """Tokenises prompts together with the label words, or the rows' own options, that may complete them.
 
     A word's tokens are those it has in the place of `{mask}`: behind a space they are often others than at the start of
     a text (RoBERTa, GPT-2 and Llama have a token for " great", and another for "great").
 
     Args:
         tokenizer: of the model.
-        prompt: with label words.
+        prompt: with label words or options.
         masked: the model reads a mask token in the text; otherwise it continues the text before `{mask}`.
 
     Attributes:
         options: the tokens of the label words, with the template's text behind them where that is scored and is the
-            same for all rows.
+            same for all rows. None of them where rows bring their own.
 
     Raises:
         ValueError: a word is unknown to the tokenizer, is the same token as another, or has several tokens where the
@@ -50,6 +50,7 @@ class Verbalizer:
         self._gap = "" if prompt.chat else literal[len(literal.rstrip(" ")) :]
         after = prompt.literal_after_mask
         self._scores_after = not masked and (prompt.fields_after_mask != () or any(map(str.isalnum, after)))
+        self._per_row = prompt.options is not None or (not masked and prompt.fields_after_mask != ())
         words = list((prompt.label_words or {}).values())
         self._words = [self._gap + word for word in words]
         alone = self._in_template(self._words)
@@ -60,7 +61,7 @@ class Verbalizer:
     @property
     def single_tokens(self) -> Tensor | None:
         """The label words as one token each, int64, shape `(labels,)`; None where that is not all that is compared."""
-        if (self._prompt.fields_after_mask and not self._masked) or self.options.longest > 1:
+        if self._per_row or self.options.longest > 1:
             return None
         return torch.tensor([option[0] for option in self.options.tokens])
 
@@ -86,20 +87,23 @@ class Verbalizer:
     def _causal_prompts(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         texts = [self._contexts.text(prompt, strip=self._gap != "") for prompt in rendered]
         contexts = [np.array(ids, dtype=np.int32) for ids in self._contexts.ids(rendered, texts)]
-        options = (
-            self._row_options(rendered, texts) if self._prompt.fields_after_mask else [self.options] * len(contexts)
-        )
+        options = self._row_options(rendered, texts) if self._per_row else [self.options] * len(contexts)
         return [Encoded(ids, len(ids) - 1, choice) for ids, choice in zip(contexts, options, strict=True)]
 
     def _row_options(self, rendered: Sequence[Rendered], texts: Sequence[str]) -> list[Options]:
-        """Each word with the row's own text behind it."""
-        whole = [word + prompt.after for prompt in rendered for word in self._words]
-        if self._prompt.chat:
-            tokens = self._contexts.plain(whole)
-        else:
-            tokens = self._contexts.continuations([text for text in texts for _ in self._words], whole)
-        n = len(self._words)
-        return [Options.of(tokens[i : i + n]) for i in range(0, len(tokens), n)]
+        """Each word, or each of the row's own options, with the row's text behind it."""
+        words = [[self._gap + word for word in prompt.options] or self._words for prompt in rendered]
+        whole = [
+            word + (prompt.after if self._scores_after else "")
+            for prompt, of_row in zip(rendered, words, strict=True)
+            for word in of_row
+        ]
+        contexts = [text for text, of_row in zip(texts, words, strict=True) for _ in of_row]
+        tokens = self._contexts.plain(whole) if self._prompt.chat else self._contexts.continuations(contexts, whole)
+        if not all(tokens):
+            raise ValueError(f"the tokenizer makes no token of the option {whole[tokens.index([])]!r}")
+        ends = np.cumsum([len(of_row) for of_row in words]).tolist()
+        return [Options.of(tokens[end - len(of_row) : end]) for end, of_row in zip(ends, words, strict=True)]
 
     def _in_template(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts in the place of `{mask}`, whatever the row.

@@ -21,10 +21,9 @@ from tqdm import tqdm
 from zorl.baselines.centre import Centre
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
-from zorl.generation import Generation
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
-from zorl.policies import make_policy
+from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions, RewardValues
@@ -110,7 +109,7 @@ class Problem:
         model: Any = load_model(self.model, self.dtype if dtype is None else dtype)
         return model.to(self._settings.device).eval(), load_processing_class(self.model)
 
-    def policy(self, model: Any, tokenizer: Any, prompt: Prompt | None = None) -> LabelWords | Generation:
+    def policy(self, model: Any, tokenizer: Any, prompt: Prompt | None = None) -> Policy:
         """Answers of the model as it is at the time of asking."""
         return make_policy(Centre(model), tokenizer, self.prompt if prompt is None else prompt, self._settings)
 
@@ -120,7 +119,7 @@ class Problem:
         Raises:
             NotApplicable: the prompt has no label words.
         """
-        if not self.prompt.labels:
+        if self.prompt.label_words is None:
             raise NotApplicable(f"{method} needs a prompt with label words, and {self.prompt.template!r} has none")
         policy = self.policy(model, tokenizer)
         assert isinstance(policy, LabelWords)
@@ -189,7 +188,7 @@ def progress(method: str, forwards: int, report: Report | None) -> Iterator[Repo
         yield bar.update
 
 
-def answers_of(policy: LabelWords | Generation, rows: Rows) -> list[Answer]:
+def answers_of(policy: Policy, rows: Rows) -> list[Answer]:
     """What the model answers as it is, in eval mode."""
     policy.evaluator.module.eval()
     with torch.no_grad():

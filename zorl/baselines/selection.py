@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from zorl.baselines.problem import Problem, answers_of
-from zorl.generation import Generation
-from zorl.scoring import LabelWords
+from zorl.policies import Policy
 
 LOOKS = 10  # a run, at most
 
@@ -24,7 +23,7 @@ class Selection:
         tensors: all that the method moves, by name. They are written in place.
     """
 
-    def __init__(self, problem: Problem, policy: LabelWords | Generation, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, problem: Problem, policy: Policy, tensors: Mapping[str, Tensor]) -> None:
         self._problem, self._policy, self._tensors = problem, policy, tensors
         self._start = self._best = self._copy()
         self._looks = 0

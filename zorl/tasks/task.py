@@ -61,8 +61,8 @@ class Task:
                 f"the task {self.name!r} has a prompt for causal language models alone, and this model is a masked one; "
                 "take another model, or give a prompt of your own"
             )
-        options: dict[str, Any] = {"options": OPTIONS} if self.kind == "multiple_choice" else {}
-        return Prompt(template, self.label_words, **options)
+        options = OPTIONS if self.kind == "multiple_choice" else None
+        return Prompt(template, self.label_words, options=options)
 
     def load(self, split: SplitName, source: str | Path | None = None) -> list[Row]:
         """The rows of a split, the same ones whether they come from the hub or from a file.

@@ -1,0 +1,66 @@
+"""Cross entropy of the answers to choose from: how unlikely the right one is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zorl.head_tuning import LabelGoal
+from zorl.policies import Choosing, Row
+from zorl.probe import Point, Scores
+from zorl.scoring import LabelWords
+
+
+class LabelLoss:
+    """The negative log-likelihood of the true label among the label words, or of the right one of a row's options.
+
+    Args:
+        policy: scores the answers to choose from.
+        column: of the data set, holding the truth: a label's name, or the text of an option.
+    """
+
+    def __init__(self, policy: Choosing, column: str) -> None:
+        self.policy = policy
+        self.column = column
+
+    def __call__(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
+        """float64, shape `(points, rows)`.
+
+        Raises:
+            ValueError: the truth of a row is none of the answers to choose from.
+        """
+        scores = self.policy.scores(rows, points).cpu()  # (points, rows, answers)
+        return -scores.gather(2, self.truth(rows).expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
+
+    def truth(self, rows: Sequence[Row]) -> Tensor:
+        """The index of each row's right answer, int64, shape `(rows,)`."""
+        indices = []
+        for row, answers in zip(rows, self.policy.every_answer(rows), strict=True):
+            names = [answer.completion for answer in answers]
+            if (found := str(row.get(self.column))) not in names:
+                raise ValueError(f"the column {self.column!r} holds {found!r}, which is none of the answers {names}")
+            indices.append(names.index(found))
+        return torch.tensor(indices)
+
+    def goal(self, rows: Sequence[Row]) -> LabelGoal:
+        """The mean log-likelihood of the truth as a function of the label words' scores of these rows."""
+        assert isinstance(self.policy, LabelWords)
+        return _LikelihoodGoal(self.policy, self.truth(rows), rows)
+
+
+class _LikelihoodGoal:
+    """See `zorl.head_tuning.LabelGoal`."""
+
+    def __init__(self, policy: LabelWords, truth: Tensor, rows: Sequence[Row]) -> None:
+        self._truth = truth
+        self.scores, self.states = policy.words_and_states(rows)
+
+    def best(self, scores: Tensor) -> float:
+        """The mean log-likelihood: its best label is the likely one."""
+        return scores.log_softmax(dim=1).gather(1, self._truth.unsqueeze(1)).mean().item()
+
+    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
+        truth = self._truth[rows].expand(len(scores), -1).unsqueeze(2)
+        return Scores(scores.gather(2, truth).squeeze(2).double())

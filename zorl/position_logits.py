@@ -1,0 +1,91 @@
+"""A language model's logits where they are needed: only these positions go through its head, which is most of a small model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class PositionLogits:
+    """Runs a model that reads masks or continues texts, and reads it at given positions.
+
+    Args:
+        module: what a forward calls (see `zorl.perturbation.Evaluator.module`).
+
+    Raises:
+        TypeError: it has no language-model head, or is an encoder-decoder.
+    """
+
+    def __init__(self, module: Any) -> None:
+        if module.config.is_encoder_decoder:
+            raise TypeError(
+                f"label words need a masked or a causal language model; {type(module).__name__} is an encoder-decoder"
+            )
+        if module.get_output_embeddings() is None:
+            raise TypeError(
+                f"{type(module).__name__} has no language-model head to score words with;"
+                " load it with AutoModelForMaskedLM or AutoModelForCausalLM"
+            )
+        self._module = module
+        self._head = _head(module)
+        self._output = module.get_output_embeddings()
+
+    @property
+    def width(self) -> int:
+        """Of the states that the output embedding reads."""
+        return int(self._output.weight.shape[1])
+
+    def __call__(self, inputs: dict[str, Any], positions: Tensor) -> tuple[Any, Tensor, Tensor | None]:
+        """What the model returns; and at the positions, `(N, K)`, the logits, `(N, K, vocabulary or head rows)`, and the states
+        that they are made of, `(N, K, H)`."""
+        size, width = inputs["input_ids"].shape
+        narrowed = False
+        read: list[Tensor] = []
+
+        def at_positions(hidden: Tensor) -> Tensor:  # (S, T, H) -> (S, K, H)
+            virtual = hidden.shape[1] - width  # prompt tuning puts tokens of its own in front
+            index = (positions + virtual).unsqueeze(-1)
+            return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+
+        def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal narrowed
+            if not args or args[0].ndim != 3 or args[0].shape[0] != size or args[0].shape[1] < width:
+                return None
+            narrowed = True
+            return (at_positions(args[0]), *args[1:])
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read.append(args[0] if args else next(iter(kwargs.values())))
+
+        handles = [self._output.register_forward_pre_hook(note, with_kwargs=True)]
+        if self._head is not None:
+            handles.append(self._head.register_forward_pre_hook(narrow, prepend=True))
+        try:
+            output = self._module(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        states = read[0] if read else None  # a head may compute with the embedding's weight and never call it
+        if narrowed:
+            return output, output.logits, states
+        return output, at_positions(output.logits), None if states is None else at_positions(states)
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether the model, or what an adapter wraps, is one of transformers' masked language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # slow, and loaded by now
+
+    names = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    return any(kind.__name__ in names for inner in module.modules() for kind in type(inner).__mro__)
+
+
+def _head(module: Any) -> nn.Module | None:
+    """The largest module that holds the output embedding but not the input embedding.
+
+    All it does is per position, so it can be given the needed positions alone: `cls` in BERT, `lm_head` in RoBERTa and
+    causal models, whatever wraps them. None where the two embeddings are one module.
+    """
+    embeddings, output = module.get_input_embeddings(), module.get_output_embeddings()
+    inside = [m for m in module.modules() if output in m.modules()]  # from the outside in
+    return next((m for m in inside if embeddings not in m.modules()), None)
