@@ -237,7 +237,7 @@ def test_demonstrations_stand_before_the_prompt(kind, gap, labels) -> None:
     assert fitted.answers(TEST) == answers_of(problem.policy(*problem.load(), longer), TEST)
 
 
-def test_long_demonstrations_are_cut_so_that_every_label_has_one(labels) -> None:
+def test_long_demonstrations_are_cut_until_as_many_fit_as_there_are_labels(labels) -> None:
     long = [{"text": f"{{odd}} {row['text']} " * 40, "label": row["label"]} for row in rows_of(16, 0)]
     problem = labels("gpt2", train=long)
     fitted = in_context.fit(problem)
