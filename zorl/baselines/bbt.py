@@ -27,10 +27,11 @@ _SEEDS = 1 << 32
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
     """Moves a soft prompt p = p₀ + A z by CMA-ES on z; the model stays as it is.
 
-    p₀ are embeddings of random tokens, and A is Gaussian with the scale of BBTv2 (Sun et al. 2022b, eq. 6). A candidate
-    costs one forward of a batch, the same batch for all of a generation; its fitness is the reward, with label words under
-    their probabilities, or without a reward cross entropy. The mean of the distribution is looked at on the
-    development rows ten times, and the best is kept; p₀ is among them.
+    p₀ are embeddings of random tokens, and A is Gaussian, scaled to the model's embeddings as in BBTv2 (Sun et al. 2022b). A
+    candidate costs one forward of a batch, the same batch for all of a generation; its fitness is the reward, with label
+    words under their probabilities, or without a reward cross entropy. The mean of the distribution is looked at on the
+    development rows ten times, and the best is kept; p₀ is among them. In generated text peft leaves positions to the model,
+    which then counts padding.
 
     The prompt has `TOKENS` tokens, or an eighth of the context; z has a hundredth as many dimensions as the prompt has numbers,
     between 20 and `INTRINSIC_DIMENSION`.

@@ -19,8 +19,8 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
     """Puts demonstrations before the prompt: `DEMONSTRATIONS`, in the proportions of the labels, or as many as fit.
 
     The context is shared with the longest of the development rows' prompts, which are given half of it at most; a longer one
-    is cut as always. Where not even one demonstration a label fits, their values are cut. Nothing is spent in
-    learning, but each forward afterwards is as much longer.
+    is cut as always. Where not even as many demonstrations fit as there are labels, their values are cut. Nothing is spent
+    in learning, but each forward afterwards is as much longer.
 
     Raises:
         NotApplicable: rows hold conversations or no labels, or the template leaves no room for a demonstration.

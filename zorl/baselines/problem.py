@@ -25,7 +25,7 @@ from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
-from zorl.prompts import Answer, Prompt
+from zorl.prompts import MASK, Answer, Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions, RewardValues
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
@@ -204,7 +204,7 @@ def target_text(prompt: Prompt, row: dict[str, Any], label_column: str) -> str:
     label = str(row[label_column])
     word = label if prompt.label_words is None else prompt.label_words[label]
     before = prompt.render(row).before
-    placed = prompt.label_words is not None and not prompt.chat
+    placed = f"{{{MASK}}}" in prompt.template and not prompt.chat
     return word if placed or before == "" or before[-1].isspace() else f" {word}"
 
 
