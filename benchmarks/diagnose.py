@@ -1,6 +1,6 @@
 """Whether the learning rate and ε of `zorl diagnose` are any good: against a grid, on real text, at 200 forwards each.
 
-    python benchmarks/diagnose.py --model MODEL --data TRAIN.tsv      # about a quarter of an hour for 20M parameters; resumes
+    python benchmarks/diagnose.py --model MODEL --data TRAIN.tsv      # some 5,000 forwards of 16 rows a model; resumes
     python benchmarks/diagnose.py --report                            # docs/diagnose.md from what has been measured
 
 The file holds a sentence, a tab and its label (0 or 1) a line, as SST-2's does. Training rows and held-out rows are drawn
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -66,8 +67,8 @@ def diagnosed(model: str, objective: str, data: Path, template: str) -> dict[str
         "learning_rate": float(f"{found.lr_normalized:.1e}"),
         "epsilon": "auto" if found.epsilon is None else f"{found.epsilon:.1e}",
         "parameters": found.parameters,
-        "effective_rank": [rank.value, rank.low, rank.high],
-        "effective_rank_at_most": [bound.value, bound.low, bound.high],
+        "effective_rank": None if math.isnan(rank.value) else [rank.value, rank.low, rank.high],
+        "effective_rank_at_most": None if math.isnan(bound.value) else [bound.value, bound.low, bound.high],
         "trace": [trace.value, trace.low, trace.high],
         "tries": [[t.learning_rate, t.fall] for t in found.tries],
         "forwards": found.forwards,
@@ -147,7 +148,9 @@ def report() -> str:
     lines += [
         "",
         f"The grid has the learning rates {', '.join(f'{rate:g}' for rate in RATES)} and ε {' and '.join(EPSILONS)}: "
-        f"{len(RATES) * len(EPSILONS)} runs, {len(RATES) * len(EPSILONS) * FORWARDS} forwards, against {BUDGET}.",
+        f"{len(RATES) * len(EPSILONS)} runs, {len(RATES) * len(EPSILONS) * FORWARDS} forwards, against {BUDGET}. "
+        "The last column counts the runs that are done. Where the best and the worst of a grid are within noise of each other, "
+        "no setting learned anything.",
         "",
         "What the diagnoses found where tuning starts, with 95% intervals:",
         "",
@@ -161,8 +164,8 @@ def report() -> str:
             if of is None:
                 continue
             triples = [
-                f"{value:.3g} [{low:.2g}, {high:.2g}]" if value == value else "not known"
-                for value, low, high in (of["effective_rank"], of["effective_rank_at_most"], of["trace"])
+                "not known" if triple is None else f"{triple[0]:.3g} [{triple[1]:.2g}, {triple[2]:.2g}]"
+                for triple in (of["effective_rank"], of["effective_rank_at_most"], of["trace"])
             ]
             falls = ", ".join(f"{fall:.1e} at {rate:.1e}" for rate, fall in of["tries"])
             shown = (
