@@ -25,6 +25,7 @@ from zorl.perturbation import Scratch
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
+from zorl.quantization import is_plain
 from zorl.reward_functions import RewardFunctions, RewardValues
 from zorl.reward_models import text_of
 from zorl.rewards import accuracy, f1
@@ -134,8 +135,9 @@ def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt
         if value is not None:
             computing[key] = value
     config = MeZOConfig(**computing)
-    model = load_model(name, arguments.dtype or ("auto" if settings else "float32")).eval().to(config.device)
-    evaluator = Scratch(model, ParameterSet(model.named_parameters()))
+    dtype = arguments.dtype or settings.get("dtype") or ("auto" if settings else "float32")
+    model = load_model(name, dtype, quantize=settings.get("quantize")).eval().to(config.device)
+    evaluator = Scratch(model, ParameterSet((n, p) for n, p in model.named_parameters() if is_plain(p)))
     return make_policy(evaluator, load_processing_class(name), prompt, config)
 
 

@@ -1,7 +1,7 @@
 """The files of a run: what is in its folder, and how the base weights come back.
 
 trajectory.zorl      every step: with the base weights, the trained weights
-init.safetensors     tuned parameters that no base checkpoint holds (adapters, models made in memory)
+init.safetensors     parameters that no base checkpoint holds (adapters, models made in memory)
 trainer_state.json   the Trainer's log, for resuming it
 zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
 """
@@ -19,10 +19,11 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
+from zorl.adapters import adapt, untie_output_embedding
 from zorl.directions import canonical_name
 from zorl.models import load_model
 from zorl.output_bias import add_output_bias
-from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.parameters import ParameterSet, base_sha256, select, tensors_sha256
 from zorl.trajectory import TrajectoryError
 
 
@@ -58,7 +59,10 @@ class RunFolder:
 
     @torch.no_grad()
     def keep_init(self, parameters: ParameterSet) -> str:
-        """Saves the tuned parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+        """Saves parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+
+        Args:
+            parameters: the tuned ones, and those that stay as they are but that the base checkpoint lacks.
 
         Raises:
             TrajectoryError: the run has a trajectory, but its first values are gone.
@@ -126,11 +130,14 @@ class RunFolder:
             raise TrajectoryError(
                 "the run's model was made in memory: build it in a script and use zorl.trajectory.replay"
             )
-        loaded: Any = load_model(name, next(iter(recorded.values())))
+        dtype = header.get("dtype") or next(iter(recorded.values()))
+        loaded: Any = load_model(name, dtype, quantize=header.get("quantize"))
         if header["peft"] is not None:
-            from peft import get_peft_config, get_peft_model
+            from peft import get_peft_config
 
-            loaded = get_peft_model(loaded, get_peft_config(dict(header["peft"])))
+            loaded = adapt(loaded, get_peft_config(dict(header["peft"])))
+        if header.get("untied"):
+            untie_output_embedding(loaded)
         if header.get("output_bias"):
             add_output_bias(loaded)
         available = dict(select(loaded))
@@ -141,15 +148,16 @@ class RunFolder:
         tuned = ParameterSet((n, p) for n, p in available.items() if canonical_name(n) in recorded)
         if header["init_sha256"] is not None:
             with torch.no_grad():
+                named = {canonical_name(n): p for n, p in loaded.named_parameters()}
                 for key, tensor in self._read_init(header).items():
-                    tuned[key].copy_(tensor)
+                    named[key].copy_(tensor)
         check_base(header, loaded)
         return loaded, tuned
 
 
 def check_base(header: Mapping[str, Any], model: torch.nn.Module) -> None:
     """Raises TrajectoryError unless the model's weights are those that the run started from."""
-    found = tensors_sha256({canonical_name(name): tensor for name, tensor in model.named_parameters()})
+    found = base_sha256(model)
     if found != header["base_sha256"]:
         raise TrajectoryError(
             f"the base weights differ from the run's: their SHA-256 is {found[:16]}…, the trajectory's is "
