@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from zorl.quantization import quantization_config
+from zorl.quantization import is_plain, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ADAPTER = "adapter_config.json"
@@ -32,7 +32,7 @@ def load_model(name: str, dtype: str = "float32", *, quantize: str | None = None
         options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: the dtype is none of these, or quantize is neither.
+        ValueError: the dtype is none of these, quantize is neither, or nothing in the model can be quantised.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -55,6 +55,10 @@ def load_model(name: str, dtype: str = "float32", *, quantize: str | None = None
             AutoModelForMaskedLM if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModelForCausalLM
         )
     model: PreTrainedModel = loader.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
+    if quantize is not None and all(map(is_plain, model.parameters())):
+        raise ValueError(
+            f"{quantize} quantises linear layers, and {name} has none that it knows ({type(model).__name__}): leave it out"
+        )
     return model
 
 
