@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and "zorl needs Python 3.11 or newer, and $(PYTHON) is " + v + "; name another one: make PYTHON=python3.12 …")'
 	@echo "Building .venv (once; a few minutes where the packages have to be downloaded) …"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,quantize]"
 	@touch $@
 
 demo: $(READY)
@@ -51,7 +51,7 @@ benchmarks: $(READY)
 
 constraints:
 	@rm -rf build/resolve && $(PYTHON) -m venv build/resolve
-	@build/resolve/bin/python -m pip install --quiet --editable ".[dev]"
+	@build/resolve/bin/python -m pip install --quiet --editable ".[dev,quantize]"
 	@sed -n '/^#/p' constraints.txt > build/constraints.txt
 	@build/resolve/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >> build/constraints.txt
 	@mv build/constraints.txt constraints.txt && rm -rf build/resolve

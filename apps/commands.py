@@ -109,8 +109,9 @@ The same command continues a run that was cut short, to the same bits.""",
         "Model and data": f"{_DATA} label_column eval_dataset eval_split k_shot output_dir",
         "The question that a row becomes": f"{_QUESTION} head",
         "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
+        "What is tuned": "tune parameters lora_rank lora_alpha lora_targets prefix_tokens quantize dtype",
         "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
-        "informative_target n_spsa distribution evaluation comparison label_reward calibration parameters dtype seed",
+        "informative_target n_spsa distribution evaluation comparison label_reward calibration seed",
         "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end logging_steps report_to json",
         "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
         "temperature top_k top_p",
@@ -122,6 +123,7 @@ zorl train --task sst2 --model roberta-large --k_shot 16 --seed 13 --output_dir 
 zorl train --config run.yaml --seed 1                      # the same flags in a file, one of them changed
 zorl train … --text_column 0 --label_column 1              # a TSV file without a header
 zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one class's F1, record accuracy
+zorl train … --tune lora --quantize int8                   # low-rank adapters on weights of eight bits
 zorl train … --reward rewards.py:cost                      # def cost(completions, label, **columns): return [ … ]
 zorl train --model roberta-base --head classifier --dataset train.tsv --text_column text --reward f1   # probe, then MeZO
 zorl train --model M --dataset qa.jsonl --prompt "Q: {question}\\nA:" --reward squad_f1    # generated answers

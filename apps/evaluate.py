@@ -39,6 +39,7 @@ from zorl.perturbation import Scratch
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
+from zorl.quantization import is_plain
 from zorl.reward_functions import RewardFunctions, RewardValues
 from zorl.reward_models import text_of
 from zorl.rewards import accuracy, f1
@@ -156,12 +157,12 @@ def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt
         if value is not None:
             computing[key] = value
     config = MeZOConfig(**computing)
-    dtype = arguments.dtype or ("auto" if settings else "float32")
-    model = load_model(name, dtype, classes=prompt.classes).eval().to(config.device)
+    dtype = arguments.dtype or settings.get("dtype") or ("auto" if settings else "float32")
+    model = load_model(name, dtype, classes=prompt.classes, quantize=settings.get("quantize")).eval().to(config.device)
     tokenizer = load_processing_class(name)
     if prompt.classes is not None:
         prompt = prepare_classifier(model, prompt, tokenizer)
-    evaluator = Scratch(model, ParameterSet(model.named_parameters()))
+    evaluator = Scratch(model, ParameterSet((n, p) for n, p in model.named_parameters() if is_plain(p)))
     return make_policy(evaluator, tokenizer, prompt, config)
 
 

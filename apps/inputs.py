@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from zorl.apps.arguments import InputArguments
 from zorl.data import LABEL, TEXT, Rows, load_rows
-from zorl.models import is_masked, trained_classes
+from zorl.models import ADAPTER, is_masked, trained_classes
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction
 from zorl.rewards import load_reward
@@ -45,7 +45,7 @@ def require(arguments: Any, *names: str) -> None:
 def check_model_folder(name: str) -> None:
     """Raises ValueError where a path was meant for a model and is none: transformers would look for it on the hub."""
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not ((path / "config.json").is_file() or (path / ADAPTER).is_file()):
         if (path / "trajectory.zorl").is_file():
             raise ValueError(
                 f"--model {name}: the run there is not finished; repeat its zorl train, or use zorl replay"

@@ -7,10 +7,12 @@ from typing import Any, get_args
 
 from transformers import TrainingArguments
 
+from zorl.adapters import SCALES
 from zorl.comparisons import COMPARISONS
 from zorl.directions import DISTRIBUTIONS, rank
 from zorl.expected_reward import LabelReward
 from zorl.head_tuning import Calibration
+from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
 
 
@@ -26,8 +28,13 @@ class MeZOConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(
-        default=3e-4, metadata={"help": "Typical change of a weight in one step (update=normalized)."}
+    learning_rate: float = field(  # type: ignore[assignment]  # None until __post_init__ has seen what is tuned
+        default=None,
+        metadata={
+            "help": "Typical change of a weight in one step (update=normalized). Default: "
+            + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
+            + ", by what is tuned."
+        },
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
     per_device_train_batch_size: int = field(
@@ -42,9 +49,37 @@ class MeZOConfig(TrainingArguments):
         default="reward", metadata={"help": "Evaluation figure that decides which step was best."}
     )
 
-    epsilon: str = field(
-        default="auto",
-        metadata={"help": "Size of the perturbation: a number, or 'auto' to keep probes informative."},
+    tune: str = field(
+        default="full",
+        metadata={
+            "help": "What is tuned. full: all parameters. lora: low-rank adapters. prefix: keys and values in front of the text, "
+            "which start as those of random tokens. head: the output embedding, untied from the input embedding."
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "r of LoRA."})
+    lora_alpha: int = field(default=16, metadata={"help": "α of LoRA: adapters are scaled by α/r."})
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers with an adapter, by the end of their names, such as q_proj v_proj, or all-linear. Default: "
+            "the queries and values of the attention."
+        },
+    )
+    prefix_tokens: int = field(default=5, metadata={"help": "Tokens of a prefix."})
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "Load the model with weights of int8 (needs torchao) or int4 (bitsandbytes); with tune=lora or prefix. "
+            "A model that was saved quantised needs no flag. Default: none."
+        },
+    )
+    epsilon: str = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Size of the perturbation: a number, or 'auto' to keep probes informative. Default: "
+            + ", ".join(f"{scale.epsilon} ({kind})" for kind, scale in SCALES.items())
+            + ", by what is tuned."
+        },
     )
     n_spsa: str = field(
         default="1", metadata={"help": "Directions a step: a number, or a schedule such as '1-8/1000'."}
@@ -127,6 +162,7 @@ class MeZOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_backpropagation()  # before transformers asks a device for it
+        self._check_what_is_tuned()
         super().__post_init__()
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
@@ -157,6 +193,18 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
+
+    def _check_what_is_tuned(self) -> None:
+        if self.tune not in SCALES:
+            raise ValueError(f"tune must be one of {', '.join(SCALES)}, got {self.tune!r}")
+        for name in ("lora_rank", "lora_alpha", "prefix_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.quantize is not None and self.quantize not in PACKAGES:
+            raise ValueError(f"quantize must be {' or '.join(PACKAGES)}, got {self.quantize!r}")
+        scale = SCALES[self.tune]
+        self.learning_rate = scale.learning_rate if self.learning_rate is None else self.learning_rate
+        self.epsilon = scale.epsilon if self.epsilon is None else self.epsilon
 
     def _refuse_backpropagation(self) -> None:
         wrong = {

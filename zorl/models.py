@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,34 +20,54 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from zorl.classifier_head import class_names
+from zorl.quantization import is_plain, quantization_config
 
 _CLASSIFIER = "ForSequenceClassification"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+ADAPTER = "adapter_config.json"
 
 
 def load_model(
-    name: str, dtype: str = "float32", *, classes: Sequence[str] | None = None, **options: Any
+    name: str,
+    dtype: str = "float32",
+    *,
+    classes: Sequence[str] | None = None,
+    quantize: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """A masked or causal language model, or a classifier, by what its configuration says it is. No code in a checkpoint is run.
 
     Args:
-        name: of a model on the hub, or the path of a folder.
+        name: of a model on the hub, or the path of a folder. A folder with an adapter gives its base with the adapter on it.
         dtype: float32, bfloat16, float16, or auto (as saved).
         classes: load it as a sequence-classification model of these classes. Where the checkpoint has no such head, there is a
             new one, the same each time.
+        quantize: int8 or int4: see `zorl.quantization`. A model that was saved quantised is loaded as it is.
         options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: the dtype is none of these, or the model is a classifier of another number of classes.
+        ValueError: the dtype is none of these, the model is a classifier of another number of classes, quantize is neither, or
+            nothing in the model can be quantised.
+        ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if (Path(name) / ADAPTER).is_file():
+        return _load_adapter(name, dtype, classes, quantize)
     config = AutoConfig.from_pretrained(name, **options)
+    if quantize is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{name} was saved quantised and is used as it is: leave quantize={quantize!r} out")
+        options["quantization_config"] = quantization_config(quantize)
     if classes is not None or _architecture(config).endswith(_CLASSIFIER):
         return _load_classifier(name, dtype, config, classes, options)
     loader: Any = AutoModelForMaskedLM if _reads_masks(config) else AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
+    if quantize is not None and all(map(is_plain, model.parameters())):
+        raise ValueError(
+            f"{quantize} quantises linear layers, and {name} has none that it knows ({type(model).__name__}): leave it out"
+        )
     return model
 
 
@@ -67,6 +88,20 @@ def trained_classes(name: str) -> tuple[str, ...] | None:
     """The classes of a checkpoint with a sequence-classification head (see `class_names`); None for other models."""
     config = AutoConfig.from_pretrained(name)
     return class_names(config) if _architecture(config).endswith(_CLASSIFIER) else None
+
+
+def _load_adapter(name: str, dtype: str, classes: Sequence[str] | None, quantize: str | None) -> Any:
+    """The base of an adapter with the adapter on it, as a PeftModel."""
+    from peft import PeftConfig, PeftModel
+
+    from zorl.adapters import quiet
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{Path(name) / ADAPTER} names no base model: it was made in memory, so load it in a script")
+    model = load_model(base, dtype, classes=classes, quantize=quantize)
+    with quiet():
+        return PeftModel.from_pretrained(model, name)
 
 
 def _load_classifier(

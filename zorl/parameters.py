@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zorl.directions import Distribution, Step, canonical_name, canonical_names, key
 from zorl.kernels import kernel_for
+from zorl.quantization import is_plain
 
 
 class ParameterSet(Mapping[str, Tensor]):
@@ -71,6 +72,17 @@ class ParameterSet(Mapping[str, Tensor]):
     def sha256(self) -> str:
         """Of the names, shapes, dtypes and bytes of all tensors."""
         return tensors_sha256(self._tensors)
+
+
+def base_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters, by canonical name.
+
+    Quantised weights are left out: their bits are the quantiser's own on each device, and what stands beside them
+    (embeddings, norms, biases, the adapter) tells the checkpoint.
+    """
+    plain = [(name, p) for name, p in model.named_parameters() if is_plain(p)]
+    names = canonical_names(name for name, _ in plain)
+    return tensors_sha256(dict(zip(names, (p for _, p in plain), strict=True)))
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
+from zorl.quantization import is_plain
 
 T = TypeVar("T")
 # Parameters up to this many bytes in all are perturbed once an evaluation rather than once a forward: it spares tiny
@@ -129,6 +130,7 @@ class Scratch:
                 self._slots[module] = slots
         self._held = self._small_parameters()
         self._head = output_embedding(self.module)
+        self._rows_first = self._head is not None and gives_rows(self._head)  # else they are taken from its output
         for module in {*self._slots, *([self._head] if self._head is not None else [])}:
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave, always_call=True)
@@ -189,7 +191,7 @@ class Scratch:
         if self._point is None:
             return None
         self._replaced.append([])
-        rows = self._head_rows if module is self._head and type(module).forward is nn.Linear.forward else None
+        rows = self._head_rows if module is self._head and self._rows_first else None
         if rows is not None:
             return self._enter_head(module, rows)
         if self._point.offset == 0.0:
@@ -236,7 +238,7 @@ class Scratch:
             return None
         depth = len(self._replaced)
         self._restore()
-        if module is self._head and self._head_rows is not None and type(module).forward is not nn.Linear.forward:
+        if module is self._head and self._head_rows is not None and not self._rows_first:
             return output.index_select(-1, self._head_rows)
         for tensor in _tensors(output):
             if self._in_scratch(
@@ -321,6 +323,11 @@ def output_embedding(module: nn.Module) -> nn.Module | None:
     """The module that holds the output embedding of a language model; None for other models."""
     find = getattr(module, "get_output_embeddings", None)  # a transformers model with a language-model head, or not
     return find() if find is not None else None
+
+
+def gives_rows(head: nn.Module) -> bool:
+    """Whether an output embedding can compute single rows: it is a linear layer, and its weights are not quantised."""
+    return type(head).forward is nn.Linear.forward and all(map(is_plain, head.parameters()))
 
 
 def _gathers_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -19,10 +19,11 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
+from zorl.adapters import adapt, untie_output_embedding
 from zorl.directions import canonical_name
 from zorl.models import load_model
 from zorl.output_bias import add_output_bias
-from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.parameters import ParameterSet, base_sha256, select, tensors_sha256
 from zorl.trajectory import TrajectoryError
 
 
@@ -58,7 +59,10 @@ class RunFolder:
 
     @torch.no_grad()
     def keep_init(self, parameters: Mapping[str, torch.Tensor]) -> str:
-        """Saves the parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+        """Saves parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+
+        Args:
+            parameters: the tuned ones, and those that stay as they are but that the base checkpoint lacks.
 
         Raises:
             TrajectoryError: the run has a trajectory, but its first values are gone.
@@ -128,11 +132,14 @@ class RunFolder:
                 "the run's model was made in memory: build it in a script and use zorl.trajectory.replay"
             )
         classes = header["prompt"].get("classes")
-        loaded: Any = load_model(name, next(iter(recorded.values())), classes=classes)
+        dtype = header.get("dtype") or next(iter(recorded.values()))
+        loaded: Any = load_model(name, dtype, classes=classes, quantize=header.get("quantize"))
         if header["peft"] is not None:
-            from peft import get_peft_config, get_peft_model
+            from peft import get_peft_config
 
-            loaded = get_peft_model(loaded, get_peft_config(dict(header["peft"])))
+            loaded = adapt(loaded, get_peft_config(dict(header["peft"])))
+        if header.get("untied"):
+            untie_output_embedding(loaded)
         if header.get("output_bias"):
             add_output_bias(loaded)
         available = dict(select(loaded))
@@ -152,7 +159,7 @@ class RunFolder:
 
 def check_base(header: Mapping[str, Any], model: torch.nn.Module) -> None:
     """Raises TrajectoryError unless the model's weights are those that the run started from."""
-    found = tensors_sha256({canonical_name(name): tensor for name, tensor in model.named_parameters()})
+    found = base_sha256(model)
     if found != header["base_sha256"]:
         raise TrajectoryError(
             f"the base weights differ from the run's: their SHA-256 is {found[:16]}…, the trajectory's is "

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from zorl.adapters import adapt, is_peft, prepare
 from zorl.classifier_head import (
     ClassifierHead,
     has_new_head,
@@ -32,14 +33,14 @@ from zorl.classifier_head import (
 )
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
-from zorl.directions import canonical_names, derive_seed
+from zorl.directions import canonical_name, derive_seed
 from zorl.forward_trainer import ForwardTrainer
 from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
 from zorl.linear_probe import probe
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
-from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Evaluator, Scratch
 from zorl.policies import make_policy
 from zorl.probe import CENTRE, Scores
@@ -121,13 +122,22 @@ class MeZOTrainer(ForwardTrainer):
             args = copy.copy(args)
             args.temperature = 0.0  # taught token by token, nothing is sampled
         name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
-        network: Any = load_model(model, args.dtype, classes=prompt.classes) if isinstance(model, str) else model
+        if args.quantize is not None and not isinstance(model, str):
+            raise ValueError(
+                f"quantize={args.quantize!r} is for a model given by name: quantise this one as you load it"
+            )
+        network: Any = model
+        if isinstance(model, str):
+            network = load_model(model, args.dtype, classes=prompt.classes, quantize=args.quantize)
+        in_base = {id(parameter) for parameter in network.parameters()}
         if peft_config is not None:
-            from peft import PeftModel, get_peft_model
-
-            if isinstance(network, PeftModel):
+            if is_peft(network):
                 raise ValueError("the model is a PeftModel already: leave peft_config out, or pass the base model")
-            network = get_peft_model(network, peft_config)
+            if args.tune != "full":
+                raise ValueError(f"peft_config and tune={args.tune!r} both say what is tuned: leave one of them out")
+            network = adapt(network, peft_config)
+        network = prepare(network, args)
+        self._added = [(name, p) for name, p in network.named_parameters() if id(p) not in in_base]
         if processing_class is None and not name:
             raise ValueError("processing_class is needed: the model has no name or path to load a tokenizer from")
         self.base_name = name
@@ -329,14 +339,16 @@ class MeZOTrainer(ForwardTrainer):
     def _header(self) -> dict[str, Any]:
         """What else decides where a run goes, or how its base is rebuilt."""
         args = self.args
-        named = dict(self.model.named_parameters())  # type: ignore[union-attr]
-        named = dict(zip(canonical_names(named), named.values(), strict=True))
+        named = {canonical_name(name): p for name, p in self.model.named_parameters()}  # type: ignore[union-attr]
         first = self._not_in_base()
         init = self.folder.keep_init({name: named[name] for name in first}) if first else None
         return {
             "model": self.base_name,
             "peft": peft_to_json(self.model),
-            "base_sha256": tensors_sha256(named),
+            "quantize": args.quantize,
+            "dtype": None if peft_to_json(self.model) is None else self._dtype,  # else it is that of what is tuned
+            "untied": True if args.tune == "head" and self._added else None,
+            "base_sha256": base_sha256(self.model),  # type: ignore[arg-type]
             "init_sha256": init,
             "objective": self.objective_name,
             "prompt": self.prompt.to_dict(),
@@ -350,9 +362,15 @@ class MeZOTrainer(ForwardTrainer):
         }
 
     def _not_in_base(self) -> set[str]:
-        """What no base checkpoint holds: tuned parameters of an adapter or of a model made in memory, and a new head's."""
+        """What no base checkpoint holds: an adapter's parameters, a new or untied head's, those of a model made in memory."""
         made_here = peft_to_json(self.model) is not None or not self.base_name
-        return self._not_in_checkpoint | (set(self.tuned) if made_here else set())
+        added = {canonical_name(name) for name, _ in self._added}
+        return self._not_in_checkpoint | added | (set(self.tuned) if made_here else set())
+
+    @property
+    def _dtype(self) -> str:
+        """Of the base model."""
+        return str(self.model.dtype).removeprefix("torch.")  # type: ignore[union-attr]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model, tokenizer and prompt; no pickled arguments."""
@@ -367,6 +385,8 @@ class MeZOTrainer(ForwardTrainer):
                 "prompt": self.prompt.to_dict(),
                 "label_column": self.args.label_column,
                 "objective": self.objective_name,
+                "dtype": self._dtype,
+                "quantize": self.args.quantize,
                 "max_length": self.args.max_length,
                 "max_completion_length": self.args.max_completion_length,
                 "temperature": self.args.temperature,

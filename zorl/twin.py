@@ -25,6 +25,7 @@ from zorl.kernels import kernel_for
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch, output_embedding, replica
 from zorl.probe import Point
+from zorl.quantization import is_plain
 
 T = TypeVar("T")
 # What a mixture of experts says of itself in its configuration: tokens leave their rows there.
@@ -70,6 +71,9 @@ class Twin:
         self.module: Any = replica(model)
         names = {id(tensor): name for name, tensor in parameters.items()}
         head = output_embedding(self.module)
+        if head is not None and not all(map(is_plain, head.parameters())):  # quantised: called as it is
+            head.register_forward_hook(self._take_rows)
+            head = None
         self._slots: list[_Slot] = []
         for module in self.module.modules():
             if isinstance(module, nn.RNNBase) and any(id(p) in names for p in module.parameters(recurse=False)):
@@ -127,6 +131,9 @@ class Twin:
         self._depth = max(0, self._depth - 1)
         if not self._depth:
             self._batch = 0
+
+    def _take_rows(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        return logits if self.head_rows is None else logits.index_select(-1, self.head_rows)
 
     # --- what the operations need -------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ from zorl.baselines.selection import Selection, look_at
 from zorl.encoding import ContextTokenizer, pad_token_id
 from zorl.generation import Generation
 from zorl.parameters import ParameterSet
+from zorl.policies import Choosing, Policy
 from zorl.probe import CENTRE
-from zorl.scoring import LabelWords
 
 FORWARDS_A_STEP = 3  # one, and two for the backward pass
 MAX_GRAD_NORM = 1.0  # transformers' default
@@ -63,7 +63,7 @@ def fit(
     model, tokenizer = problem.load("float32")
     model.requires_grad_(True)
     policy = problem.policy(model, tokenizer)
-    loss = _of_labels(problem, policy) if isinstance(policy, LabelWords) else _of_text(problem, policy, tokenizer)
+    loss = _of_text(problem, policy, tokenizer) if isinstance(policy, Generation) else _of_labels(problem, policy)
     selection = Selection(problem, policy, model.state_dict())
     selection.look(learning_rate=None, step=0)
     spent = 0
@@ -111,8 +111,9 @@ def _train(
     return step * FORWARDS_A_STEP
 
 
-def _of_labels(problem: Problem, policy: LabelWords) -> Loss:
-    """Cross entropy among the label words."""
+def _of_labels(problem: Problem, policy: Policy) -> Loss:
+    """Cross entropy among the label words, classes or a row's options."""
+    assert isinstance(policy, Choosing)
 
     def loss(rows: Rows) -> Tensor:
         every = [[answer.completion for answer in answers] for answers in policy.every_answer(rows)]

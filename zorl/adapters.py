@@ -1,0 +1,221 @@
+"""Which parameters a run tunes: all of the model's, those of an adapter, or the output embedding's alone.
+
+MeZO does as well with few parameters as with many (Malladi et al. 2023, section 3), and each kind has its own scale: a
+step or a perturbation that suits weights of 0.05 is lost on a prefix, whose keys and values are of size one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zorl.directions import derive_seed
+from zorl.quantization import is_quantized
+
+if TYPE_CHECKING:
+    from zorl.config import MeZOConfig
+
+Tune = Literal["full", "lora", "prefix", "head"]
+
+
+class Scale(NamedTuple):
+    """What learning rate (the typical change of a weight in one step) and ε suit a kind of parameters."""
+
+    learning_rate: float
+    epsilon: str
+
+
+SCALES: dict[str, Scale] = {
+    "full": Scale(3e-4, "auto"),
+    "lora": Scale(3e-4, "auto"),
+    "prefix": Scale(1e-2, "0.1"),
+    "head": Scale(3e-4, "auto"),
+}
+ALL_LINEAR = "all-linear"
+
+
+def prepare(model: Any, args: MeZOConfig) -> Any:
+    """The model as `args.tune` wants it, with `requires_grad` on what is tuned; the model itself is changed.
+
+    Raises:
+        ValueError: the model is a PeftModel, is quantised and would be written, has no output embedding, or is of a kind that
+            peft does not know.
+    """
+    if args.tune == "full" and not is_quantized(model):
+        return model
+    if is_peft(model):
+        if args.tune == "full":
+            return model
+        raise ValueError(f"the model is a PeftModel already: leave tune={args.tune!r} out, or pass the base model")
+    if is_quantized(model) and args.tune in ("full", "head"):
+        raise ValueError(
+            f"the model is quantised, and tune={args.tune!r} would write its weights: tune a LoRA adapter on it with "
+            "tune='lora', or a prefix with tune='prefix'"
+        )
+    if args.tune == "head":
+        return head_alone(model)
+    if args.tune == "prefix":
+        return add_prefix(model, args.prefix_tokens, args.seed)
+    return add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+
+
+def is_peft(model: Any) -> bool:
+    """Whether the model is wrapped by peft already."""
+    from peft import PeftModel  # takes a second, and most runs need none of it
+
+    return isinstance(model, PeftModel)
+
+
+def adapt(model: Any, config: Any) -> Any:
+    """peft's `get_peft_model`, without its warnings of what is meant."""
+    from peft import get_peft_model
+
+    with quiet():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """peft asks transformers by an old name, and tells of GPT-2's transposed layers, which it then handles."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        yield
+
+
+def add_lora(model: Any, rank: int, alpha: int, targets: list[str] | None, seed: int) -> Any:
+    """Low-rank adapters W + α/r · B A (Hu et al. 2021), A at random and B = 0, so that tuning starts from the model itself.
+
+    On a quantised base A stays as it is and B alone is tuned: the update that cannot be written into W is gathered in the
+    span of A.
+
+    Args:
+        targets: names of linear layers, `["all-linear"]`, or None for the queries and values of the attention, as in the
+            MeZO paper.
+        seed: of A.
+
+    Raises:
+        ValueError: targets is None, and peft does not know where this kind of model has its queries and values.
+    """
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    kind = model.config.model_type
+    if targets is None and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise ValueError(
+            f"peft does not know where a {kind!r} model has its queries and values: name linear layers in lora_targets, or "
+            f"give lora_targets={ALL_LINEAR}"
+        )
+    where = ALL_LINEAR if targets == [ALL_LINEAR] else targets
+    task = "CAUSAL_LM" if _generates(model) else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        adapted = adapt(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type=task))
+    if is_quantized(model):
+        for name, parameter in adapted.named_parameters():
+            if ".lora_A." in name or ".lora_embedding_A." in name:
+                parameter.requires_grad_(False)
+    return adapted
+
+
+@torch.no_grad()
+def add_prefix(model: Any, tokens: int, seed: int) -> Any:
+    """Keys and values in front of every text, in every layer (Li and Liang 2021).
+
+    They start as those that the model itself computes for random tokens of its vocabulary: without these *real activations*
+    prefix tuning by forward passes hardly learns (Malladi et al. 2023, appendix on prefix tuning).
+
+    Args:
+        tokens: how many.
+        seed: of their choice.
+
+    Raises:
+        ValueError: the model keeps no keys and values, or not the same number in every layer.
+    """
+    from peft import PrefixTuningConfig
+
+    ids = torch.randint(
+        model.get_input_embeddings().num_embeddings,
+        (1, tokens),
+        generator=torch.Generator().manual_seed(derive_seed(seed, "prefix")),
+    )
+    start = _activations(model, ids)
+    # peft calls a masked model with a prefix only where it takes it for an extractor of features.
+    task = "CAUSAL_LM" if _generates(model) else "FEATURE_EXTRACTION"
+    adapted = adapt(model, PrefixTuningConfig(num_virtual_tokens=tokens, task_type=task))
+    encoder = adapted.prompt_encoder[adapted.active_adapter]
+    if encoder.embedding.weight.shape != start.shape:
+        raise ValueError(
+            f"peft's prefix for {type(model).__name__} has shape {tuple(encoder.embedding.weight.shape)}, the model's keys and "
+            f"values {tuple(start.shape)}: its layers differ, so tune another way, such as tune='lora'"
+        )
+    encoder.load_prompt_embeddings(start)
+    return adapted
+
+
+def _activations(model: Any, ids: Tensor) -> Tensor:
+    """The keys and values of tokens `(1, n)` as peft lays them out: `(n, layers · 2 · heads · width)`, float32."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    was_training = model.training
+    model.eval()
+    try:
+        # Masked models are asked for no cache, and fill one that they are given.
+        model(
+            input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device), past_key_values=cache
+        )
+    finally:
+        model.train(was_training)
+    cached: Any = cache.layers
+    layers = [tensor for layer in cached for tensor in (layer.keys, layer.values)]
+    if not layers or len({tensor.shape for tensor in layers}) > 1:
+        found = "no keys and values" if not layers else "layers that differ in their keys and values"
+        raise ValueError(
+            f"{type(model).__name__} has {found}, so it takes no prefix: tune another way, such as tune='lora'"
+        )
+    return torch.cat(layers).float().permute(2, 0, 1, 3).reshape(ids.shape[1], -1)
+
+
+def head_alone(model: Any) -> Any:
+    """Freezes all but the output embedding, untied from the input embedding where the two are one.
+
+    Raises:
+        ValueError: the model has no output embedding.
+    """
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding to tune: tune='head' is for language models")
+    untie_output_embedding(model)
+    head = model.get_output_embeddings()
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    return model
+
+
+def untie_output_embedding(model: Any) -> bool:
+    """Gives the output embedding tensors of its own where it shares them, so that moving it moves nothing else.
+
+    The model saves them, and says so in its configuration. It takes a vocabulary's worth of memory more.
+
+    Returns:
+        Whether anything was shared.
+    """
+    head = model.get_output_embeddings()
+    elsewhere = {id(p) for module in model.modules() if module is not head for p in module._parameters.values()}
+    if not any(id(p) in elsewhere for p in head.parameters()):
+        return False
+    for name, parameter in head.named_parameters(recurse=False):
+        head.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _generates(model: Any) -> bool:
+    """Whether the model continues texts: causal models do, masked ones do not."""
+    return bool(model.can_generate())

@@ -1,0 +1,46 @@
+"""Models with weights of eight or four bits, through transformers' own quantisers.
+
+Such weights are only read: what a run learns is gathered in an adapter, whose parameters are floating-point numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from torch import Tensor, nn
+
+# int8: one scale a row, weights alone; activations stay as they are, so that small perturbations are not rounded away.
+# int4: NF4 with a scale for every 64 weights (QLoRA, Dettmers et al. 2023).
+PACKAGES = {"int8": "torchao", "int4": "bitsandbytes"}
+
+
+def quantization_config(kind: str) -> Any:
+    """transformers' configuration for `from_pretrained(quantization_config=…)`.
+
+    Raises:
+        ValueError: the kind is neither int8 nor int4.
+        ImportError: the package that does it is not installed.
+    """
+    if kind not in PACKAGES:
+        raise ValueError(f"quantize must be int8 or int4, got {kind!r}")
+    package = PACKAGES[kind]
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"quantize={kind!r} needs the package {package}: pip install {package}, or 'zorl[quantize]'")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether transformers loaded the model, or what an adapter wraps, with quantised weights."""
+    return bool(getattr(model, "is_quantized", False))  # set on the models that are
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor holds its values as they are: quantisers have classes of their own, or store whole numbers."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
