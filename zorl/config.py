@@ -11,6 +11,7 @@ from zorl.comparisons import COMPARISONS
 from zorl.directions import DISTRIBUTIONS, rank
 from zorl.expected_reward import LabelReward
 from zorl.head_tuning import Calibration
+from zorl.moments import Averaging
 from zorl.schedules import Directions
 
 
@@ -64,7 +65,28 @@ class MeZOConfig(TrainingArguments):
     )
     update: str = field(
         default="normalized",
-        metadata={"help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own."},
+        metadata={
+            "help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own. momentum, adam: "
+            "with moving averages of past gradients."
+        },
+    )
+    beta1: float = field(
+        default=0.9, metadata={"help": "update=momentum and adam: decay of the average of gradients, per step."}
+    )
+    beta2: float = field(default=0.95, metadata={"help": "update=adam: decay of the average of their squares."})
+    moment_window: int = field(
+        default=64,
+        metadata={
+            "help": "Past steps that recomputed averages look back: a step draws so many times its directions, and leaves out "
+            "beta to this power."
+        },
+    )
+    moments: str = field(
+        default="recomputed",
+        metadata={
+            "help": "How averages are had: recomputed from the log, without memory of the model's size, or stored, in one float32 "
+            "copy of what is tuned (momentum) or two (adam)."
+        },
     )
     comparison: str = field(
         default="share",
@@ -145,6 +167,7 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)}, got {self.comparison!r}")
         if self.calibration not in get_args(Calibration):
             raise ValueError(f"calibration must be 'head', 'bias' or 'none', got {self.calibration!r}")
+        Averaging(self.beta1, self.beta2, self.moment_window, self.moments)  # type: ignore[arg-type]
         Directions.parse(self.n_spsa)
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")

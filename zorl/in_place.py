@@ -19,6 +19,7 @@ from torch import Tensor
 from zorl.directions import Distribution, Key, Step, key
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
+from zorl.kernels.reference import add_dense
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
 
@@ -96,14 +97,31 @@ class InPlace:
         (seed, name), so that its mean is kept however small it is."""
         for name, tensor in self.parameters.items():
             for step in steps:
-                stream, c = key(step.seed, name), step.coefficient
-                grid = self._grids.get(name)
-                if grid is not None:
-                    if grid.largest + abs(c) + self.reach >= grid.spacing * 2.0**24:
-                        grid = self._grids[name] = _snap(tensor, self.reach + abs(c))
+                stream, c = key(step.seed, name), step.coefficient_of(name)
+                if name in self._grids:
+                    grid = self._grid_with_room(name, abs(c))
                     c = math.floor(c / grid.spacing + stream.rounding0 * 2.0**-32) * grid.spacing
                     grid.largest += abs(c)
                 kernel_for(tensor).add(tensor, [stream], [c], self.distribution)
+
+    @torch.no_grad()
+    def change(self, name: str, amount: Tensor, stream: Key) -> None:
+        """Adds a tensor to a parameter on the grid, every element rounded to a neighbouring multiple at random."""
+        tensor = self.parameters[name]
+        if name not in self._grids:
+            add_dense(tensor, amount, stream)
+            return
+        largest = float(amount.abs().max()) if amount.numel() else 0.0
+        grid = self._grid_with_room(name, largest)
+        add_dense(tensor, amount, stream, grid.spacing)
+        grid.largest += largest + grid.spacing
+
+    def _grid_with_room(self, name: str, change: float) -> _Grid:
+        """The parameter's grid, a coarser one where a change so large would not fit."""
+        grid = self._grids[name]
+        if grid.largest + change + self.reach >= grid.spacing * 2.0**24:
+            grid = self._grids[name] = _snap(self.parameters[name], self.reach + change)
+        return grid
 
 
 def _snap(tensor: Tensor, room: float) -> _Grid:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from zorl.comparisons import Comparison
-from zorl.directions import DISTRIBUTIONS, Distribution, Step
+from zorl.directions import DISTRIBUTIONS, Distribution
 from zorl.epsilon import Epsilon
 from zorl.estimators import SPSA
 from zorl.in_place import InPlace
 from zorl.interrupts import uninterrupted
+from zorl.moments import Averaging, Keeping
 from zorl.parameters import ParameterSet
 from zorl.probe import Answers, Probe, Scores
+from zorl.replay import Updater
 from zorl.schedules import Directions
-from zorl.trajectory import SCHEMA, Record, Trajectory, check_header, check_parameters, direction_seed, steps_of
+from zorl.trajectory import SCHEMA, Record, Trajectory, check_header, check_parameters, direction_seed
 from zorl.updates import UpdateName, bfloat16, update_rule
 
 
@@ -35,13 +37,17 @@ class MeZO(torch.optim.Optimizer):
     Args:
         named_parameters: as from `model.named_parameters()`; each must be float32, bfloat16 or float16. Frozen parameters
             (`requires_grad=False`) are left alone, as by torch's optimizers; plain tensors are tuned.
-        lr: learning rate. With `update="sgd"` it multiplies the projected gradient; with `"normalized"` it is the typical
-            change of a weight in one step.
+        lr: learning rate. With `update="sgd"` and `"momentum"` it multiplies the projected gradient; with `"normalized"` and
+            `"adam"` it is the typical change of a weight in one step.
         epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
             find a difference.
         n_spsa: directions a step: a number, or a schedule such as `"1-8/1000"`.
         distribution: of z, `"rademacher"` (±1), `"gaussian"` (the paper's), `"rank1"` or `"rank4"` (low-rank).
-        update: `"sgd"` (the paper's) or `"normalized"`.
+        update: `"sgd"` (the paper's), `"normalized"`, `"momentum"` or `"adam"`.
+        beta1: decay of the moving average of gradients (momentum and Adam), per step.
+        beta2: of that of their squares (Adam).
+        moment_window: steps that recomputed averages look back; see `zorl.moments` for what that leaves out and costs.
+        moments: `"recomputed"` from the log, with no memory of the model's size, or `"stored"`.
         seed: the master seed, from which every direction follows.
         informative_target: for `epsilon="auto"`.
         comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
@@ -68,6 +74,10 @@ class MeZO(torch.optim.Optimizer):
         n_spsa: int | str = 1,
         distribution: Distribution = "rademacher",
         update: UpdateName = "sgd",
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        moment_window: int = 64,
+        moments: Keeping = "recomputed",
         seed: int = 0,
         informative_target: float = 0.8,
         comparison: Comparison = "share",
@@ -93,7 +103,8 @@ class MeZO(torch.optim.Optimizer):
         self.seed = seed
         self.directions = Directions.parse(n_spsa)
         self.estimator = SPSA(comparison)
-        self.rule = update_rule(update)
+        self.rule = update_rule(update, beta1)
+        averaging = Averaging(beta1, beta2 if update == "adam" else None, moment_window, moments)
         self.epsilon = Epsilon(epsilon, self.parameters.dtypes, target=informative_target)
         self.steps = 0
         self.forwards = 0  # evaluations of a point: two for each direction asked
@@ -101,8 +112,9 @@ class MeZO(torch.optim.Optimizer):
         self.recent: deque[float] = deque(maxlen=100)  # |g| > 0 of the last directions with an opinion, as 1.0 or 0.0
         self._probes = 0
         self._open: dict[int, Probe] = {}  # by the step that they will be
-        self._pending: list[Step] = []
+        self._pending: list[Record] = []  # told, and not applied yet
         self._in_place: InPlace | None = None
+        self._updater: Updater | None = None
         self.trajectory: Trajectory | None = None
         self.truncated: str | None = None  # what resuming cut off a damaged end
         self._header = {
@@ -113,6 +125,7 @@ class MeZO(torch.optim.Optimizer):
             "epsilon": epsilon,
             "informative_target": informative_target,
             "update": update,
+            **(asdict(averaging) if update in ("momentum", "adam") else {}),
             "comparison": comparison,
             **(header or {}),
         }
@@ -183,7 +196,7 @@ class MeZO(torch.optim.Optimizer):
                 self._log().append(record)
             del self._open[probe.step]
             self.forwards += len(probe.points)
-            self._pending = [Step(s, c) for s, c in zip(probe.seeds, coefficients, strict=True)]
+            self._pending = [record]
             self._observe(record)
         return record
 
@@ -212,7 +225,8 @@ class MeZO(torch.optim.Optimizer):
             self.tell(probe.id, Scores.of_losses(losses))
             loss = sum(losses) / len(losses)
         with uninterrupted():
-            self._apply(self._pending)
+            if self._pending:
+                self._theta.apply(self._pending)
             self._pending = []
         return loss
 
@@ -257,11 +271,12 @@ class MeZO(torch.optim.Optimizer):
         """Of a step's directions: a function of the master seed, so that nothing but the step has to be remembered."""
         return tuple(direction_seed(self.seed, step, i) for i in range(self.directions.at(step)))
 
-    def _apply(self, steps: list[Step]) -> None:
-        if self._in_place is not None:
-            self._in_place.add(steps)
-        else:
-            self.parameters.add(steps, self.distribution)
+    @property
+    def _theta(self) -> Updater:
+        """What writes θ, as a replay of the log would. Made with the first step, when it is known whether a closure drives."""
+        if self._updater is None:
+            self._updater = Updater(self.header, self.parameters, self._in_place)
+        return self._updater
 
     def _closure_evaluator(self) -> InPlace:
         if self._in_place is None:
@@ -270,6 +285,7 @@ class MeZO(torch.optim.Optimizer):
                     "this run began with ask and tell; a closure writes θ on another grid, so it cannot go on with one"
                 )
             self._in_place = InPlace(self.parameters, self.distribution, self.epsilon.largest)
+            self._updater = None
         return self._in_place
 
     def _log(self) -> Trajectory:
@@ -292,4 +308,4 @@ class MeZO(torch.optim.Optimizer):
         for record in self.trajectory.records:
             self._observe(record)
             self.forwards += 2 * len(record.projected)
-        self._apply(steps_of(recorded, self.trajectory.records))
+        self._theta.apply(self.trajectory.records)

@@ -123,9 +123,7 @@ class RunFolder:
         recorded = {name: dtype for name, _, dtype in header["parameters"]}
         name = model or header["model"]
         if not name:
-            raise TrajectoryError(
-                "the run's model was made in memory: build it in a script and use zorl.trajectory.replay"
-            )
+            raise TrajectoryError("the run's model was made in memory: build it in a script and use zorl.replay.replay")
         loaded: Any = load_model(name, next(iter(recorded.values())))
         if header["peft"] is not None:
             from peft import get_peft_config, get_peft_model

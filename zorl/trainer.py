@@ -292,6 +292,10 @@ class MeZOTrainer(ForwardTrainer):
                 n_spsa=args.n_spsa,
                 distribution=args.distribution,  # type: ignore[arg-type]
                 update=args.update,  # type: ignore[arg-type]
+                beta1=args.beta1,
+                beta2=args.beta2,
+                moment_window=args.moment_window,
+                moments=args.moments,  # type: ignore[arg-type]
                 seed=args.seed,
                 informative_target=args.informative_target,
                 comparison=args.comparison,  # type: ignore[arg-type]

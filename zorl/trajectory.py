@@ -20,7 +20,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from zorl.directions import Step, derive_seed
-from zorl.epsilon import Epsilon
-from zorl.in_place import InPlace
+from zorl.directions import derive_seed
 from zorl.parameters import ParameterSet
 from zorl.schedules import Directions
 
@@ -209,30 +207,6 @@ def read(path: str | Path, until: int | None = None) -> tuple[dict[str, Any], li
     if until is not None and not 0 <= until <= len(records):
         raise TrajectoryError(f"{path} holds {len(records)} steps, so it cannot be replayed until step {until}")
     return header, records[:until]
-
-
-def replay(header: Mapping[str, Any], records: Sequence[Record], parameters: ParameterSet) -> None:
-    """Applies the steps to `parameters`, which hold the base weights: afterwards they are the trained ones, bit for bit.
-
-    Raises:
-        TrajectoryError: the parameters are not the ones that the trajectory was recorded with.
-    """
-    check_parameters(header, parameters)
-    steps = steps_of(header, records)
-    if header["in_place"]:  # tuned by a closure, on a grid
-        reach = Epsilon(header["epsilon"], parameters.dtypes).largest
-        InPlace(parameters, header["distribution"], reach).add(steps)
-    else:
-        parameters.add(steps, header["distribution"])
-
-
-def steps_of(header: Mapping[str, Any], records: Sequence[Record], first: int = 0) -> list[Step]:
-    """The directions and coefficients of records that start at step `first`, in the order in which they were applied."""
-    return [
-        Step(direction_seed(header["seed"], step, i), c)
-        for step, record in enumerate(records, first)
-        for i, c in enumerate(record.coefficients)
-    ]
 
 
 def direction_seed(master: int, step: int, index: int) -> int:
