@@ -65,8 +65,10 @@ class InPlace:
         Raises:
             ValueError: the offset is larger than `reach`.
         """
-        if abs(point.offset) > self.reach * (1 + 1e-6):
-            raise ValueError(f"offset {point.offset:g} is beyond the reach {self.reach:g} that the grid has room for")
+        offsets = {name: point.offset_of(name) for name in self.parameters}
+        farthest = max(offsets.values(), key=abs)
+        if abs(farthest) > self.reach * (1 + 1e-6):
+            raise ValueError(f"offset {farthest:g} is beyond the reach {self.reach:g} that the grid has room for")
         if point.offset == 0.0:
             return forward()
         copies = {name: self.parameters[name].clone() for name in self.copied}
@@ -77,10 +79,10 @@ class InPlace:
                     stream = key(point.seed, name)
                     if name in copies:
                         out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                        kernel_for(tensor).perturb(tensor, stream, point.offset, self.distribution, out)
+                        kernel_for(tensor).perturb(tensor, stream, offsets[name], self.distribution, out)
                         tensor.copy_(out)
-                    else:
-                        offset = _nearest_multiple(point.offset, self._grids[name].spacing)
+                    elif offsets[name] != 0.0:
+                        offset = _nearest_multiple(offsets[name], self._grids[name].spacing)
                         kernel_for(tensor).add(tensor, [stream], [offset], self.distribution)
                         moved.append((tensor, stream, offset))
                 result: T = interruptible(forward)
