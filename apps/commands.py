@@ -110,8 +110,9 @@ The same command continues a run that was cut short, to the same bits.""",
         "The question that a row becomes": f"{_QUESTION} head",
         "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
         "What is tuned": "tune parameters lora_rank lora_alpha lora_targets prefix_tokens quantize dtype",
-        "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type update epsilon "
+        "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type estimator update epsilon "
         "informative_target n_spsa distribution evaluation comparison label_reward calibration seed",
+        "Of some estimators and updates": "block_scales block_scales_every beta1 beta2 moment_window moments",
         "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end logging_steps report_to json",
         "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
         "temperature top_k top_p",

@@ -14,8 +14,9 @@ from zorl.apps.commands import REPLAY
 from zorl.apps.inputs import check_model_folder, require, say
 from zorl.models import load_processing_class
 from zorl.output_bias import move_output_bias_to_generation_config
+from zorl.replay import replay
 from zorl.run_folder import RunFolder
-from zorl.trajectory import read, replay
+from zorl.trajectory import read
 
 
 def run(argv: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zorl.directions import DISTRIBUTIONS, Distribution, key
-from zorl.estimators import SPSA
+from zorl.estimators import SPSA, OnePoint
 from zorl.kernels import kernel_for, reference
 from zorl.probe import CENTRE, Choice, Point, Scores, Verdict, Verdicts
 
@@ -159,3 +159,44 @@ def test_abstaining_and_ties_survive_a_flip():
 def test_the_centre_is_theta_itself():
     theta = torch.randn(5)
     assert torch.equal(at(theta, CENTRE), theta.double())
+
+
+def test_one_point_is_the_residual_of_the_step_before():
+    one = OnePoint()
+    assert one.points((3, 5), 0.5) == (Point(3, 0.5), Point(5, 0.5))
+    answers = [Scores.of_losses(values) for values in ([2.0], [3.0], [1.0, 5.0], [math.nan], [4.5], [math.nan, 4.0])]
+    found = []
+    for of_step in answers:
+        found.append(one.project(of_step, len(of_step.values), 0.5))
+        one.observe(one.losses(of_step))
+    assert math.isnan(found[0][0])
+    assert found[1:3] == [[2.0], [-4.0, 4.0]]
+    assert math.isnan(found[3][0])
+    assert found[4] == [3.0]  # against the mean of 1 and 5: the step that abstained is passed over
+    assert math.isnan(found[5][0])
+    assert found[5][1] == -1.0
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_one_point_is_unbiased_on_linear_functions(distribution: Distribution):
+    n, d, epsilon = 6000, 8, 2.0**-3
+    gradient = torch.linspace(-1, 2, d, dtype=torch.float64)
+    one, total = OnePoint(), torch.zeros(d, dtype=torch.float64)
+    for seed in range(n):
+        (point,) = one.points((seed,), epsilon)
+        answers = Scores.of_losses([(gradient @ at(torch.zeros(d), point, distribution)).item() + 3.0])
+        (g,) = one.project(answers, 1, epsilon)
+        one.observe(one.losses(answers))
+        if seed:
+            total += g * z_of(seed, d, distribution)
+    bound = 5 * (3 * gradient.square().sum() / n).sqrt()  # two residuals' variance, and one of z
+    assert ((total / (n - 1) - gradient).abs() < bound).all()
+
+
+def test_one_point_refuses_verdicts_and_scores_of_too_few_points():
+    with pytest.raises(
+        ValueError, match="estimator='one_point' compares the scores of one step with those of the step before"
+    ):
+        OnePoint().project(verdicts((0, 1, Choice.FIRST)), 1, 0.1)
+    with pytest.raises(ValueError, match="expected scores of 2 points, got 1"):
+        OnePoint().project(Scores(torch.zeros(1, 1)), 2, 0.1)

@@ -18,6 +18,8 @@ from zorl.mezo import MeZO
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
 from zorl.probe import Choice, Scores, Verdict, Verdicts
+from zorl.replay import replay
+from zorl.trajectory import read
 from zorl.updates import UpdateName, bfloat16
 
 UPDATES: tuple[UpdateName, ...] = ("sgd", "normalized")
@@ -566,7 +568,11 @@ def test_it_is_an_optimizer_of_torch():
         ({"n_spsa": 0}, "n_spsa needs at least one direction"),
         ({"n_spsa": "many"}, "n_spsa must be a number such as 4"),
         ({"distribution": "uniform"}, "distribution='uniform'; choose one of 'rademacher', 'gaussian'"),
-        ({"update": "adam"}, "update='adam' is not an update rule"),
+        ({"update": "rmsprop"}, "update='rmsprop' is not an update rule"),
+        ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
+        ({"update": "adam", "beta2": -0.1}, "beta2 must be at least 0 and below 1"),
+        ({"moment_window": 0}, "moment_window must be at least 1, got 0"),
+        ({"moments": "kept"}, "moments='kept'; choose 'recomputed' or 'stored'"),
         ({"seed": -1}, "seed must be in 0"),
         ({"seed": 1 << 63}, "seed must be in 0"),
         ({"informative_target": 1.0}, "informative_target must be between 0 and 1"),
@@ -606,3 +612,60 @@ def test_epsilon_below_what_half_precision_can_show_is_refused():
     with pytest.raises(ValueError, match=r"epsilon=0\.0001 is below 0\.001, under which torch\.bfloat16"):
         MeZO([("w", torch.zeros(5, dtype=torch.bfloat16))], epsilon=1e-4)
     assert ParameterSet([("w", torch.zeros(5))]).dtypes == {torch.float32}
+
+
+# --- one point --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "rank1"])
+def test_one_forward_a_step_descends_a_quadratic(distribution: Distribution):
+    w = torch.zeros(6)
+    optimizer = MeZO([("w", w)], lr=0.01, epsilon=0.3, distribution=distribution, estimator="one_point", seed=2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    for _ in range(800):
+        optimizer.step(lambda: (w - TRUTH).square().sum())
+        schedule.step()
+    assert optimizer.forwards == 800
+    assert (w - TRUTH).square().sum() < 0.1 * TRUTH.square().sum()
+
+
+@pytest.mark.parametrize("closure", [False, True], ids=["ask and tell", "closure"])
+@pytest.mark.parametrize("n_spsa", [1, "1-3/4"])
+def test_a_run_of_single_points_continues_to_the_same_bits(tmp_path: Path, closure: bool, n_spsa: int | str):
+    def run(path: Path, stops: list[int]) -> Tensor:
+        for stop in stops:
+            w = torch.linspace(-1, 1, 40)
+            optimizer = MeZO([("w", w)], lr=1e-3, epsilon=0.1, n_spsa=n_spsa, estimator="one_point", trajectory=path)
+            while optimizer.steps < stop:
+                step = optimizer.steps
+
+                def loss(theta: Tensor, step: int = step) -> float:
+                    return math.nan if step == 5 else (theta.double() - step / 70).square().mean().item()
+
+                if closure:
+                    optimizer.step(lambda w=w, loss=loss: loss(w))
+                else:
+                    answer(optimizer, lambda p, w=w, loss=loss: loss(_at(w, p)))
+            optimizer.close()
+        return w
+
+    straight = run(tmp_path / "straight", [20])
+    assert torch.equal(run(tmp_path / "broken", [1, 2, 6, 7, 20]), straight)
+    assert (tmp_path / "broken").read_bytes() == (tmp_path / "straight").read_bytes()
+    w = torch.linspace(-1, 1, 40)
+    replay(*read(tmp_path / "straight"), ParameterSet([("w", w)]))
+    assert torch.equal(w, straight)
+
+
+def _at(w: Tensor, point: Any) -> Tensor:
+    return w + point.offset * reference.sample(torch.arange(w.numel()), key(point.seed, "w"), "rademacher")
+
+
+def test_another_estimator_does_not_go_on_with_a_log(tmp_path: Path):
+    for first, then in (("one_point", "spsa"), ("spsa", "one_point")):
+        path = tmp_path / first
+        optimizer = MeZO([("w", torch.ones(4))], estimator=first, trajectory=path)  # type: ignore[arg-type]
+        optimizer.step(lambda: 1.0)
+        optimizer.close()
+        with pytest.raises(ValueError, match=f"estimator was {first!r}, is now {then!r}"):
+            MeZO([("w", torch.ones(4))], estimator=then, trajectory=path)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from torch import Tensor
 from zorl.mezo import MeZO
 from zorl.parameters import ParameterSet
 from zorl.probe import Scores
+from zorl.replay import replay, steps_of
 from zorl.schedules import Directions
 from zorl.trajectory import (
     SCHEMA,
@@ -30,8 +31,6 @@ from zorl.trajectory import (
     check_parameters,
     direction_seed,
     read,
-    replay,
-    steps_of,
 )
 from zorl.updates import bfloat16
 

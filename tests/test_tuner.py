@@ -30,9 +30,10 @@ from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Choice
 from zorl.prompts import Prompt
+from zorl.replay import replay
 from zorl.rewards.judgment_store import AlreadyClosed, JudgmentStore, StoredStep
 from zorl.rewards.judgment_tables import pairs
-from zorl.trajectory import Record, Trajectory, read, replay
+from zorl.trajectory import Record, Trajectory, read
 
 PROMPTS = ["the film was", "a great", "the user asked", "who wrote the book?", "an odd ending", "it was"]
 Kind = Callable[[str], Any]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zorl.updates import SGD, Normalized, UpdateName, bfloat16, update_rule
 
-NAMES: tuple[UpdateName, ...] = ("sgd", "normalized")
+NAMES: tuple[UpdateName, ...] = ("sgd", "normalized", "momentum", "adam")
 each_rule = pytest.mark.parametrize("name", NAMES)
 projected_gradients = st.lists(
     st.one_of(st.just(math.nan), st.just(0.0), st.floats(-1e6, 1e6).map(bfloat16)), min_size=1, max_size=6
@@ -112,8 +112,9 @@ def test_ties_leave_the_average_alone():
 
 
 def test_an_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="update='adam' is not an update rule; choose one of 'normalized', 'sgd'"):
-        update_rule("adam")  # type: ignore[arg-type]
+    choices = "'normalized', 'sgd', 'momentum', 'adam'"
+    with pytest.raises(ValueError, match=f"update='rmsprop' is not an update rule; choose one of {choices}"):
+        update_rule("rmsprop")  # type: ignore[arg-type]
 
 
 @given(st.floats(width=32, allow_nan=False))

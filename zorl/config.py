@@ -8,10 +8,13 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from zorl.adapters import SCALES
+from zorl.block_scales import check_block_scales
 from zorl.comparisons import COMPARISONS
 from zorl.directions import DISTRIBUTIONS, rank
+from zorl.estimators import EstimatorName
 from zorl.expected_reward import LabelReward
 from zorl.head_tuning import Calibration
+from zorl.moments import Averaging
 from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
 
@@ -99,7 +102,47 @@ class MeZOConfig(TrainingArguments):
     )
     update: str = field(
         default="normalized",
-        metadata={"help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own."},
+        metadata={
+            "help": "normalized: steps of size learning_rate whatever the reward's scale. sgd: MeZO's own. momentum, adam: "
+            "with moving averages of past gradients."
+        },
+    )
+    estimator: str = field(
+        default="spsa",
+        metadata={
+            "help": "spsa: two forwards a direction. one_point: one, compared with the step before (no judge). variance_spsa, "
+            "expectation_spsa: blocks of parameters are perturbed by scales of their own, and the estimate is unbiased or "
+            "preconditioned by them."
+        },
+    )
+    block_scales: str = field(
+        default="parameter_norms",
+        metadata={
+            "help": "Of variance_spsa and expectation_spsa: parameter_norms, or gradient_norms, which are measured with two "
+            "forwards a parameter tensor."
+        },
+    )
+    block_scales_every: int = field(
+        default=1000,
+        metadata={"help": "Steps after which these scales are renewed; gradient_norms takes a step for it."},
+    )
+    beta1: float = field(
+        default=0.9, metadata={"help": "update=momentum and adam: decay of the average of gradients, per step."}
+    )
+    beta2: float = field(default=0.95, metadata={"help": "update=adam: decay of the average of their squares."})
+    moment_window: int = field(
+        default=64,
+        metadata={
+            "help": "Past steps that recomputed averages look back: a step draws so many times its directions, and leaves out "
+            "beta to this power."
+        },
+    )
+    moments: str = field(
+        default="recomputed",
+        metadata={
+            "help": "How averages are had: recomputed from the log, without memory of the model's size, or stored, in one "
+            "float32 copy of what is tuned (momentum) or two (adam)."
+        },
     )
     comparison: str = field(
         default="share",
@@ -188,6 +231,10 @@ class MeZOConfig(TrainingArguments):
         if self.calibration not in get_args(Calibration):
             kinds = ", ".join(get_args(Calibration))
             raise ValueError(f"calibration must be one of {kinds}, got {self.calibration!r}")
+        if self.estimator not in get_args(EstimatorName):
+            raise ValueError(f"estimator must be one of {', '.join(get_args(EstimatorName))}, got {self.estimator!r}")
+        check_block_scales(self.block_scales, self.block_scales_every)
+        Averaging(self.beta1, self.beta2, self.moment_window, self.moments)  # type: ignore[arg-type]
         Directions.parse(self.n_spsa)
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -106,7 +106,16 @@ def half_normal_table() -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One direction and the coefficient that it was applied with: θ ← θ + coefficient · z(seed)."""
+    """One direction and the coefficient that it was applied with: θ ← θ + coefficient · z(seed).
+
+    Attributes:
+        scales: a multiple of the coefficient for each parameter, by canonical name; None: all the same.
+    """
 
     seed: int
     coefficient: float
+    scales: Mapping[str, float] | None = None
+
+    def coefficient_of(self, name: str) -> float:
+        """The coefficient in the parameter with this canonical name. Two bfloat16 factors: exact in float32."""
+        return self.coefficient if self.scales is None else self.coefficient * self.scales[name]

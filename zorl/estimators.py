@@ -6,12 +6,35 @@ losses here, and nowhere else.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 
 from zorl.comparisons import COMPARISONS, Comparison, preference_difference
 from zorl.probe import Answers, Point, Scores, Verdicts
+
+EstimatorName = Literal["spsa", "one_point", "variance_spsa", "expectation_spsa"]
+
+
+class Estimator(Protocol):
+    @property
+    def sides(self) -> int:
+        """Points a direction."""
+
+    def points(self, seeds: tuple[int, ...], epsilon: float) -> tuple[Point, ...]:
+        """What to evaluate, `sides` points for each seed in turn."""
+
+    def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
+        """One projected gradient of the loss a direction: NaN where nobody had an opinion, 0 for a tie."""
+
+    def losses(self, answers: Answers) -> tuple[float, ...]:
+        """What of the answers later steps need, a float32 a direction, so that it is logged. Empty: nothing."""
+
+    def observe(self, losses: Sequence[float]) -> None:
+        """Takes a committed step's losses into the estimator's state; called once a step, live and in replay alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +51,7 @@ class SPSA:
     """
 
     comparison: Comparison = "share"
+    sides: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.comparison not in COMPARISONS:
@@ -56,6 +80,70 @@ class SPSA:
             differences = [preference_difference(p, self.comparison) for p in _preferences(answers, directions)]
         # A reward is a negative loss, so the loss difference is the reward difference with its sign turned.
         return [-difference / (2.0 * epsilon) + 0.0 for difference in differences]
+
+    def losses(self, answers: Answers) -> tuple[float, ...]:
+        """None: each step measures its own differences."""
+        return ()
+
+    def observe(self, losses: Sequence[float]) -> None:
+        pass
+
+
+class OnePoint:
+    """One forward a direction, and the residual of the step before (MeZO, Appendix B.5; Zhang et al. 2022, eq. 3):
+
+        gₜ = [L(θₜ+εzₜ; Bₜ) − L(θₜ₋₁+εzₜ₋₁; Bₜ₋₁)] / ε
+
+    Of several directions a step each is compared with the mean of the step before, which is independent of z and so leaves the
+    estimate unbiased. The first step has nothing to compare with: it abstains, and moves nothing. A step that nobody
+    answered is passed over. Losses are compared as float32, as they are logged.
+    """
+
+    sides = 1
+
+    def __init__(self) -> None:
+        self._before = math.nan
+
+    def points(self, seeds: tuple[int, ...], epsilon: float) -> tuple[Point, ...]:
+        """θ + εz for each seed."""
+        return tuple(Point(seed, epsilon) for seed in seeds)
+
+    def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
+        """One projected gradient of the loss a direction; NaN in the first step, and where a point was not scored.
+
+        Raises:
+            ValueError: the scores are not of `directions` points, or the answers are verdicts.
+        """
+        losses = self.losses(answers)
+        if len(losses) != directions:
+            raise ValueError(f"expected scores of {directions} points, got {len(losses)}")
+        return [(loss - self._before) / epsilon for loss in losses]
+
+    def losses(self, answers: Answers) -> tuple[float, ...]:
+        """The mean loss at each point, over the prompts that were scored."""
+        if not isinstance(answers, Scores):
+            raise ValueError(
+                "estimator='one_point' compares the scores of one step with those of the step before, and verdicts have none; "
+                "use estimator='spsa' with a judge"
+            )
+        return tuple((-answers.values.double().nanmean(dim=1)).float().tolist())
+
+    def observe(self, losses: Sequence[float]) -> None:
+        known = [loss for loss in losses if not math.isnan(loss)]
+        if known:
+            self._before = sum(known) / len(known)
+
+
+def make_estimator(name: EstimatorName, comparison: Comparison) -> Estimator:
+    """A fresh estimator by name. SPSA in modified blocks asks and computes as SPSA does, at other points.
+
+    Raises:
+        ValueError: there is no such estimator or comparison.
+    """
+    spsa = SPSA(comparison)
+    if name not in get_args(EstimatorName):
+        raise ValueError(f"estimator={name!r}; choose one of {', '.join(map(repr, get_args(EstimatorName)))}")
+    return OnePoint() if name == "one_point" else spsa
 
 
 def _preferences(verdicts: Verdicts, directions: int) -> list[list[float]]:

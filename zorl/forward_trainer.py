@@ -17,8 +17,8 @@ from transformers.trainer_utils import IntervalStrategy
 from zorl.config import MeZOConfig
 from zorl.mezo import MeZO
 from zorl.parameters import ParameterSet
+from zorl.replay import replay
 from zorl.run_folder import RunFolder
-from zorl.trajectory import steps_of
 
 
 class ForwardTrainer(Trainer):
@@ -120,5 +120,5 @@ class ForwardTrainer(Trainer):
             return
         trajectory = self.mezo.trajectory
         self.folder.restore_base(trajectory.header, self.model, self.tuned)  # type: ignore[arg-type]
-        self.tuned.add(steps_of(trajectory.header, trajectory.records[:step]), trajectory.header["distribution"])
+        replay(trajectory.header, trajectory.records[:step], self.tuned)
         self._rewound_to = step

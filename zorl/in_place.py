@@ -19,6 +19,7 @@ from torch import Tensor
 from zorl.directions import Distribution, Key, Step, key
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
+from zorl.kernels.reference import add_dense
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
 
@@ -64,8 +65,10 @@ class InPlace:
         Raises:
             ValueError: the offset is larger than `reach`.
         """
-        if abs(point.offset) > self.reach * (1 + 1e-6):
-            raise ValueError(f"offset {point.offset:g} is beyond the reach {self.reach:g} that the grid has room for")
+        offsets = {name: point.offset_of(name) for name in self.parameters}
+        farthest = max(offsets.values(), key=abs)
+        if abs(farthest) > self.reach * (1 + 1e-6):
+            raise ValueError(f"offset {farthest:g} is beyond the reach {self.reach:g} that the grid has room for")
         if point.offset == 0.0:
             return forward()
         copies = {name: self.parameters[name].clone() for name in self.copied}
@@ -76,10 +79,10 @@ class InPlace:
                     stream = key(point.seed, name)
                     if name in copies:
                         out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                        kernel_for(tensor).perturb(tensor, stream, point.offset, self.distribution, out)
+                        kernel_for(tensor).perturb(tensor, stream, offsets[name], self.distribution, out)
                         tensor.copy_(out)
-                    else:
-                        offset = _nearest_multiple(point.offset, self._grids[name].spacing)
+                    elif offsets[name] != 0.0:
+                        offset = _nearest_multiple(offsets[name], self._grids[name].spacing)
                         kernel_for(tensor).add(tensor, [stream], [offset], self.distribution)
                         moved.append((tensor, stream, offset))
                 result: T = interruptible(forward)
@@ -96,14 +99,31 @@ class InPlace:
         (seed, name), so that its mean is kept however small it is."""
         for name, tensor in self.parameters.items():
             for step in steps:
-                stream, c = key(step.seed, name), step.coefficient
-                grid = self._grids.get(name)
-                if grid is not None:
-                    if grid.largest + abs(c) + self.reach >= grid.spacing * 2.0**24:
-                        grid = self._grids[name] = _snap(tensor, self.reach + abs(c))
+                stream, c = key(step.seed, name), step.coefficient_of(name)
+                if name in self._grids:
+                    grid = self._grid_with_room(name, abs(c))
                     c = math.floor(c / grid.spacing + stream.rounding0 * 2.0**-32) * grid.spacing
                     grid.largest += abs(c)
                 kernel_for(tensor).add(tensor, [stream], [c], self.distribution)
+
+    @torch.no_grad()
+    def change(self, name: str, amount: Tensor, stream: Key) -> None:
+        """Adds a tensor to a parameter on the grid, every element rounded to a neighbouring multiple at random."""
+        tensor = self.parameters[name]
+        if name not in self._grids:
+            add_dense(tensor, amount, stream)
+            return
+        largest = float(amount.abs().max()) if amount.numel() else 0.0
+        grid = self._grid_with_room(name, largest)
+        add_dense(tensor, amount, stream, grid.spacing)
+        grid.largest += largest + grid.spacing
+
+    def _grid_with_room(self, name: str, change: float) -> _Grid:
+        """The parameter's grid, a coarser one where a change so large would not fit."""
+        grid = self._grids[name]
+        if grid.largest + change + self.reach >= grid.spacing * 2.0**24:
+            grid = self._grids[name] = _snap(self.parameters[name], self.reach + change)
+        return grid
 
 
 def _snap(tensor: Tensor, room: float) -> _Grid:

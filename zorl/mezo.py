@@ -9,23 +9,26 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from zorl.block_scales import BlockScales, check_block_scales, measures
 from zorl.comparisons import Comparison
-from zorl.directions import DISTRIBUTIONS, Distribution, Step
+from zorl.directions import DISTRIBUTIONS, Distribution
 from zorl.epsilon import Epsilon
-from zorl.estimators import SPSA
+from zorl.estimators import EstimatorName, make_estimator
 from zorl.in_place import InPlace
 from zorl.interrupts import uninterrupted
+from zorl.moments import Averaging, Keeping
 from zorl.parameters import ParameterSet
-from zorl.probe import Answers, Probe, Scores
+from zorl.probe import Answers, Point, Probe, Scores
+from zorl.replay import Updater, grid_of
 from zorl.schedules import Directions
-from zorl.trajectory import SCHEMA, Record, Trajectory, check_header, check_parameters, direction_seed, steps_of
+from zorl.trajectory import SCHEMA, Record, Trajectory, check_header, check_parameters, direction_seed, directions_of
 from zorl.updates import UpdateName, bfloat16, update_rule
 
 
@@ -35,15 +38,23 @@ class MeZO(torch.optim.Optimizer):
     Args:
         named_parameters: as from `model.named_parameters()`; each must be float32, bfloat16 or float16. Frozen parameters
             (`requires_grad=False`) are left alone, as by torch's optimizers; plain tensors are tuned.
-        lr: learning rate. With `update="sgd"` it multiplies the projected gradient; with `"normalized"` it is the typical
-            change of a weight in one step.
+        lr: learning rate. With `update="sgd"` and `"momentum"` it multiplies the projected gradient; with `"normalized"` and
+            `"adam"` it is the typical change of a weight in one step.
         epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
             find a difference.
         n_spsa: directions a step: a number, or a schedule such as `"1-8/1000"`.
         distribution: of z, `"rademacher"` (±1), `"gaussian"` (the paper's), `"rank1"` or `"rank4"` (low-rank).
-        update: `"sgd"` (the paper's) or `"normalized"`.
+        update: `"sgd"` (the paper's), `"normalized"`, `"momentum"` or `"adam"`.
+        beta1: decay of the moving average of gradients (momentum and Adam), per step.
+        beta2: of that of their squares (Adam).
+        moment_window: steps that recomputed averages look back; see `zorl.moments` for what that leaves out and costs.
+        moments: `"recomputed"` from the log, with no memory of the model's size, or `"stored"`.
         seed: the master seed, from which every direction follows.
         informative_target: for `epsilon="auto"`.
+        estimator: `"spsa"`; `"one_point"`, of one forward a direction; `"variance_spsa"` or `"expectation_spsa"`, in blocks that
+            are perturbed by scales of their own (see `zorl.estimators` and `zorl.block_scales`).
+        block_scales: what these scales are: `"parameter_norms"` or `"gradient_norms"`.
+        block_scales_every: steps after which they are renewed.
         comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
         trajectory: a file to log to. Where it exists the run is resumed: the parameters must hold the base weights, and
             are brought to where the log ends.
@@ -68,8 +79,15 @@ class MeZO(torch.optim.Optimizer):
         n_spsa: int | str = 1,
         distribution: Distribution = "rademacher",
         update: UpdateName = "sgd",
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        moment_window: int = 64,
+        moments: Keeping = "recomputed",
         seed: int = 0,
         informative_target: float = 0.8,
+        estimator: EstimatorName = "spsa",
+        block_scales: BlockScales = "parameter_norms",
+        block_scales_every: int = 1000,
         comparison: Comparison = "share",
         trajectory: str | Path | None = None,
         header: Mapping[str, Any] | None = None,
@@ -92,17 +110,21 @@ class MeZO(torch.optim.Optimizer):
         self.distribution = distribution
         self.seed = seed
         self.directions = Directions.parse(n_spsa)
-        self.estimator = SPSA(comparison)
-        self.rule = update_rule(update)
+        self.estimator = make_estimator(estimator, comparison)
+        check_block_scales(block_scales, block_scales_every)
+        scaled = estimator in ("variance_spsa", "expectation_spsa")
+        self.rule = update_rule(update, beta1)
+        averaging = Averaging(beta1, beta2 if update == "adam" else None, moment_window, moments)
         self.epsilon = Epsilon(epsilon, self.parameters.dtypes, target=informative_target)
         self.steps = 0
-        self.forwards = 0  # evaluations of a point: two for each direction asked
+        self.forwards = 0  # evaluations of a point: the estimator's for each direction asked
         self.informative = self.tied = self.abstained = 0  # directions so far
         self.recent: deque[float] = deque(maxlen=100)  # |g| > 0 of the last directions with an opinion, as 1.0 or 0.0
         self._probes = 0
         self._open: dict[int, Probe] = {}  # by the step that they will be
-        self._pending: list[Step] = []
+        self._pending: list[Record] = []  # told, and not applied yet
         self._in_place: InPlace | None = None
+        self._updater: Updater | None = None
         self.trajectory: Trajectory | None = None
         self.truncated: str | None = None  # what resuming cut off a damaged end
         self._header = {
@@ -113,9 +135,13 @@ class MeZO(torch.optim.Optimizer):
             "epsilon": epsilon,
             "informative_target": informative_target,
             "update": update,
+            **(asdict(averaging) if update in ("momentum", "adam") else {}),
+            "estimator": estimator,
+            **({"block_scales": block_scales, "block_scales_every": block_scales_every} if scaled else {}),
             "comparison": comparison,
             **(header or {}),
         }
+        self._directions_at = directions_of({**self._header, "parameters": self.parameters})
         self._path = None if trajectory is None else Path(trajectory)
         if self._path is not None:
             # Of the base weights: resuming or replaying on others would give neither run.
@@ -133,13 +159,17 @@ class MeZO(torch.optim.Optimizer):
                 awaited. It looks around θ as it is now: its answers speak of a θ that is up to `ahead` updates old.
 
         Raises:
-            ValueError: `ahead` is negative.
+            ValueError: `ahead` is negative, or not 0 while blocks are scaled.
         """
         if ahead < 0:
             raise ValueError(f"ahead must be at least 0, got {ahead}")
         step = self.steps + ahead
         seeds = self._seeds(step)
         points = self.estimator.points(seeds, self.epsilon.value)
+        if "block_scales" in self._header:
+            if ahead or self._pending:
+                raise ValueError("block scales are those of θ at the step: apply what was told, and do not ask ahead")
+            points = self._scaled(points, step)
         self._open[step] = Probe(self._probes, step, self.epsilon.value, seeds, points, made_at=self.steps)
         self._probes += 1
         return self._open[step]
@@ -176,14 +206,17 @@ class MeZO(torch.optim.Optimizer):
         measured = self.estimator.project(answers, len(probe.seeds), probe.epsilon)
         # What is decided from is what is written down, so that a replayed log decides the same.
         projected = tuple(bfloat16(g) for g in measured)
-        coefficients = tuple(self.rule.coefficients(projected, self.param_groups[0]["lr"]))
-        record = Record(projected, coefficients)
+        if measures(self._header, probe.step):
+            record = Record(projected, (0.0,) * len(projected))
+        else:
+            coefficients = tuple(self.rule.coefficients(projected, self.param_groups[0]["lr"]))
+            record = Record(projected, coefficients, self.estimator.losses(answers))
         with uninterrupted():
             if self._path is not None:
                 self._log().append(record)
             del self._open[probe.step]
             self.forwards += len(probe.points)
-            self._pending = [Step(s, c) for s, c in zip(probe.seeds, coefficients, strict=True)]
+            self._pending = [record]
             self._observe(record)
         return record
 
@@ -212,7 +245,8 @@ class MeZO(torch.optim.Optimizer):
             self.tell(probe.id, Scores.of_losses(losses))
             loss = sum(losses) / len(losses)
         with uninterrupted():
-            self._apply(self._pending)
+            if self._pending:
+                self._theta.apply(self._pending)
             self._pending = []
         return loss
 
@@ -242,6 +276,10 @@ class MeZO(torch.optim.Optimizer):
 
     def _observe(self, record: Record) -> None:
         """Everything that follows from a committed step, live and in replay alike."""
+        if measures(self._header, self.steps):
+            self.steps += 1
+            return
+        self.estimator.observe(record.losses)
         self.rule.observe(record.projected)
         self.epsilon.observe(record.projected)
         for g in record.projected:
@@ -255,13 +293,24 @@ class MeZO(torch.optim.Optimizer):
 
     def _seeds(self, step: int) -> tuple[int, ...]:
         """Of a step's directions: a function of the master seed, so that nothing but the step has to be remembered."""
-        return tuple(direction_seed(self.seed, step, i) for i in range(self.directions.at(step)))
+        return tuple(direction_seed(self.seed, step, i) for i in range(self._directions_at(step)))
 
-    def _apply(self, steps: list[Step]) -> None:
-        if self._in_place is not None:
-            self._in_place.add(steps)
-        else:
-            self.parameters.add(steps, self.distribution)
+    def _scaled(self, points: tuple[Point, ...], step: int) -> tuple[Point, ...]:
+        """The points with their blocks scaled: along z in one block each, or along d⁻¹⊙z."""
+        if measures(self._header, step):
+            blocks = [name for name in self.parameters for _ in range(self.estimator.sides)]
+            return tuple(replace(point, scales={name: 1.0}) for point, name in zip(points, blocks, strict=True))
+        scales = self._theta.scales
+        assert scales is not None
+        inverse = {name: 1.0 / scale for name, scale in scales.items()}
+        return tuple(replace(point, scales=inverse) for point in points)
+
+    @property
+    def _theta(self) -> Updater:
+        """What writes θ, as a replay of the log would. Made with the first step, when it is known whether a closure drives."""
+        if self._updater is None:
+            self._updater = Updater(self.header, self.parameters, self._in_place)
+        return self._updater
 
     def _closure_evaluator(self) -> InPlace:
         if self._in_place is None:
@@ -269,7 +318,8 @@ class MeZO(torch.optim.Optimizer):
                 raise ValueError(
                     "this run began with ask and tell; a closure writes θ on another grid, so it cannot go on with one"
                 )
-            self._in_place = InPlace(self.parameters, self.distribution, self.epsilon.largest)
+            self._in_place = grid_of(self._header, self.parameters)
+            self._updater = None
         return self._in_place
 
     def _log(self) -> Trajectory:
@@ -291,5 +341,5 @@ class MeZO(torch.optim.Optimizer):
             self._closure_evaluator()
         for record in self.trajectory.records:
             self._observe(record)
-            self.forwards += 2 * len(record.projected)
-        self._apply(steps_of(recorded, self.trajectory.records))
+            self.forwards += self.estimator.sides * len(record.projected)
+        self._theta.apply(self.trajectory.records)

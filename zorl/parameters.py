@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from zorl.directions import Distribution, Step, canonical_name, canonical_names, key
+from zorl.directions import Distribution, Key, Step, canonical_name, canonical_names, key
 from zorl.kernels import kernel_for
+from zorl.kernels.reference import add_dense
 from zorl.quantization import is_plain
 
 
@@ -57,13 +58,17 @@ class ParameterSet(Mapping[str, Tensor]):
         return {tensor.dtype for tensor in self._tensors.values()}
 
     def add(self, steps: Sequence[Step], distribution: Distribution) -> None:
-        """θ ← θ + Σ cᵢ·z(seedᵢ), in order: the one place that writes θ.
+        """θ ← θ + Σ cᵢ·z(seedᵢ), in order. This and `change` are all that writes θ.
 
         Each block of θ is brought into cache once for all the steps, so a long replay runs at cache speed.
         """
-        coefficients = [step.coefficient for step in steps]
         for name, tensor in self._tensors.items():
+            coefficients = [step.coefficient_of(name) for step in steps]
             kernel_for(tensor).add(tensor, [key(step.seed, name) for step in steps], coefficients, distribution)
+
+    def change(self, name: str, amount: Tensor, stream: Key) -> None:
+        """Adds a tensor to a parameter, rounded as `add` rounds; half precision takes its random bits from the stream."""
+        add_dense(self._tensors[name], amount, stream)
 
     def describe(self) -> list[tuple[str, list[int], str]]:
         """(canonical name, shape, dtype) of each, sorted by name."""

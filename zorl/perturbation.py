@@ -251,7 +251,7 @@ class Scratch:
         assert self._point is not None
         parameter = slot.parameter
         kernel_for(parameter).perturb(
-            parameter, key(self._point.seed, slot.name), self._point.offset, self.distribution, out, rows
+            parameter, key(self._point.seed, slot.name), self._point.offset_of(slot.name), self.distribution, out, rows
         )
 
     def _replace(self, module: nn.Module, attribute: str, tensor: Tensor) -> None:

@@ -7,7 +7,7 @@ A probe names points around θ; whoever evaluates them returns scores (a number 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,10 +17,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The parameters θ + offset · z(seed). Offset 0 is θ itself, whatever the seed."""
+    """The parameters θ + offset · z(seed). Offset 0 is θ itself, whatever the seed.
+
+    Attributes:
+        scales: a multiple of the offset for each parameter, by canonical name (0 where it is missing); None: all the same.
+    """
 
     seed: int
     offset: float
+    scales: Mapping[str, float] | None = None
+
+    def offset_of(self, name: str) -> float:
+        """The offset in the parameter with this canonical name."""
+        return self.offset if self.scales is None else self.offset * self.scales.get(name, 0.0)
 
 
 CENTRE = Point(seed=0, offset=0.0)

@@ -128,9 +128,7 @@ class RunFolder:
         recorded = {name: dtype for name, _, dtype in header["parameters"]}
         name = model or header["model"]
         if not name:
-            raise TrajectoryError(
-                "the run's model was made in memory: build it in a script and use zorl.trajectory.replay"
-            )
+            raise TrajectoryError("the run's model was made in memory: build it in a script and use zorl.replay.replay")
         classes = header["prompt"].get("classes")
         dtype = header.get("dtype") or next(iter(recorded.values()))
         loaded: Any = load_model(name, dtype, classes=classes, quantize=header.get("quantize"))

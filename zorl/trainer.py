@@ -117,6 +117,11 @@ class MeZOTrainer(ForwardTrainer):
             found = " and ".join(given) if given else "none"
             raise ValueError(f"give exactly one of reward_funcs, judge and loss: got {found}")
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
+        if judge is not None and args.estimator == "one_point":
+            raise ValueError(
+                "a judge compares two sides of a direction, and estimator='one_point' looks at one: use estimator='spsa', or a "
+                "reward or loss in place of the judge"
+            )
         prompt = prompt if prompt is not None else Prompt("{prompt}")
         if loss == "cross_entropy" and not prompt.chooses:
             args = copy.copy(args)
@@ -277,7 +282,7 @@ class MeZOTrainer(ForwardTrainer):
             self._check_that_rewards_apply(self.objective)
         if informative:
             figures["projected_gradient"] = sum(informative) / len(informative)
-            figures["loss_difference"] = figures["projected_gradient"] * 2 * probe.epsilon
+            figures["loss_difference"] = figures["projected_gradient"] * self.mezo.estimator.sides * probe.epsilon
         self._since_log.append(figures)
         reward = figures.get("reward", math.nan)
         return zero - (0.0 if math.isnan(reward) else reward)
@@ -325,8 +330,15 @@ class MeZOTrainer(ForwardTrainer):
                 n_spsa=args.n_spsa,
                 distribution=args.distribution,  # type: ignore[arg-type]
                 update=args.update,  # type: ignore[arg-type]
+                beta1=args.beta1,
+                beta2=args.beta2,
+                moment_window=args.moment_window,
+                moments=args.moments,  # type: ignore[arg-type]
                 seed=args.seed,
                 informative_target=args.informative_target,
+                estimator=args.estimator,  # type: ignore[arg-type]
+                block_scales=args.block_scales,  # type: ignore[arg-type]
+                block_scales_every=args.block_scales_every,
                 comparison=args.comparison,  # type: ignore[arg-type]
                 trajectory=self.folder.trajectory,
                 header=self._header(),

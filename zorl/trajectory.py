@@ -7,7 +7,8 @@ projected gradient that was measured (NaN: abstained, 0: a tie) and the coeffici
 File layout, all little-endian::
 
     b"ZORL" · u32 n · n bytes of zlib-compressed JSON (the header) · u32 CRC-32 of all before
-    blocks of 16 steps: per direction bf16 g, bf16 c · u32 CRC-32, chained with the block before
+    blocks of 16 steps: per direction bf16 g, bf16 c; per direction f32 loss, of a one-point estimator's run
+                        · u32 CRC-32, chained with the block before
 
 The last block may hold fewer steps; its checksum moves along as it grows. So a flipped bit anywhere is noticed, and a
 write that the power cut short costs the steps of its own block at most.
@@ -20,7 +21,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from zorl.directions import Step, derive_seed
-from zorl.epsilon import Epsilon
-from zorl.in_place import InPlace
+from zorl.block_scales import measures
+from zorl.directions import derive_seed
 from zorl.parameters import ParameterSet
 from zorl.schedules import Directions
 
 SCHEMA = 1
+_UNSAID = {"estimator": "spsa"}  # what went without saying before there was a choice
 _MAGIC = b"ZORL"
 _STEPS_A_BLOCK = 16
 _U32 = struct.Struct("<I")
@@ -47,22 +48,32 @@ class TrajectoryError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One committed step: per direction the measured projected gradient and the applied coefficient (bfloat16 values)."""
+    """One committed step: per direction the measured projected gradient and the applied coefficient (bfloat16 values).
+
+    Attributes:
+        losses: per direction what the estimator needs to remember (float32 values); empty for most.
+    """
 
     projected: tuple[float, ...]
     coefficients: tuple[float, ...]
+    losses: tuple[float, ...] = ()
 
     def __bytes__(self) -> bytes:
         pairs = torch.tensor([self.projected, self.coefficients], dtype=torch.float32).bfloat16().float().T.numpy()
         words = np.ascontiguousarray(pairs).view(np.uint32) >> 16
         words[np.isnan(pairs)] = 0x7FC0  # torch's NaN has other bits from machine to machine
-        return words.astype("<u2").tobytes()
+        losses = np.array(self.losses, dtype="<f4")
+        losses[np.isnan(losses)] = np.nan
+        return words.astype("<u2").tobytes() + losses.tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Record:
-        words = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
+    def from_bytes(cls, data: bytes, directions: int | None = None) -> Record:
+        """A record of so many directions, losses behind them; None: there are no losses."""
+        pairs = data if directions is None else data[: 4 * directions]
+        words = np.frombuffer(pairs, dtype="<u2").astype(np.uint32) << 16
         values = words.view(np.float32).tolist()
-        return cls(tuple(values[0::2]), tuple(values[1::2]))
+        losses = np.frombuffer(data[len(pairs) :], dtype="<f4").tolist()
+        return cls(tuple(values[0::2]), tuple(values[1::2]), tuple(losses))
 
 
 class Trajectory:
@@ -211,33 +222,15 @@ def read(path: str | Path, until: int | None = None) -> tuple[dict[str, Any], li
     return header, records[:until]
 
 
-def replay(header: Mapping[str, Any], records: Sequence[Record], parameters: ParameterSet) -> None:
-    """Applies the steps to `parameters`, which hold the base weights: afterwards they are the trained ones, bit for bit.
-
-    Raises:
-        TrajectoryError: the parameters are not the ones that the trajectory was recorded with.
-    """
-    check_parameters(header, parameters)
-    steps = steps_of(header, records)
-    if header["in_place"]:  # tuned by a closure, on a grid
-        reach = Epsilon(header["epsilon"], parameters.dtypes).largest
-        InPlace(parameters, header["distribution"], reach).add(steps)
-    else:
-        parameters.add(steps, header["distribution"])
-
-
-def steps_of(header: Mapping[str, Any], records: Sequence[Record], first: int = 0) -> list[Step]:
-    """The directions and coefficients of records that start at step `first`, in the order in which they were applied."""
-    return [
-        Step(direction_seed(header["seed"], step, i), c)
-        for step, record in enumerate(records, first)
-        for i, c in enumerate(record.coefficients)
-    ]
-
-
 def direction_seed(master: int, step: int, index: int) -> int:
     """The seed of a step's direction: all follow from the run's master seed."""
     return derive_seed(master, "direction", step, index)
+
+
+def directions_of(header: Mapping[str, Any]) -> Callable[[int], int]:
+    """How many directions a run's step has: as many as there are blocks where it measures their gradient norms."""
+    planned = Directions.parse(header["n_spsa"])
+    return lambda step: len(header["parameters"]) if measures(header, step) else planned.at(step)
 
 
 def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> None:
@@ -258,6 +251,7 @@ def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> Non
 
 def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises TrajectoryError naming the settings in which a run differs from the one that it wants to continue."""
+    recorded = {**_UNSAID, **recorded}
     different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
     if different:
         found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
@@ -283,11 +277,11 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
     header = json.loads(zlib.decompress(data[8 : end - 4]))
     if header.get("schema") != SCHEMA:
         raise TrajectoryError(f"{path} has schema {header.get('schema')}, this version of zorl reads schema {SCHEMA}")
-    directions = Directions.parse(header["n_spsa"])
+    directions, bytes_each = directions_of(header), 8 if header.get("estimator") == "one_point" else 4
     records: list[Record] = []
     position, chain = end, _U32.unpack(data[end - 4 : end])[0]
     while position < len(data):
-        sizes = [4 * directions.at(len(records) + i) for i in range(_STEPS_A_BLOCK)]
+        sizes = [bytes_each * directions(len(records) + i) for i in range(_STEPS_A_BLOCK)]
         last = len(data) - position < sum(sizes) + 4
         count = (
             next((k for k in range(1, _STEPS_A_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0)
@@ -299,7 +293,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
             return header, records, Damage(path, len(records), last or stop + 4 == len(data)), position
         chain = _U32.unpack(data[stop : stop + 4])[0]
         for step_size in sizes[:count]:
-            records.append(Record.from_bytes(data[position : position + step_size]))
+            records.append(Record.from_bytes(data[position : position + step_size], step_size // bytes_each))
             position += step_size
         position += 4
     return header, records, None, position

@@ -189,12 +189,14 @@ class Twin:
         return self._once((id(moved), columns, "across"), lambda: self._across(moved, columns=columns))
 
     def _across(self, moved: _Moved, *, columns: bool) -> Tensor:
+        name = moved.zorl_name
+        assert name is not None
         index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
         if not columns and moved.zorl_is_head and self.head_rows is not None:
             index = self.head_rows
         by_seed = {p.seed: self._factors(moved, p.seed, index, columns=columns).T for p in self.points}
         scale = rank(self.distribution) ** -0.5
-        return torch.stack([by_seed[point.seed] * (point.offset * scale) for point in self.points])
+        return torch.stack([by_seed[point.seed] * (point.offset_of(name) * scale) for point in self.points])
 
     def looked_up(self, moved: _Moved, ids: Tensor) -> Tensor:
         """u at looked-up rows, `(points, n, r)`; ids are `(points, n)`."""
@@ -219,7 +221,8 @@ class Twin:
             out = vector.zorl_base.new_empty(len(self.points), *vector.shape)
             for point, at in zip(self.points, out, strict=True):
                 stream = key(point.seed, vector.zorl_name)
-                kernel_for(at).perturb(vector.zorl_base, stream, point.offset, self.distribution, at)
+                offset = point.offset_of(vector.zorl_name)
+                kernel_for(at).perturb(vector.zorl_base, stream, offset, self.distribution, at)
             return (out if rows is None or not vector.zorl_is_head else out[:, rows])[:, None]
 
         return self._once((id(vector), "each"), make)

@@ -8,12 +8,13 @@ what was done.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 
-UpdateName = Literal["normalized", "sgd"]
+UpdateName = Literal["normalized", "sgd", "momentum", "adam"]
 
 
 class UpdateRule(Protocol):
@@ -74,13 +75,40 @@ class Normalized:
         return total, weight
 
 
-def update_rule(name: UpdateName) -> UpdateRule:
+class Averaged:
+    """c = −lr·(1−β₁)·g / m: a step's part in a moving average of gradients. `zorl.moments` makes the averages of these.
+
+    So the learning rate is within the average (Sutskever et al. 2013, eq. 3–4), where it was when the gradient was measured.
+
+    Args:
+        beta1: decay of the average, per step.
+    """
+
+    def __init__(self, beta1: float = 0.9) -> None:
+        self.beta1 = beta1
+
+    def coefficients(self, projected: Sequence[float], lr: float) -> list[float]:
+        return SGD().coefficients(projected, lr * (1.0 - self.beta1))
+
+    def observe(self, projected: Sequence[float]) -> None:
+        pass
+
+
+def update_rule(name: UpdateName, beta1: float = 0.9) -> UpdateRule:
     """A fresh rule by name.
+
+    Args:
+        beta1: of `"momentum"` and `"adam"`.
 
     Raises:
         ValueError: there is no such rule.
     """
-    rules: dict[str, type[UpdateRule]] = {"normalized": Normalized, "sgd": SGD}
+    rules: dict[str, Callable[[], UpdateRule]] = {
+        "normalized": Normalized,
+        "sgd": SGD,
+        "momentum": partial(Averaged, beta1),
+        "adam": partial(Averaged, beta1),
+    }
     if name not in rules:
         raise ValueError(f"update={name!r} is not an update rule; choose one of {', '.join(map(repr, rules))}")
     return rules[name]()

@@ -35,6 +35,30 @@ def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distr
         theta.detach().copy_(flat.view(theta.shape))
 
 
+def add_dense(theta: Tensor, change: Tensor, key: Key, spacing: float | None = None) -> None:
+    """θ ← θ + change, in place, one rounding an element as in `add`. Plain torch on every device: no z is made here.
+
+    Args:
+        change: float32, of theta's shape.
+        key: where stochastic rounding takes its bits from.
+        spacing: of a grid that float32 θ lies on: the change is rounded to multiples of it, stochastically.
+    """
+    flat, changes = theta.detach().reshape(-1), change.reshape(-1)  # a copy where theta is not contiguous
+    for start in range(0, flat.numel(), _BLOCK):
+        block, by = flat[start : start + _BLOCK], changes[start : start + _BLOCK]
+        if theta.dtype == torch.float32 and spacing is None:
+            block += by
+            continue
+        index = torch.arange(start, start + block.numel(), device=theta.device)
+        if spacing is None:
+            block.copy_(_round_stochastically(block.double() + by.double(), theta.dtype, index, key))
+        else:
+            threshold = _hash(index, key.rounding0, key.rounding1).double() * 2.0**-32
+            block += ((by.double() / spacing + threshold).floor() * spacing).float()
+    if flat.data_ptr() != theta.data_ptr():
+        theta.detach().copy_(flat.view(theta.shape))
+
+
 def perturb(
     theta: Tensor, key: Key, offset: float, distribution: Distribution, out: Tensor, rows: Tensor | None = None
 ) -> None:
