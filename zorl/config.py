@@ -28,7 +28,7 @@ class MeZOConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float | None = field(  # type: ignore[assignment]  # None until __post_init__ has seen what is tuned
+    learning_rate: float = field(  # type: ignore[assignment]  # None until __post_init__ has seen what is tuned
         default=None,
         metadata={
             "help": "Typical change of a weight in one step (update=normalized). Default: "
@@ -73,7 +73,7 @@ class MeZOConfig(TrainingArguments):
             "A model that was saved quantised needs no flag. Default: none."
         },
     )
-    epsilon: str | None = field(
+    epsilon: str = field(  # type: ignore[assignment]  # likewise
         default=None,
         metadata={
             "help": "Size of the perturbation: a number, or 'auto' to keep probes informative. Default: "
