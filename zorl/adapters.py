@@ -30,11 +30,13 @@ class Scale(NamedTuple):
     epsilon: str
 
 
+# Found on masked and causal models of 0.3M and 22M parameters, for normalized updates: of rates a factor of three apart, one
+# that learns in tens of steps and keeps learning over hundreds.
 SCALES: dict[str, Scale] = {
     "full": Scale(3e-4, "auto"),
-    "lora": Scale(3e-4, "auto"),
-    "prefix": Scale(1e-2, "0.1"),
-    "head": Scale(3e-4, "auto"),
+    "lora": Scale(1e-2, "auto"),
+    "prefix": Scale(3e-2, "0.1"),
+    "head": Scale(3e-3, "auto"),
 }
 ALL_LINEAR = "all-linear"
 
@@ -162,7 +164,7 @@ def _activations(model: Any, ids: Tensor) -> Tensor:
     """The keys and values of tokens `(1, n)` as peft lays them out: `(n, layers · 2 · heads · width)`, float32."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     was_training = model.training
     model.eval()
     try:

@@ -76,7 +76,7 @@ class MeZOConfig(TrainingArguments):
             "A model that was saved quantised needs no flag. Default: none."
         },
     )
-    epsilon: str = field(  # type: ignore[assignment]
+    epsilon: str = field(  # type: ignore[assignment]  # likewise
         default=None,
         metadata={
             "help": "Size of the perturbation: a number, or 'auto' to keep probes informative. Default: "
