@@ -206,11 +206,11 @@ class CrossEntropy:
         return "cross_entropy"
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
-        losses = self._losses(rows, points)
+        losses = self.losses(rows, points)
         return Asked(Scores.of_losses(losses), {"cross_entropy": losses.mean().item()})
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
-        loss = self._losses(rows, [CENTRE]).mean().item()
+        loss = self.losses(rows, [CENTRE]).mean().item()
         figures = {"reward": -loss, "loss": loss}
         if self.metrics is not None:
             figures |= RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
@@ -220,7 +220,8 @@ class CrossEntropy:
         """The mean log-likelihood of the truth as a function of the label scores of these rows."""
         return _LikelihoodGoal(self, rows)
 
-    def _losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:  # (points, rows)
+    def losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
+        """Of each row at each point, `(points, rows)`, float64 on the CPU."""
         scores = self.policy.scores(rows, points).cpu()  # (points, rows, labels)
         return -scores.gather(2, self._truth(rows).expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
 
@@ -257,12 +258,16 @@ class CallableLoss:
         return f"loss:{getattr(self.loss, '__name__', type(self.loss).__name__)}"
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
-        losses = torch.stack([self._evaluate(rows, point) for point in points])
+        losses = self.losses(rows, points)
         return Asked(Scores.of_losses(losses), {"objective": losses.nanmean().item()})
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         loss = self._evaluate(rows, CENTRE).nanmean().item()
         return {"reward": -loss, "loss": loss}
+
+    def losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
+        """Of each row at each point, `(points, rows)`, or `(points, 1)` where the loss is one number; float64."""
+        return torch.stack([self._evaluate(rows, point) for point in points])
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
         value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
