@@ -124,7 +124,7 @@ class DirectionalDerivative:
             }
         try:
             for module, attribute, name, _ in self._slots:
-                module._parameters[attribute] = duals[name]  # type: ignore[assignment]
+                module._parameters[attribute] = duals[name]
             yield
         finally:
             for module, attribute, _, parameter in self._slots:
