@@ -16,9 +16,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.linear_probe import fit
+from zorl.replay import replay
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
-from zorl.trajectory import read, replay
+from zorl.trajectory import read
 
 WORDS = {"bad": ("terrible", "bad"), "odd": ("odd", "nobody"), "good": ("great", "good")}
 FAMILIES = ("bert", "roberta", "gpt2", "opt", "llama", "qwen2")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from zorl.apps import optimize_f1
 from zorl.apps.embedded import REVIEWER
+from zorl.replay import replay
 from zorl.run_folder import RunFolder
-from zorl.trajectory import read, replay
+from zorl.trajectory import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.label_head import LabelHead
 from zorl.parameters import ParameterSet
+from zorl.replay import replay
 from zorl.reward_functions import RewardError
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
-from zorl.trajectory import TrajectoryError, read, replay
+from zorl.trajectory import TrajectoryError, read
 
 PROMPT = Prompt("{text} It was {mask}.", {"bad": "terrible", "good": "great"})
 SUBJECTS = ("film", "story", "plot", "ending", "book", "answer")
@@ -541,6 +542,39 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(make: Callable[..., M
     assert second.forwards == straight.forwards
     assert second.prompt == straight.prompt
     assert second.state.log_history[-1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"update": "momentum"},
+        {"update": "adam", "distribution": "gaussian", "moments": "stored"},
+        {"estimator": "one_point", "learning_rate": 1e-4},
+        {"estimator": "variance_spsa", "block_scales": "gradient_norms", "block_scales_every": 4},
+        {"estimator": "expectation_spsa", "update": "adam", "block_scales_every": 4},
+        {"estimator": "forward_gradient"},
+    ],
+    ids=lambda method: "-".join(str(value) for value in method.values()),
+)
+def test_every_method_continues_and_is_replayed_to_the_same_bits(
+    make: Callable[..., MeZOTrainer], method: dict[str, Any]
+):
+    end = tuned(make("straight", settings={"max_steps": 7, **method}))
+    make("broken", settings={"max_steps": 7, **method}, callbacks=[StopAt(3)]).train()
+    second = make("broken", settings={"max_steps": 7, **method})
+    second.train(resume_from_checkpoint=True)
+    assert weights(second) == end
+    header, records = read(second.folder.trajectory)
+    _, parameters = second.folder.rebuild(header)
+    replay(header, records, parameters)
+    assert parameters.sha256() == end
+
+
+def test_a_judge_is_not_asked_about_single_points(make: Callable[..., MeZOTrainer]):
+    with pytest.raises(
+        ValueError, match="a judge compares two sides of a direction, and estimator='one_point' looks at one"
+    ):
+        make(judge=lambda **_: [], settings={"estimator": "one_point"})
 
 
 def test_sampled_text_is_the_same_after_an_interruption(make: Callable[..., MeZOTrainer]):

@@ -112,7 +112,7 @@ class MeZOConfig(TrainingArguments):
         metadata={
             "help": "spsa: two forwards a direction. one_point: one, compared with the step before (no judge). variance_spsa, "
             "expectation_spsa: blocks of parameters are perturbed by scales of their own, and the estimate is unbiased or "
-            "preconditioned by them."
+            "preconditioned by them. forward_gradient: the slope itself, of losses that can be differentiated."
         },
     )
     block_scales: str = field(
@@ -224,6 +224,10 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"evaluation must be auto, twin or scratch, got {self.evaluation!r}")
         if self.evaluation == "twin" and not rank(self.distribution):
             raise ValueError(f"evaluation='twin' needs distribution='rank1' or 'rank4', got {self.distribution!r}")
+        if self.evaluation == "twin" and self.estimator == "forward_gradient":
+            raise ValueError(
+                "evaluation='twin' stacks points, and estimator='forward_gradient' has only one: leave it at 'auto'"
+            )
         if self.label_reward not in get_args(LabelReward):
             raise ValueError(f"label_reward must be 'expected' or 'best', got {self.label_reward!r}")
         if self.comparison not in COMPARISONS:

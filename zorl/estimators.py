@@ -14,9 +14,10 @@ from typing import ClassVar, Literal, Protocol, get_args
 import torch
 
 from zorl.comparisons import COMPARISONS, Comparison, preference_difference
-from zorl.probe import Answers, Point, Scores, Verdicts
+from zorl.forward_gradient import ForwardGradient
+from zorl.probe import Answers, Point, Scores, Slopes, Verdicts
 
-EstimatorName = Literal["spsa", "one_point", "variance_spsa", "expectation_spsa"]
+EstimatorName = Literal["spsa", "one_point", "variance_spsa", "expectation_spsa", "forward_gradient"]
 
 
 class Estimator(Protocol):
@@ -76,6 +77,8 @@ class SPSA:
                 raise ValueError(f"expected scores of {2 * directions} points, got {len(answers.values)}")
             plus, minus = answers.values.double()[0::2], answers.values.double()[1::2]
             differences = torch.nanmean(plus - minus, dim=1).tolist()
+        elif isinstance(answers, Slopes):
+            raise ValueError("SPSA takes scores or verdicts, not slopes: those are for estimator='forward_gradient'")
         else:
             differences = [preference_difference(p, self.comparison) for p in _preferences(answers, directions)]
         # A reward is a negative loss, so the loss difference is the reward difference with its sign turned.
@@ -143,7 +146,11 @@ def make_estimator(name: EstimatorName, comparison: Comparison) -> Estimator:
     spsa = SPSA(comparison)
     if name not in get_args(EstimatorName):
         raise ValueError(f"estimator={name!r}; choose one of {', '.join(map(repr, get_args(EstimatorName)))}")
-    return OnePoint() if name == "one_point" else spsa
+    others: dict[str, type[OnePoint] | type[ForwardGradient]] = {
+        "one_point": OnePoint,
+        "forward_gradient": ForwardGradient,
+    }
+    return others[name]() if name in others else spsa
 
 
 def _preferences(verdicts: Verdicts, directions: int) -> list[list[float]]:

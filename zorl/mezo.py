@@ -21,6 +21,7 @@ from zorl.comparisons import Comparison
 from zorl.directions import DISTRIBUTIONS, Distribution
 from zorl.epsilon import Epsilon
 from zorl.estimators import EstimatorName, make_estimator
+from zorl.forward_gradient import ForwardGradient
 from zorl.in_place import InPlace
 from zorl.interrupts import uninterrupted
 from zorl.moments import Averaging, Keeping
@@ -52,7 +53,8 @@ class MeZO(torch.optim.Optimizer):
         seed: the master seed, from which every direction follows.
         informative_target: for `epsilon="auto"`.
         estimator: `"spsa"`; `"one_point"`, of one forward a direction; `"variance_spsa"` or `"expectation_spsa"`, in blocks that
-            are perturbed by scales of their own (see `zorl.estimators` and `zorl.block_scales`).
+            are perturbed by scales of their own (see `zorl.estimators` and `zorl.block_scales`); `"forward_gradient"`, the
+            loss's own slope (see `zorl.forward_gradient`).
         block_scales: what these scales are: `"parameter_norms"` or `"gradient_norms"`.
         block_scales_every: steps after which they are renewed.
         comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
@@ -233,6 +235,11 @@ class MeZO(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if isinstance(self.estimator, ForwardGradient):
+                raise ValueError(
+                    "a closure does not show the model that it runs, which estimator='forward_gradient' differentiates: ask, "
+                    "find the slopes with zorl.forward_gradient.DirectionalDerivative, and tell"
+                )
             if self._pending:  # told, and interrupted before it was applied
                 self.step()
             in_place = self._closure_evaluator()

@@ -240,12 +240,16 @@ class CallableLoss:
         return f"loss:{getattr(self.loss, '__name__', type(self.loss).__name__)}"
 
     def ask(self, rows: Sequence[Row], points: Sequence[Point], noise_seed: int) -> Asked:
-        losses = torch.stack([self._evaluate(rows, point) for point in points])
+        losses = self.losses(rows, points)
         return Asked(Scores.of_losses(losses), {"objective": losses.nanmean().item()})
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         loss = self._evaluate(rows, CENTRE).nanmean().item()
         return {"reward": -loss, "loss": loss}
+
+    def losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
+        """Of each row at each point, `(points, rows)`, or `(points, 1)` where the loss is one number; float64."""
+        return torch.stack([self._evaluate(rows, point) for point in points])
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
         value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))

@@ -125,4 +125,11 @@ class Verdicts:
     items: tuple[Verdict, ...]
 
 
-Answers = Scores | Verdicts
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """z·∇L of the loss at a probe's points, one number each (see `zorl.forward_gradient`). NaN abstains."""
+
+    values: tuple[float, ...]
+
+
+Answers = Scores | Verdicts | Slopes

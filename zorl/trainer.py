@@ -34,16 +34,26 @@ from zorl.classifier_head import (
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
 from zorl.directions import canonical_name, derive_seed
+from zorl.forward_gradient import DirectionalDerivative
 from zorl.forward_trainer import ForwardTrainer
 from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
 from zorl.linear_probe import probe
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import CrossEntropy, Judge, LossFunction, Objective, RewardObjective, make_objective
+from zorl.objectives import (
+    Asked,
+    CallableLoss,
+    CrossEntropy,
+    Judge,
+    LossFunction,
+    Objective,
+    RewardObjective,
+    make_objective,
+)
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Evaluator, Scratch
 from zorl.policies import make_policy
-from zorl.probe import CENTRE, Scores
+from zorl.probe import CENTRE, Probe, Scores
 from zorl.progress import Progress
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardError, RewardFunctions
@@ -122,6 +132,11 @@ class MeZOTrainer(ForwardTrainer):
                 "a judge compares two sides of a direction, and estimator='one_point' looks at one: use estimator='spsa', or a "
                 "reward or loss in place of the judge"
             )
+        if args.estimator == "forward_gradient" and loss is None:
+            raise ValueError(
+                f"estimator='forward_gradient' differentiates a loss, and {given[0]} has no slope: use estimator='spsa', or "
+                "give a loss"
+            )
         prompt = prompt if prompt is not None else Prompt("{prompt}")
         if loss == "cross_entropy" and not prompt.chooses:
             args = copy.copy(args)
@@ -173,7 +188,12 @@ class MeZOTrainer(ForwardTrainer):
             self.add_callback(self.progress)
         # A loss of the user's own may read weights in any way, and computes one point at a time anyhow.
         kinds = {"twin": Twin, "scratch": Scratch, "auto": Scratch if callable(loss) else twin_or_scratch}
-        self.evaluator: Evaluator = kinds[args.evaluation](self.model, self.tuned, args.distribution)  # type: ignore[operator]
+        self.derivative: DirectionalDerivative | None = None
+        if args.estimator == "forward_gradient":
+            self.derivative = DirectionalDerivative(self.model, self.tuned, args.distribution)  # type: ignore[arg-type]
+            self.evaluator: Evaluator = self.derivative.evaluator
+        else:
+            self.evaluator = kinds[args.evaluation](self.model, self.tuned, args.distribution)  # type: ignore[operator]
         self.folder = RunFolder(Path(str(args.output_dir)))
         self._goal: dict[str, Any] = {
             "rewards": None
@@ -272,7 +292,7 @@ class MeZOTrainer(ForwardTrainer):
         if isinstance(self.objective, RewardObjective):
             self.objective.trainer_state = self.state
         probe = self.mezo.ask()
-        asked = self.objective.ask(rows, probe.points, derive_seed(self.args.seed, "noise", probe.step))
+        asked = self._ask(rows, probe)
         record = self.mezo.tell(probe.id, asked.answers)
         figures = dict(asked.figures)
         if isinstance(asked.answers, Scores):
@@ -282,10 +302,20 @@ class MeZOTrainer(ForwardTrainer):
             self._check_that_rewards_apply(self.objective)
         if informative:
             figures["projected_gradient"] = sum(informative) / len(informative)
+        if informative and self.derivative is None:
             figures["loss_difference"] = figures["projected_gradient"] * self.mezo.estimator.sides * probe.epsilon
         self._since_log.append(figures)
         reward = figures.get("reward", math.nan)
         return zero - (0.0 if math.isnan(reward) else reward)
+
+    def _ask(self, rows: list[dict[str, Any]], probe: Probe) -> Asked:
+        """The objective's answers to a probe; with forward gradients the slopes of its losses."""
+        if self.derivative is None:
+            return self.objective.ask(rows, probe.points, derive_seed(self.args.seed, "noise", probe.step))
+        objective = self.objective
+        assert isinstance(objective, CrossEntropy | CallableLoss)
+        loss, slopes = self.derivative.slopes(probe.points, lambda: objective.losses(rows, [CENTRE]).nanmean())
+        return Asked(slopes, {"reward": -loss})
 
     def _check_that_rewards_apply(self, objective: RewardObjective) -> None:
         assert self.mezo is not None
