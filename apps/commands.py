@@ -247,9 +247,11 @@ Runs methods side by side on the same rows, each within the same budget of forwa
 means and standard deviations, forwards, seconds and memory, and a plot. A cell that is done is kept, so the same command goes
 on where it was stopped, and another with more --methods or --seeds adds to the table.
 
-Methods: zero_shot, threshold (one fitted bias a label), in_context (32 demonstrations), linear_probing, bbt (CMA-ES on a soft
-prompt), mezo (zorl on the metric), mezo_f1, mezo_cross_entropy, mezo_published and mezo_published_metric (the paper's recipe,
-with a grid of learning rates), fine_tuning and fine_tuning_sgd (backpropagation), grpo (TRL's).""",
+Without a gradient: zero_shot, threshold (one fitted bias a label), in_context (32 demonstrations), label_head (what mezo
+starts from), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric), mezo_f1, mezo_cross_entropy, mezo_lora,
+mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_4 (directions), lp_mezo (a linear probe first), and the
+paper's own recipe with a grid of learning rates: mezo_published, mezo_published_metric. With backpropagation: fine_tuning (Adam),
+fine_tuning_sgd, grpo (TRL's).""",
     types=lambda: (CompareArguments,),
     sections={
         "Model and data": f"{_DATA} label_column k_shot eval_dataset test_dataset test_split test_rows",

@@ -13,8 +13,9 @@ from transformers import PrinterCallback
 
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
-from zorl.baselines.problem import Fitted, Problem
+from zorl.baselines.problem import Fitted, NotApplicable, Problem
 from zorl.probe import CENTRE
+from zorl.prompts import Prompt
 from zorl.rewards import load_reward
 
 CROSS_ENTROPY = "cross_entropy"
@@ -42,31 +43,60 @@ class Method:
 
 
 def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **settings: Any) -> Fitted:
-    """MeZO for as many forwards as the budget has, those of the label head included; the best of ten evaluations is kept.
+    """MeZO for as many forwards as the budget has, those of its start included; the best of ten evaluations is kept.
 
     Args:
         objective: a reward by name, or "cross_entropy". By default the problem's own reward.
         settings: of `MeZOConfig`.
     """
-    settings = {"calibration": "head", **settings}
-    calibrated = settings["calibration"] != "none" and bool(problem.prompt.labels)
+    calibrated = settings.get("calibration") != "none" and bool(problem.prompt.labels)
     before = math.ceil(min(1024, len(problem.train)) / problem.batch_size) if calibrated else 0
-    steps = max(1, (problem.budget - before) // 2)
-    config = MeZOConfig(
-        output_dir=str(folder), seed=problem.seed, max_steps=steps, per_device_train_batch_size=problem.batch_size,
-        forward_batch_size=problem.forward_batch_size, label_column=problem.label_column, max_length=problem.max_length,
-        max_completion_length=problem.max_completion_length, temperature=0.0, disable_tqdm=True, report_to="none",
-        eval_strategy="steps", eval_steps=math.ceil(steps / EVALUATIONS), save_steps=math.ceil(steps / EVALUATIONS),
+    a_step = 1 if settings.get("estimator") == "one_point" else 2 * int(settings.get("n_spsa", 1))
+    steps = max(1, (problem.budget - before) // a_step)
+    every = math.ceil(steps / EVALUATIONS)
+    trainer = _trainer(
+        problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
         load_best_model_at_end=True, **settings,
     )  # fmt: skip
+    trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
+    return _fitted(trainer, step=trainer.step, learning_rate=trainer.args.learning_rate)
+
+
+def label_head(problem: Problem, folder: Path) -> Fitted:
+    """What MeZO starts from: a linear head on the last state, tuned by MeZO on the reward. The model stays as it is."""
+    if problem.prompt.label_words is None:
+        raise NotApplicable(f"a label head needs a prompt with label words, and {problem.prompt.template!r} has none")
+    trainer = _trainer(problem, folder, None)
+    trainer.calibrate("head")
+    return _fitted(trainer)
+
+
+def lp_mezo(problem: Problem, folder: Path) -> Fitted:
+    """A linear probe as the head of a sequence-classification model, then MeZO on all of it (Kumar et al. 2022, with MeZO)."""
+    if not problem.prompt.labels:
+        raise NotApplicable(f"a linear probe needs labels, and {problem.prompt.template!r} has none")
+    fields = problem.prompt.fields
+    joint = "{sep}" if len(fields) == 2 else " "
+    prompt = Prompt(joint.join(f"{{{field}}}" for field in fields), classes=problem.prompt.labels)
+    return mezo(replace(problem, prompt=prompt), folder, objective=CROSS_ENTROPY)
+
+
+def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: Any) -> MeZOTrainer:
     reward = problem.reward if objective is None else load_reward(objective, column=problem.label_column)
     goal: dict[str, Any] = {"loss": CROSS_ENTROPY} if objective == CROSS_ENTROPY else {"reward_funcs": reward}
+    config = MeZOConfig(
+        output_dir=str(folder), seed=problem.seed, per_device_train_batch_size=problem.batch_size,
+        forward_batch_size=problem.forward_batch_size, label_column=problem.label_column, max_length=problem.max_length,
+        max_completion_length=problem.max_completion_length, temperature=0.0, disable_tqdm=True, report_to="none", **settings,
+    )  # fmt: skip
     trainer = MeZOTrainer(
         problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt
     )
     trainer.pop_callback(PrinterCallback)  # ten lines a cell that nobody reads
-    trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
-    chosen = {"step": trainer.step, "learning_rate": config.learning_rate}
+    return trainer
+
+
+def _fitted(trainer: MeZOTrainer, **chosen: Any) -> Fitted:
     return Fitted(lambda rows: trainer.policy.answers(rows, [CENTRE])[0], trainer.forwards, chosen)
 
 
@@ -95,6 +125,7 @@ METHODS: dict[str, Method] = {
     "zero_shot": Method("zero-shot", baseline(zero_shot.fit)),
     "threshold": Method("one fitted threshold a label", baseline(threshold.fit)),
     "in_context": Method("in-context, 32 demonstrations", baseline(in_context.fit)),
+    "label_head": Method("zorl's label head alone", label_head),
     "linear_probing": Method("linear probing", baseline(linear_probing.fit)),
     "bbt": Method("BBT (CMA-ES on a soft prompt)", baseline(bbt.fit)),
     "mezo_published": Method("published MeZO, cross entropy", partial(published, objective=CROSS_ENTROPY)),
@@ -102,6 +133,14 @@ METHODS: dict[str, Method] = {
     "mezo_cross_entropy": Method("zorl, cross entropy", partial(mezo, objective=CROSS_ENTROPY)),
     "mezo": Method("zorl, the metric", mezo),
     "mezo_f1": Method("zorl, macro-F1", partial(mezo, objective="f1")),
+    "mezo_lora": Method("zorl, LoRA, the metric", partial(mezo, tune="lora")),
+    "mezo_prefix": Method("zorl, prefix, the metric", partial(mezo, tune="prefix")),
+    "mezo_head": Method("zorl, output embedding, the metric", partial(mezo, tune="head")),
+    "mezo_momentum": Method("zorl, momentum, the metric", partial(mezo, update="momentum", learning_rate=1e-4)),
+    "mezo_adam": Method("zorl, Adam, the metric", partial(mezo, update="adam")),
+    "mezo_one_point": Method("zorl, one point, the metric", partial(mezo, estimator="one_point")),
+    "mezo_4": Method("zorl, 4 directions a step, the metric", partial(mezo, n_spsa="4")),
+    "lp_mezo": Method("linear probe, then MeZO, cross entropy", lp_mezo),
     "fine_tuning": Method("fine-tuning, Adam", baseline(fine_tuning.fit, optimizer="adam")),
     "fine_tuning_sgd": Method("fine-tuning, SGD", baseline(fine_tuning.fit, optimizer="sgd")),
     "grpo": Method("GRPO (TRL)", baseline(grpo.fit)),
