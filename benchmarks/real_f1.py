@@ -2,7 +2,7 @@
 
     python benchmarks/real_f1.py --model MODEL --sst2 FOLDER --trec FOLDER            # all cells that are not done yet
     python benchmarks/real_f1.py … --jobs 2                                           # two at a time, one thread each
-    python benchmarks/real_f1.py --report                                             # docs/results.md from the cells
+    python benchmarks/real_f1.py --report                                             # docs/accuracy_f1.md from the cells
 
 `FOLDER` of SST-2 holds train.tsv and test.tsv (sentence, tab, label); of TREC, TREC.train.all and TREC.test.all (label,
 space, question). A cell is one run; each is written to `benchmarks/results/real_f1/` when it is done, so an interrupted
@@ -198,7 +198,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def report() -> str:
-    """The tables of docs/results.md, from the cells that are there."""
+    """The tables of docs/accuracy_f1.md, from the cells that are there."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for task in TASKS:
         for method in ("zero_shot", "threshold", "head", *METHODS):
@@ -208,7 +208,7 @@ def report() -> str:
                 if path_of(task, method, seed, lr).exists():
                     found[task, method].append(json.loads(path_of(task, method, seed, lr).read_text()))
     lines = [
-        "# Results",
+        "# Accuracy and macro-F1 as objectives",
         "",
         "Written by `benchmarks/real_f1.py --report` from the cells in `benchmarks/results/real_f1/`.",
         "",
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--sst2", help="folder with train.tsv and test.tsv")
     parser.add_argument("--trec", help="folder with TREC.train.all and TREC.test.all")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
-    parser.add_argument("--report", action="store_true", help="only write docs/results.md")
+    parser.add_argument("--report", action="store_true", help="only write docs/accuracy_f1.md")
     parser.add_argument("--cell", nargs=4, metavar=("TASK", "METHOD", "SEED", "LR"), help="run this one alone")
     options = parser.parse_args()
     if not options.report and not (options.model and options.sst2 and options.trec):
@@ -304,7 +304,7 @@ def main() -> None:
     if not options.report:
         run_all(options)
     (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs" / "results.md").write_text(report(), encoding="utf-8")
+    (ROOT / "docs" / "accuracy_f1.md").write_text(report(), encoding="utf-8")
 
 
 if __name__ == "__main__":

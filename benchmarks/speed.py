@@ -328,7 +328,7 @@ def chosen() -> list[str]:
         "",
         'Directions of rank one (`distribution="rank1"`), all points of a step in one forward (`evaluation="auto"`). A faster '
         "step that learns less is not faster, so here is what both kinds of direction learn in as many forwards: mean ± standard "
-        "deviation of the test accuracy over the seeds of [results.md](results.md), from the same start.",
+        "deviation of the test accuracy over the seeds of [accuracy_f1.md](accuracy_f1.md), from the same start.",
         "",
         "| task | objective | rank one | dense ±1 |",
         "|---|---|---|---|",

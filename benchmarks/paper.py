@@ -1,0 +1,226 @@
+"""The paper's comparison on small real models and real data: every method, several tasks, three seeds, one command.
+
+    python benchmarks/paper.py --masked MODEL --causal MODEL --data FOLDER      # runs what is missing; can be stopped at any time
+    python benchmarks/paper.py … --only sst2-16 rte-16 --methods mezo threshold   # a part of it
+    python benchmarks/paper.py --report                                           # docs/results.md from the cells
+
+`--masked` is a small masked language model, `--causal` a small causal one. FOLDER holds sst2/ (train.tsv, test.tsv), trec/
+(TREC.train.all, TREC.test.all), lmbff_kshot/ (the k-shot splits of LM-BFF), superglue_fewglue/ (FewGLUE and SuperGLUE's
+validation splits) and xquad_en/. Each setting is one call of `zorl compare`; its cells are kept in benchmarks/results/paper/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zorl.apps import compare_report
+
+ROOT = Path(__file__).resolve().parent.parent
+CELLS = ROOT / "benchmarks" / "results" / "paper"
+WORK = ROOT / "build" / "paper"
+SEEDS = (13, 21, 42)
+BATCH, BUDGET, TEST_ROWS = 16, 300, 300
+MAIN = (
+    "zero_shot", "threshold", "label_head", "linear_probing", "mezo_published", "mezo_cross_entropy", "mezo", "mezo_f1",
+    "lp_mezo", "fine_tuning", "in_context",
+)  # fmt: skip
+REST = (
+    "mezo_published_metric", "mezo_lora", "mezo_prefix", "mezo_head", "mezo_momentum", "mezo_adam", "mezo_one_point", "mezo_4",
+    "bbt", "fine_tuning_sgd", "grpo",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table.
+
+    Attributes:
+        title: what the table is called.
+        task: of `zorl.tasks`.
+        causal: on the causal model; else on the masked one.
+        arguments: of `zorl compare`; {data} is the data folder, {pooled} the work folder with what `pool` made.
+        pool: file to make → the files whose rows it holds, for tasks that come in splits of a few rows.
+    """
+
+    title: str
+    task: str
+    arguments: str
+    causal: bool = False
+    pool: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def _lmbff(task: str, *splits: str) -> tuple[str, ...]:
+    return tuple(f"lmbff_kshot/{task}/{split}.tsv" for split in splits)
+
+
+_FEW = "--dataset {data}/superglue_fewglue/NAME/train.jsonl --eval_dataset {data}/superglue_fewglue/NAME/dev32.jsonl " \
+       "--test_dataset {data}/superglue_fewglue/NAME/val.jsonl"  # fmt: skip
+SETTINGS = {
+    "sst2-16": Setting("SST-2, 16 rows a label", "sst2", "--dataset {data}/sst2 --k_shot 16"),
+    "trec-16": Setting("TREC, 16 rows a label", "trec", "--dataset {data}/trec --k_shot 16"),
+    "rte-16": Setting(
+        "RTE, 16 rows a label", "rte",
+        "--dataset {pooled}/train.tsv --test_dataset {data}/lmbff_kshot/RTE/16-42/test.tsv --k_shot 16",
+        pool=(("train.tsv", _lmbff("RTE", "16-13/train", "16-13/dev", "16-42/train", "16-42/dev")),),
+    ),
+    "snli-16": Setting(
+        "SNLI, 16 rows a label", "snli", "--dataset {pooled}/train.tsv --test_dataset {pooled}/test.tsv --k_shot 16",
+        pool=(
+            ("train.tsv", _lmbff("SNLI", "16-13/train", "16-13/dev")),
+            ("test.tsv", _lmbff("SNLI", "16-42/train", "16-42/dev")),
+        ),
+    ),
+    "cb-32": Setting("CB, 32 rows", "cb", _FEW.replace("NAME", "CB")),
+    "wic-32": Setting("WiC, 32 rows", "wic", _FEW.replace("NAME", "WiC")),
+    "boolq-32": Setting("BoolQ, 32 rows", "boolq", f"{_FEW.replace('NAME', 'BoolQ')} --max_length 128"),
+    "copa-32": Setting("COPA, 32 rows, the causal model", "copa", _FEW.replace("NAME", "COPA"), causal=True),
+    "sst2-512": Setting("SST-2, 512 rows a label", "sst2", "--dataset {data}/sst2 --k_shot 512"),
+    "squad": Setting(
+        "XQuAD (English) as SQuAD, the causal model", "squad",
+        "--dataset {data}/xquad_en/xquad.en.json --k_shot 64 --max_completion_length 8", causal=True,
+    ),
+}  # fmt: skip
+
+
+def run(name: str, methods: Sequence[str], seeds: Sequence[int], options: argparse.Namespace) -> None:
+    """`zorl compare` on one setting, with the cells that are there already."""
+    setting, work, kept = SETTINGS[name], WORK / name, CELLS / name
+    (work / "cells").mkdir(parents=True, exist_ok=True)
+    for cell in kept.glob("*.json"):
+        shutil.copy(cell, work / "cells")
+    for target, sources in setting.pool:
+        parts = [(Path(options.data) / source).read_text(encoding="utf-8").splitlines() for source in sources]
+        rows = dict.fromkeys(line for part in parts for line in part[1:])
+        (work / target).write_text("\n".join([parts[0][0], *rows]) + "\n", encoding="utf-8")
+    filled = setting.arguments.format(data=Path(options.data).resolve(), pooled=work)
+    command = [
+        sys.executable, "-m", "zorl.apps.cli", "compare", "--model", options.causal if setting.causal else options.masked,
+        "--task", setting.task, *filled.split(), "--budget", str(BUDGET), "--batch_size", str(BATCH),
+        "--test_rows", str(TEST_ROWS),
+        "--output_dir", str(work), "--seeds", *map(str, seeds), "--methods", *methods,
+    ]  # fmt: skip
+    print(f"{name}: {', '.join(methods)}", flush=True)
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    finally:
+        kept.mkdir(parents=True, exist_ok=True)
+        for path in (work / "cells").glob("*.json"):
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            cell.setdefault("machine", machine())
+            (kept / path.name).write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def cells_of(name: str) -> list[dict[str, Any]]:
+    """In the order of the methods above."""
+    order = {method: i for i, method in enumerate((*MAIN, *REST))}
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (CELLS / name).glob("*.json")]
+    return sorted(cells, key=lambda cell: (order.get(cell["method"], len(order)), cell["seed"]))
+
+
+def report() -> str:
+    """docs/results.md: a table a setting, and what they say of the paper's claims."""
+    found = {name: cells_of(name) for name in SETTINGS}
+    found = {name: cells for name, cells in found.items() if cells}
+    machines = sorted({cell["machine"] for cells in found.values() for cell in cells})
+    minutes = sum(cell.get("seconds", 0.0) for cells in found.values() for cell in cells) / 60
+    lines = [
+        "# Results",
+        "",
+        f"Written by `benchmarks/paper.py --report` from the cells in `benchmarks/results/paper/` ({'; '.join(machines)}). The "
+        "masked model has 22.7M parameters (6 layers, width 384), the causal one 260,032: far smaller than the paper's, so "
+        "compare rows here with each other and not with the paper.",
+        "",
+        f"A method may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses settings "
+        "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
+        f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
+        "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
+        "fixed, so there a seed is only the method's own. The forwards of a grid of learning rates are in the row of the "
+        "published recipe; those of fine-tuning's grid are beside it (`search_forwards` in its cells). "
+        f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
+        "Accuracy and F1 at a larger budget are in [accuracy_f1.md](accuracy_f1.md).",
+        "",
+        *claims(found),
+    ]
+    for name, cells in found.items():
+        setting = SETTINGS[name]
+        metrics = metrics_of(cells)
+        lines += [f"## {setting.title}", "", compare_report.markdown(compare_report.summary(cells, metrics), metrics)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def metrics_of(cells: Sequence[dict[str, Any]]) -> list[str]:
+    known = {key for cell in cells for key in cell}
+    return [metric for metric in ("accuracy", "f1", "squad_f1", "exact_match") if metric in known]
+
+
+def claims(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Where MeZO beats what the paper says it beats: the difference of means, with its standard error over the seeds."""
+    against = {"zero_shot": "zero-shot", "threshold": "threshold", "in_context": "in-context", "linear_probing": "linear probing",
+               "label_head": "label head alone", "fine_tuning": "fine-tuning"}  # fmt: skip
+    lines = [
+        "## Where MeZO is ahead, and where it is not",
+        "",
+        "Zorl on the metric itself, less each of the others: the mean over the seeds that both have, ± its standard error. The "
+        "paper claims more than zero-shot, in-context and probing, and about as much as fine-tuning.",
+        "",
+        f"| task | {' | '.join(against.values())} |",
+        f"|---|{'---|' * len(against)}",
+    ]
+    for name, cells in found.items():
+        metric = metrics_of(cells)[0]
+        by = {(c["method"], c["seed"]): c[metric] for c in cells if c.get(metric) is not None}
+        row = []
+        for other in against:
+            pairs = [by["mezo", s] - by[other, s] for s in SEEDS if ("mezo", s) in by and (other, s) in by]
+            row.append(_difference(pairs))
+        if any(cell != "—" for cell in row):
+            lines.append(f"| {SETTINGS[name].title} ({metric}) | {' | '.join(row)} |")
+    return [*lines, ""]
+
+
+def _difference(pairs: Sequence[float]) -> str:
+    if not pairs:
+        return "—"
+    values = torch.tensor(pairs, dtype=torch.float64)
+    if len(pairs) == 1:
+        return f"{values.item():+.3f}"
+    return f"{values.mean().item():+.3f} ± {(values.std() / len(pairs) ** 0.5).item():.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--masked", help="folder or hub name of a masked language model")
+    parser.add_argument("--causal", help="folder or hub name of a causal language model")
+    parser.add_argument("--data", help="folder with the data sets")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to run")
+    parser.add_argument("--methods", nargs="+", default=[*MAIN, *REST], help="methods to run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--report", action="store_true", help="only write docs/results.md")
+    options = parser.parse_args()
+    if not options.report:
+        if not (options.masked and options.causal and options.data):
+            parser.error("--masked, --causal and --data are needed to run; --report alone writes the report")
+        for seed in options.seeds:  # a whole row of seeds last: early on there is something of everything
+            for name in options.only:
+                run(name, options.methods, [seed], options)
+    (ROOT / "docs" / "results.md").write_text(report(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
