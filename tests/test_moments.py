@@ -113,21 +113,28 @@ def test_the_averages_are_those_of_the_formulas(update: UpdateName, distribution
 
 @each_update
 @each_keeping
-@each_distribution
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("closure", [False, True], ids=["ask and tell", "closure"])
 def test_a_quadratic_is_descended(update: UpdateName, moments: Keeping, distribution: Distribution, closure: bool):
     w = torch.zeros(6)
-    lr = 0.03
+    lr = 0.05
     optimizer = MeZO(
-        [("w", w)], lr=lr, epsilon=1e-2, update=update, moments=moments, distribution=distribution, n_spsa=2
+        [("w", w)],
+        lr=lr,
+        epsilon=1e-2,
+        update=update,
+        moments=moments,
+        moment_window=32,
+        distribution=distribution,
+        n_spsa=2,
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120)
 
     def loss(theta: Tensor) -> float:
         return (X @ theta - X @ TRUTH).square().mean().item()
 
     first = loss(w)
-    for _ in range(200):
+    for _ in range(120):
         if closure:
             optimizer.step(lambda: loss(w))
         else:
@@ -146,7 +153,7 @@ def test_a_quadratic_is_descended(update: UpdateName, moments: Keeping, distribu
 @each_keeping
 @pytest.mark.parametrize("n_spsa", [1, "1-3/6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("distribution", ["rademacher", "rank1", "gaussian"])
+@pytest.mark.parametrize("distribution", ["rank1", "gaussian"])
 def test_a_run_that_was_interrupted_continues_to_the_same_bits_and_is_replayed(
     tmp_path: Path,
     update: UpdateName,

@@ -49,6 +49,10 @@ class Updater:
 
     def apply(self, records: Sequence[Record]) -> None:
         """θ after these steps, which follow on those applied before."""
+        if self._moments is None and "block_scales" not in self._header:  # Σ cᵢzᵢ and nothing else
+            self._add(steps_of(self._header, records, self.steps))
+            self.steps += len(records)
+            return
         moves: list[Move] = []
         for record in records:
             if measures(self._header, self.steps):
@@ -65,8 +69,10 @@ class Updater:
     def _write(self, moves: Sequence[Move]) -> None:
         if self._moments is not None:
             self._moments.apply([move for move in moves if move.gradient])
-            return
-        steps = [step for move in moves for step in move.steps]
+        else:
+            self._add([step for move in moves for step in move.steps])
+
+    def _add(self, steps: Sequence[Step]) -> None:
         if self._in_place is not None:
             self._in_place.add(steps)
         else:
