@@ -82,8 +82,11 @@ def lp_mezo(problem: Problem, folder: Path) -> Fitted:
 
 
 def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: Any) -> MeZOTrainer:
-    reward = problem.reward if objective is None else load_reward(objective, column=problem.label_column)
-    goal: dict[str, Any] = {"loss": CROSS_ENTROPY} if objective == CROSS_ENTROPY else {"reward_funcs": reward}
+    if objective == CROSS_ENTROPY:
+        goal: dict[str, Any] = {"loss": CROSS_ENTROPY}
+    else:
+        reward = problem.reward if objective is None else load_reward(objective, column=problem.label_column)
+        goal = {"reward_funcs": reward}
     config = MeZOConfig(
         output_dir=str(folder), seed=problem.seed, per_device_train_batch_size=problem.batch_size,
         forward_batch_size=problem.forward_batch_size, label_column=problem.label_column, max_length=problem.max_length,
