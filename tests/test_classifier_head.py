@@ -185,7 +185,7 @@ def test_names_of_classes(classifier: Callable[[str], Classifier], tmp_path: Pat
         ({"classes": ("a",)}, "two different labels at least"),
         ({"classes": (1, "1")}, "two different labels at least"),
         ({"classes": ("a", "b"), "label_words": {0: "x", 1: "y"}}, "not both"),
-        ({"template": "{text} {mask}", "classes": ("a", "b")}, "no label_words to put there"),
+        ({"template": "{text} {mask}", "classes": ("a", "b")}, "no label_words or options to put there"),
         ({"template": "{a}{sep}{b}{sep}{c}", "classes": ("a", "b")}, "a \\{sep\\} too many"),
         ({"template": "{a}{sep}{b}{mask}", "label_words": {0: "x", 1: "y"}}, "for sequence-classification models"),
     ],

@@ -13,6 +13,7 @@ from zorl.config import MeZOConfig
 from zorl.directions import DISTRIBUTIONS, Distribution, key
 from zorl.forward_gradient import DirectionalDerivative, ForwardGradient
 from zorl.kernels import reference
+from zorl.label_loss import LabelLoss
 from zorl.mezo import MeZO
 from zorl.objectives import CrossEntropy
 from zorl.parameters import ParameterSet
@@ -67,7 +68,8 @@ def test_language_models_have_slopes(parts: Callable[[str], Any], kind: str):
     parameters = ParameterSet(model.named_parameters())
     derivative = DirectionalDerivative(model, parameters, "rank1")
     prompt = Prompt("{text} it was {mask} .", {"bad": "terrible", "good": "great"})
-    objective = CrossEntropy(LabelWords(derivative.evaluator, tokenizer, prompt), "label")
+    policy = LabelWords(derivative.evaluator, tokenizer, prompt)
+    objective = CrossEntropy(policy, LabelLoss(policy, "label"))
     attention = model.config._attn_implementation
     _, slopes = derivative.slopes([Point(5, 0.0)], lambda: objective.losses(ROWS, [CENTRE]).mean())
     plus, minus = objective.losses(ROWS, [Point(5, 2e-3), Point(5, -2e-3)]).mean(dim=1).tolist()

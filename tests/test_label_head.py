@@ -14,6 +14,7 @@ from zorl.label_head import LabelHead
 from zorl.probe import CENTRE
 from zorl.prompts import Prompt
 from zorl.scoring import LabelWords
+from zorl.verbalizer import Verbalizer
 
 PROMPT = Prompt("{text} it was {mask}", {"bad": "terrible", "good": "great"})
 ROWS = [{"text": "the film"}, {"text": "an odd ending"}]
@@ -63,7 +64,7 @@ def test_states_are_what_the_output_embedding_reads_and_the_head_is_added_to_the
     output = part.model.get_output_embeddings()
     with torch.no_grad():
         logits = output(states)
-    label_rows = plain._label_rows
+    label_rows = Verbalizer(part.tokenizer, PROMPT, masked=plain.masked).single_tokens
     assert label_rows is not None
     torch.testing.assert_close(logits[:, label_rows].log_softmax(1), words, atol=1e-5, rtol=1e-5)
 

@@ -870,7 +870,6 @@ def test_exactly_one_objective_is_given(base: Callable[[str], str], options: dic
             "train_dataset has one class only: all 16 rows have label='good'",
         ),
         ({"loss": "accuracy"}, r"loss must be 'cross_entropy' or a function of \(model, rows\), got 'accuracy'"),
-        ({"kind": "gpt2", "prompt": Prompt("{text}")}, "loss='cross_entropy' needs a prompt with label words"),
         ({"reward_funcs": []}, "reward_funcs is empty; give at least one reward function"),
         ({"settings": {"parameters": ["*.nothing"]}}, r"the pattern '\*\.nothing' matches none of the \d+ parameters"),
     ],
@@ -914,8 +913,8 @@ def test_settings_out_of_range_or_of_backpropagation_are_refused(
 
 
 def test_an_unknown_update_rule_is_refused(make: Callable[..., MeZOTrainer]):
-    with pytest.raises(ValueError, match="update='adam' is not an update rule; choose one of 'normalized', 'sgd'"):
-        make(settings={"update": "adam"}).train()
+    with pytest.raises(ValueError, match="update='adamw' is not an update rule; choose one of .*'adam'"):
+        make(settings={"update": "adamw"}).train()
 
 
 def test_a_model_whose_weights_are_nan_is_refused(make: Callable[..., MeZOTrainer], parts: Callable[[str], Any]):
