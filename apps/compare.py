@@ -32,6 +32,7 @@ from zorl.apps.memory import peak_memory
 from zorl.baselines.problem import NotApplicable, Problem
 from zorl.data import hold_out
 from zorl.prompts import Prompt
+from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
 from zorl.tables import did_you_mean
 from zorl.tasks import Task
@@ -91,7 +92,8 @@ def run(argv: Sequence[str]) -> str:
                     bar.update()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; finished cells are kept, and the same command goes on") from None
-    return _report(folder, methods, arguments, metrics)
+    names = [RewardFunctions(load_reward(metric)).names[0] for metric in metrics]
+    return _report(folder, arguments, names)
 
 
 def _chosen(arguments: CompareArguments) -> list[str]:
@@ -175,7 +177,7 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
             answers = fitted.answers(test)
         for metric in metrics:
             judged = replace(problem, reward=load_reward(metric, column=problem.label_column))
-            cell[metric] = judged.score(test, answers)
+            cell[judged.rewards.names[0]] = round(judged.score(test, answers), 6)
         cell |= {
             "forwards": fitted.forwards, "seconds": round(learning, 1),
             "peak_memory_mb": None if peak.megabytes is None else round(peak.megabytes), "chosen": fitted.chosen,
@@ -199,7 +201,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     new.replace(path)
 
 
-def _report(folder: Path, methods: Sequence[str], arguments: CompareArguments, metrics: Sequence[str]) -> str:
+def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -> str:
     """Writes the tables and the plot of every cell there is, those of earlier calls too."""
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
     order = {name: i for i, name in enumerate(METHODS)}

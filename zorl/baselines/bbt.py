@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zorl.adapters import adapt
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, Report, answers_of, progress
 from zorl.baselines.selection import Selection, look_at
 from zorl.directions import derive_seed
@@ -98,12 +99,12 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
 
 def _with_soft_prompt(base: Any, tokenizer: Any, generator: torch.Generator) -> tuple[Any, Tensor]:
     """The model with embeddings of random tokens in front, and these, shape `(tokens, width)`."""
-    from peft import PromptTuningConfig, get_peft_model
+    from peft import PromptTuningConfig
 
     tokens = max(1, min(TOKENS, longest_input(base, tokenizer) // _SHARE_OF_CONTEXT))
     kind = "CAUSAL_LM" if base.can_generate() else "FEATURE_EXTRACTION"
     with torch.random.fork_rng():  # peft draws a first prompt of its own
-        model: Any = get_peft_model(base, PromptTuningConfig(task_type=kind, num_virtual_tokens=tokens))
+        model: Any = adapt(base, PromptTuningConfig(task_type=kind, num_virtual_tokens=tokens))
     soft: Tensor = model.prompt_encoder["default"].embedding.weight
     vocabulary = base.get_input_embeddings().weight
     drawn = torch.randint(len(vocabulary), (tokens,), generator=generator)

@@ -1,0 +1,201 @@
+"""`zorl compare`: cells that are kept, one table, and what each method is given."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zorl.apps.cli import main
+from zorl.apps.commands import COMPARE
+from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.compare_report import markdown, summary, text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = {"0": ("bad", "terrible"), "1": ("good", "great")}
+QUESTION = ["--prompt", "{text} it was {mask} .", "--label_words", "0=terrible", "1=great"]
+REWARDS = '''
+from pathlib import Path
+
+def right(completions, label, **columns):
+    """The share that is right; it stops the process once, when the file that `stop` names is there."""
+    stop = Path(__file__).with_name("stop")
+    if stop.exists() and Path(stop.read_text()).exists():
+        stop.unlink()
+        raise KeyboardInterrupt
+    return [float(c == str(t)) for c, t in zip(completions, label)]
+'''
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, parts: Callable[[str], Any]) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for kind in ("bert", "gpt2"):
+        parts(kind).model.save_pretrained(folder / kind)
+        parts(kind).tokenizer.save_pretrained(folder / kind)
+    for seed, (name, size) in enumerate({"train": 64, "test": 30}.items()):
+        rng = random.Random(seed)
+        rows = [
+            f"the {rng.choice(['film', 'plot'])} was {rng.choice(WORDS[label])}\t{label}"
+            for label in "01" * (size // 2)
+        ]
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
+    (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
+    return folder
+
+
+def words(files: Path, out: Path, *more: str, model: str = "bert") -> list[str]:
+    data = ["--dataset", str(files / "train.tsv"), "--test_dataset", str(files / "test.tsv"), "--k_shot", "8"]
+    size = ["--budget", "24", "--batch_size", "8"]
+    return ["compare", "--model", str(files / model), *data, *QUESTION, *size, "--output_dir", str(out), *more]
+
+
+def cells(out: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (out / "cells").glob("*.json")}
+
+
+def test_cells_are_run_once_and_make_one_table(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    assert main(words(files, out, "--methods", "zero_shot", "threshold", "--seeds", "1", "2")) == 0
+    shown = capsys.readouterr().out
+    assert "zero-shot" in shown
+    assert "one fitted threshold a label" in shown
+    first = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+    assert {path.stem for path in first} == {"zero_shot-1", "zero_shot-2", "threshold-1", "threshold-2"}
+
+    assert main(words(files, out, "--methods", "zero_shot", "mezo", "--seeds", "1", "2", "--json")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {path: path.stat().st_mtime_ns for path in first} == first, "what is done is not done again"
+    rows = {row["method"]: row for row in answer["rows"]}
+    assert list(rows) == ["zero_shot", "threshold", "mezo"], "cells of earlier calls stand in the table too"
+    found = cells(out)
+    assert rows["mezo"]["accuracy"] == pytest.approx((found["mezo-1"]["accuracy"] + found["mezo-2"]["accuracy"]) / 2)
+    assert all(
+        cell["forwards"] <= 24 and cell["train_rows"] == 16 and cell["test_rows"] == 30 for cell in found.values()
+    )
+    assert found["zero_shot-1"]["forwards"] == 0 < found["mezo-1"]["forwards"]
+    assert not list((out / "runs").iterdir()), "a finished run leaves its figures alone behind"
+
+    with (out / "table.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["zero_shot", "threshold", "mezo"]
+    assert (out / "table.md").read_text(encoding="utf-8").count("\n") == 5
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_for_label_words_learns_or_says_why_not(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    methods = [name for name in METHODS if name != "mezo_f1"]  # `mezo` with a reward that takes longer
+    assert main(words(files, out, "--methods", *methods, "--seeds", "1")) == 0
+    shown, found = capsys.readouterr().out, cells(out)
+    assert set(found) == {f"{name}-1" for name in methods}
+    assert {name for name, cell in found.items() if "not_applicable" in cell} == {"grpo-1"}
+    assert found["grpo-1"]["not_applicable"] in shown
+    assert all(0.0 <= cell["accuracy"] <= 1.0 for name, cell in found.items() if name != "grpo-1")
+    for tuned in ("mezo-1", "mezo_lora-1", "mezo_one_point-1", "lp_mezo-1", "fine_tuning-1"):
+        assert 0 < found[tuned]["forwards"] <= 24
+    assert found["mezo_published-1"]["forwards"] <= 24 + 3 * 6
+
+
+def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = ["--methods", "mezo", "--seeds", "3", "--metrics", f"{files / 'rewards.py'}:right"]
+    assert main(words(files, tmp_path / "straight", *more)) == 0
+    trajectory = tmp_path / "broken" / "runs" / "mezo-3" / "trajectory.zorl"
+    (files / "stop").write_text(str(trajectory))
+    assert main(words(files, tmp_path / "broken", *more)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert trajectory.exists()
+    assert not cells(tmp_path / "broken")
+    assert main(words(files, tmp_path / "broken", *more)) == 0
+    expected, found = cells(tmp_path / "straight")["mezo-3"], cells(tmp_path / "broken")["mezo-3"]
+    assert 0.0 <= found["right"] <= 1.0
+    measured = ("seconds", "peak_memory_mb")
+    assert {k: v for k, v in found.items() if k not in measured} == {
+        k: v for k, v in expected.items() if k not in measured
+    }
+
+
+def test_options_of_each_row(files: Path, tmp_path: Path):
+    rows = [{"premise": f"the {film} was good", "options": ["great", "terrible"], "label": "great"}
+            for film in ("film", "plot") for _ in range(8)]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    command = [
+        "compare",
+        "--model",
+        str(files / "gpt2"),
+        "--dataset",
+        str(data),
+        "--prompt",
+        "{premise} so it was {mask}",
+    ]
+    more = ["--options", "options", "--budget", "8", "--batch_size", "8", "--seeds", "1", "--metrics", "accuracy"]
+    methods = ["--methods", "zero_shot", "mezo", "threshold"]
+    assert main([*command, *more, *methods, "--output_dir", str(tmp_path / "out")]) == 0
+    found = cells(tmp_path / "out")
+    assert "needs a prompt with label words" in found["threshold-1"]["not_applicable"]
+    assert found["mezo-1"]["accuracy"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "mezzo"], "--methods: there is no 'mezzo'; did you mean 'mezo' or"),
+        (["--budget", "0"], "--budget must be at least 1, got 0"),
+        (["--k_shot", "20"], "the label '0' has 32 rows, and 20 to train on with 20 to validate on make 40"),
+        (["--metrics", "acuracy"], "unknown reward 'acuracy'"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+):
+    assert main(words(files, tmp_path / "out", *more)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_cells_of_other_settings_are_not_put_in_one_table(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    assert main(words(files, out, "--methods", "zero_shot", "--seeds", "1")) == 0
+    assert main(words(files, out, "--methods", "zero_shot", "--seeds", "1", "--test_rows", "7")) == 2
+    assert "holds a comparison with --test_rows" in capsys.readouterr().err
+
+
+def test_the_summary_is_mean_and_sample_deviation_over_the_seeds():
+    made = [
+        {
+            "method": "a",
+            "title": "A",
+            "seed": seed,
+            "accuracy": value,
+            "forwards": 10,
+            "seconds": 2.0,
+            "peak_memory_mb": None,
+        }
+        for seed, value in ((1, 0.5), (2, 0.7), (3, 0.9))
+    ]
+    refused = {"method": "b", "title": "B", "seed": 1, "not_applicable": "B needs a causal model"}
+    a, b = summary([*made, refused], ["accuracy"])
+    assert a["accuracy"] == pytest.approx(0.7)
+    assert a["accuracy_std"] == pytest.approx(math.sqrt(2 * 0.2**2 / 2))
+    assert a["seeds"] == 3
+    assert "0.700 ± 0.200" in text([a, b], ["accuracy"])
+    assert "B: B needs a causal model" in text([a, b], ["accuracy"])
+    assert "| A | 0.700 ± 0.200 | 10 | 2 | — | 3 |" in markdown([a, b], ["accuracy"])
+
+
+def test_help_names_every_method():
+    about = COMPARE.help()
+    assert [name for name in METHODS if name not in about] == []
+    assert set(STANDARD) <= set(METHODS)
