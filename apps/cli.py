@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from zorl import __version__
+from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.commands import COMMANDS
 
 OVERVIEW = f"""\
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 where something does not fit, with one sentence on stderr; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             text = _run(words)

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from zorl import MeZO
+from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.memory import peak_memory
 from zorl.directions import Step
 from zorl.parameters import ParameterSet
@@ -387,6 +388,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--write", action="store_true", help="write docs/speed.md, its plot and the results")
     options = parser.parse_args()
+    keep_freed_memory()  # as the zorl command does; for all cases alike
     model = make_model()
     warm = Cases(model, torch.full((1, 4), 7), generate=False)
     for work in (warm.scratch_step, warm.twin_n1):

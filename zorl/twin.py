@@ -85,7 +85,8 @@ class Twin:
         self.points: tuple[Point, ...] = ()
         self.head_rows: Tensor | None = None
         self._batch = 0  # rows of the outer forward, all points together
-        self._cache: dict[Any, Any] = {}
+        self._makers: dict[Any, Callable[[], Any]] = {}  # of what the operations asked for so far
+        self._cache: dict[Any, Any] = {}  # the same, made for these points
         self._depth = 0  # of models that are running, one inside the other
         # peft calls the model that it wraps past its hooks; what is inside that one notes the batch as well.
         for inner in {self.module, *(m for m in self.module.modules() if isinstance(m, PreTrainedModel))}:
@@ -107,12 +108,17 @@ class Twin:
         """See `zorl.perturbation.Evaluator.evaluate_all`."""
         with uninterrupted() as interruptible:
             self.points, self.head_rows, self._batch, self._depth = tuple(points), head_rows, 0, 0
-            self._slots = [slot if slot.is_current else slot.again(self) for slot in self._slots]
+            if not all(slot.is_current for slot in self._slots):
+                self._slots, self._makers = [slot.again(self) for slot in self._slots], {}
             moved = head_rows is not None or any(point.offset != 0.0 for point in points)
             try:
                 if moved:
                     for slot in self._slots:
                         slot.module._parameters[slot.attribute] = slot.moved  # type: ignore[assignment]
+                    # What stays for the whole forward comes first. Between a forward's activations it would leave gaps in
+                    # memory that the next ones do not fit into: up to a quarter more than inference takes.
+                    for name, make in list(self._makers.items()):
+                        self._once(name, make)
                 result: list[T] = interruptible(lambda: forward(len(points)))
                 return result
             finally:
@@ -237,6 +243,7 @@ class Twin:
     def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         """Made once an evaluation, however many tokens it generates."""
         if name not in self._cache:
+            self._makers[name] = make
             self._cache[name] = make()
         return self._cache[name]
 
