@@ -1,7 +1,7 @@
 """Freed memory is kept for the next forward, where the C library can be told so."""
 
 import ctypes
-import resource
+import mmap
 import subprocess
 import sys
 
@@ -27,5 +27,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 )
 def test_freed_blocks_are_not_cleared_anew_for_every_forward() -> None:
     faults = int(subprocess.check_output([sys.executable, "-c", PROGRAM], text=True))
-    touched = 10 * 8 * (16 << 20) // resource.getpagesize()
+    touched = 10 * 8 * (16 << 20) // mmap.PAGESIZE
     assert faults < touched / 100, f"{faults} of {touched} pages were cleared again"
