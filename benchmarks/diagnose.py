@@ -150,8 +150,8 @@ def report() -> str:
         f"The grid has the learning rates {', '.join(f'{rate:g}' for rate in RATES)} and ε {' and '.join(EPSILONS)}: "
         f"{len(RATES) * len(EPSILONS)} runs, {len(RATES) * len(EPSILONS) * FORWARDS} forwards, against {BUDGET}. "
         "The last column counts the runs that are done. Where the best and the worst of a grid are within noise of each other, "
-        "no setting learned anything. The rule by which a diagnosis chooses was settled with these runs in view: they show that it "
-        "can do what it should on these models, and are no test on unseen ones.",
+        "no setting learned anything. The rule by which a diagnosis chooses was settled with these runs in view: they show that "
+        "it can do what it should on these models, and are no test on unseen ones.",
         "",
         "What the diagnoses found where tuning starts, with 95% intervals:",
         "",
