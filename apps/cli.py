@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             text = _run(words)
-        print(text, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
+            print(text, flush=True)
     except KeyboardInterrupt as error:
         print(f"zorl: {error or 'interrupted'}", file=sys.stderr)
         return 130

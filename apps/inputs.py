@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,9 +26,15 @@ from zorl.tasks import task as find_task
 DEFAULT_TEMPLATE = "{prompt}"  # the column that TRL's data sets have
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one: it alone speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """A message for people; stdout is for results."""
-    print(f"zorl: {message}", file=sys.stderr)
+    if is_first():
+        print(f"zorl: {message}", file=sys.stderr)
 
 
 def number(value: float) -> float | None:

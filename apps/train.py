@@ -21,6 +21,7 @@ from zorl.apps.inputs import (
     check_model_folder,
     check_source,
     describe,
+    is_first,
     label_of,
     load,
     load_rewards,
@@ -220,7 +221,8 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
                 return result
     trainer.save_model()
     result = _result(trainer, seconds)
-    stored.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if is_first():
+        stored.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

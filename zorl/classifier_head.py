@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zorl import processes
 from zorl.directions import canonical_name
 from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
 from zorl.fitting_forwards import FittingForwards
@@ -98,9 +99,10 @@ class ClassifierHead:
         """Log-probabilities of the classes.
 
         Returns:
-            float32 of shape `(len(points), len(rows), classes)`, on the model's device. NaN where the logits are.
+            float32 of shape `(len(points), len(rows), classes)`. NaN where the logits are.
         """
-        return self._logits(self._encode(rows), points)[0].log_softmax(dim=-1)
+        parts = processes.share(rows, lambda mine: {"logits": self._logits(self._encode(mine), points)[0]})
+        return torch.cat([part["logits"] for part in parts], dim=1).log_softmax(dim=-1)
 
     def answers(
         self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], *, noise_seed: int = 0
@@ -126,8 +128,13 @@ class ClassifierHead:
             Log-probabilities of shape `(rows, classes)`, and states of shape `(rows, width)`, both float32 on the CPU. No
             states where the logits are not those of a linear layer.
         """
+        parts = processes.share(rows, self._logits_and_states)
+        logits, states = [part["logits"] for part in parts], [part["states"] for part in parts if "states" in part]
+        return torch.cat(logits).log_softmax(dim=-1), torch.cat(states) if states else None
+
+    def _logits_and_states(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         logits, states = self._logits(self._encode(rows), [CENTRE])
-        return logits[0].log_softmax(dim=-1).cpu(), None if states is None else states[0].cpu()
+        return {"logits": logits[0].cpu()} | ({} if states is None else {"states": states[0].cpu()})
 
     def _logits(self, encoded: Sequence[Encoded], points: Sequence[Point]) -> tuple[Tensor, Tensor | None]:
         """Logits `(points, rows, classes)`, and the states that they are made of, `(points, rows, width)`."""

@@ -186,6 +186,11 @@ class MeZOConfig(TrainingArguments):
         },
     )
     calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})
+    check_weights_steps: int = field(
+        default=0,
+        metadata={"help": "With several processes: compare their weights by SHA-256 every this many steps, and at the end. 0: at "
+                  "the end alone."},
+    )  # fmt: skip
     forward_batch_size: int = field(
         default=64,
         metadata={"help": "Inputs a forward, at most. It is halved where memory runs out; results do not change."},
@@ -240,6 +245,8 @@ class MeZOConfig(TrainingArguments):
         check_block_scales(self.block_scales, self.block_scales_every)
         Averaging(self.beta1, self.beta2, self.moment_window, self.moments)  # type: ignore[arg-type]
         Directions.parse(self.n_spsa)
+        if self.check_weights_steps < 0:
+            raise ValueError(f"check_weights_steps must not be negative, got {self.check_weights_steps}")
         if self.forward_batch_size < 1:
             raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")
         if self.temperature < 0:

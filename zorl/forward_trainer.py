@@ -11,14 +11,18 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
+from zorl import processes
 from zorl.config import MeZOConfig
 from zorl.mezo import MeZO
 from zorl.parameters import ParameterSet
 from zorl.replay import replay
 from zorl.run_folder import RunFolder
+from zorl.trajectory import read
 
 
 class ForwardTrainer(Trainer):
@@ -44,6 +48,26 @@ class ForwardTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's formula counts a backward pass; `forwards` in the log is what a run costs
+
+    # --- several processes -------------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # No DistributedDataParallel, which would copy gradients that there are none of.
+        self.accelerator.prepare_model = lambda model, **_: model
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process sees the whole batch, as large as all of theirs together; the work on it is what they share."""
+        if processes.count() == 1:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size * processes.count(),
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
     # --- the trajectory as the checkpoint ---------------------------------------------------------------------------
 
@@ -111,14 +135,15 @@ class ForwardTrainer(Trainer):
         if self.mezo is not None and self.mezo.trajectory is not None:
             self.mezo.trajectory.sync()
         self.state.best_model_checkpoint = str(self.folder.path)
-        self.state.save_to_json(str(self.folder.state))
+        if self.args.should_save:
+            self.state.save_to_json(str(self.folder.state))
 
     def _load_best_model(self) -> None:
         """Rewinds to the best evaluation: base weights, and the trajectory up to there."""
         step = self.state.best_global_step
-        if self.mezo is None or self.mezo.trajectory is None or not step or step == self.mezo.steps:
+        if self.mezo is None or not step or step == self.mezo.steps:
             return
-        trajectory = self.mezo.trajectory
-        self.folder.restore_base(trajectory.header, self.model, self.tuned)  # type: ignore[arg-type]
-        replay(trajectory.header, trajectory.records[:step], self.tuned)
+        header, records = read(self.folder.trajectory, until=step)
+        self.folder.restore_base(header, self.model, self.tuned)  # type: ignore[arg-type]
+        replay(header, records, self.tuned)
         self._rewound_to = step

@@ -25,6 +25,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from zorl import processes
 from zorl.encoding import (
     FORWARD_TOKENS,
     ContextTokenizer,
@@ -151,10 +152,28 @@ class Generation:
         Raises:
             FloatingPointError: the model's logits are NaN.
         """
+        parts = processes.share(rows, lambda mine: _packed(self._completions(mine, points, noise_seed)))
+        shares = [_unpacked(part, len(points)) for part in parts]
+        conversational = [self.prompt.render(row).conversational for row in rows]
+        answers = []
+        for i in range(len(points)):
+            completions = [ids for of_share in shares for ids in of_share[i]]
+            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+            answers.append(
+                [
+                    Answer([{"role": "assistant", "content": text}] if chat else text, ids)
+                    for text, ids, chat in zip(texts, completions, conversational, strict=True)
+                ]
+            )
+        return answers
+
+    def _completions(
+        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], noise_seed: int
+    ) -> list[list[list[int]]]:
+        """The tokens of the answer to each row at each point, as `[point][row]`."""
         if not rows:
             return [[] for _ in points]
         encoded = self._encode(rows)
-        conversational = [self.prompt.render(row).conversational for row in rows]
         overhead = FORWARD_TOKENS * self.max_new_tokens  # a batch takes a forward for every token
 
         def prepare(inputs: int) -> Callable[[int], list[list[list[int]]]]:
@@ -171,16 +190,7 @@ class Generation:
 
             return forward
 
-        answers = []
-        for completions in self.forwards(points, prepare, inputs=len(encoded)):
-            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-            answers.append(
-                [
-                    Answer([{"role": "assistant", "content": text}] if chat else text, ids)
-                    for text, ids, chat in zip(texts, completions, conversational, strict=True)
-                ]
-            )
-        return answers
+        return self.forwards(points, prepare, inputs=len(encoded))
 
     def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """The tokens of each row's prompt, as the model is given them to continue."""
@@ -257,6 +267,19 @@ class _NanCheck(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.found |= scores.isnan().any()
         return scores
+
+
+def _packed(completions: list[list[list[int]]]) -> dict[str, Tensor]:
+    """Tokens `[point][row]` as two tensors, whatever their lengths."""
+    flat = [ids for of_point in completions for ids in of_point]
+    return {"ids": torch.tensor([i for ids in flat for i in ids], dtype=torch.int64),
+            "lengths": torch.tensor([len(ids) for ids in flat], dtype=torch.int64)}  # fmt: skip
+
+
+def _unpacked(packed: Mapping[str, Tensor], points: int) -> list[list[list[int]]]:
+    ids = [part.tolist() for part in packed["ids"].split(packed["lengths"].tolist())] if len(packed["lengths"]) else []
+    rows = len(ids) // points if points else 0
+    return [ids[i * rows : (i + 1) * rows] for i in range(points)]
 
 
 def gumbel(keys: Tensor, n: int) -> Tensor:

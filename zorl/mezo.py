@@ -29,7 +29,16 @@ from zorl.parameters import ParameterSet
 from zorl.probe import Answers, Point, Probe, Scores
 from zorl.replay import Updater, grid_of
 from zorl.schedules import Directions
-from zorl.trajectory import SCHEMA, Record, Trajectory, check_header, check_parameters, direction_seed, directions_of
+from zorl.trajectory import (
+    SCHEMA,
+    Record,
+    Trajectory,
+    check_header,
+    check_parameters,
+    direction_seed,
+    directions_of,
+    read,
+)
 from zorl.updates import UpdateName, bfloat16, update_rule
 
 
@@ -60,6 +69,7 @@ class MeZO(torch.optim.Optimizer):
         comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
         trajectory: a file to log to. Where it exists the run is resumed: the parameters must hold the base weights, and
             are brought to where the log ends.
+        writes: False where another process writes the trajectory, and this one only starts from what it holds.
         header: what else to write into the trajectory's header (JSON values), and to compare on resuming.
 
     Raises:
@@ -92,6 +102,7 @@ class MeZO(torch.optim.Optimizer):
         block_scales_every: int = 1000,
         comparison: Comparison = "share",
         trajectory: str | Path | None = None,
+        writes: bool = True,
         header: Mapping[str, Any] | None = None,
     ) -> None:
         if not (math.isfinite(lr) and lr > 0.0):
@@ -145,6 +156,7 @@ class MeZO(torch.optim.Optimizer):
         }
         self._directions_at = directions_of({**self._header, "parameters": self.parameters})
         self._path = None if trajectory is None else Path(trajectory)
+        self._writes = writes
         if self._path is not None:
             # Of the base weights: resuming or replaying on others would give neither run.
             self._header.setdefault("base_sha256", self.parameters.sha256())
@@ -214,7 +226,7 @@ class MeZO(torch.optim.Optimizer):
             coefficients = tuple(self.rule.coefficients(projected, self.param_groups[0]["lr"]))
             record = Record(projected, coefficients, self.estimator.losses(answers))
         with uninterrupted():
-            if self._path is not None:
+            if self._path is not None and self._writes:
                 self._log().append(record)
             del self._open[probe.step]
             self.forwards += len(probe.points)
@@ -336,17 +348,20 @@ class MeZO(torch.optim.Optimizer):
         return self.trajectory
 
     def _resume(self, path: Path) -> None:
-        self.trajectory, self.truncated = Trajectory.resume(path)
-        recorded = self.trajectory.header
+        if self._writes:
+            self.trajectory, self.truncated = Trajectory.resume(path)
+            recorded, records = self.trajectory.header, self.trajectory.records
+        else:
+            recorded, records = read(path)
         try:
             check_parameters(recorded, self.parameters)
             check_header(recorded, self._header)
         except ValueError:
-            self.trajectory.close()
+            self.close()
             raise
         if recorded["in_place"]:
             self._closure_evaluator()
-        for record in self.trajectory.records:
+        for record in records:
             self._observe(record)
             self.forwards += self.estimator.sides * len(record.projected)
-        self._theta.apply(self.trajectory.records)
+        self._theta.apply(records)

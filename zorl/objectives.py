@@ -6,11 +6,13 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from zorl import processes
 from zorl.directions import derive_seed
 from zorl.expected_reward import DRAWS, LabelReward, expected_reward, rectangle, sample_labels
 from zorl.generation import Generation
@@ -244,12 +246,14 @@ class CallableLoss:
         return Asked(Scores.of_losses(losses), {"objective": losses.nanmean().item()})
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
-        loss = self._evaluate(rows, CENTRE).nanmean().item()
+        loss = self.losses(rows, [CENTRE]).nanmean().item()
         return {"reward": -loss, "loss": loss}
 
     def losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
         """Of each row at each point, `(points, rows)`, or `(points, 1)` where the loss is one number; float64."""
-        return torch.stack([self._evaluate(rows, point) for point in points])
+        # A loss may be one number for all rows, so processes share the points.
+        parts = processes.share(points, lambda mine: {str(i): self._evaluate(rows, p) for i, p in enumerate(mine)})
+        return torch.stack([part[str(i)] for part in parts for i in range(len(part))])
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
         value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
@@ -287,13 +291,15 @@ class JudgeObjective:
         if shown:
             pairs = [(answers[p][i].completion, answers[p + 1][i].completion) for p, i, _ in shown]
             ordered = [pair[::-1] if flipped else pair for pair, (_, _, flipped) in zip(pairs, shown, strict=True)]
-            choices = self.judge(
+            asked = partial(
+                self.judge,
                 prompts=[self.policy.prompt.render(rows[i]).prompt for _, i, _ in shown],
                 first=[first for first, _ in ordered],
                 second=[second for _, second in ordered],
                 request_id=f"{noise_seed:016x}",
                 **_columns_for_judge([rows[i] for _, i, _ in shown]),
             )
+            choices = processes.first(lambda: list(asked()))
             if len(choices) != len(shown):
                 raise ValueError(f"the judge gave {len(choices)} verdicts on {len(shown)} pairs")
             for (plus, i, flipped), choice in zip(shown, choices, strict=True):

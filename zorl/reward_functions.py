@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zorl import processes
 from zorl.background_loop import BackgroundLoop
 from zorl.reward_models import RewardModel
 
@@ -45,7 +46,7 @@ class RewardValues:
             abstained on a sample is left out of that sample's sum; NaN where all did.
         set_level: some function scored the batch as a whole; the values of the others are then means over the samples
             on which they did not abstain.
-        extras: columns logged with `log_extra`.
+        extras: columns logged with `log_extra`; where processes share the work, in the first of them alone.
         metrics: numbers logged with `log_metric`, in the order of the calls.
     """
 
@@ -152,8 +153,13 @@ class RewardFunctions:
             raise ValueError(f"data set column '{clash[0]}' has the name of an argument of reward functions; rename it")
         keywords |= {name: column for name, column in columns.items() if name not in _NOT_PASSED}
 
-        outputs = self._outputs(keywords, columns)
-        rows = [_values(name, out, len(completions)) for name, out in zip(self.names, outputs, strict=True)]
+        def ask() -> dict[str, Any]:
+            outputs = self._outputs(keywords, columns)
+            found = [_values(name, out, len(completions)) for name, out in zip(self.names, outputs, strict=True)]
+            return {"rows": [row.tolist() for row in found], "metrics": metrics}
+
+        answer = processes.first(ask)  # a function may cost money, or answer otherwise when it is asked again
+        rows, metrics = [torch.tensor(row) for row in answer["rows"]], answer["metrics"]
         set_level = any(row.ndim == 0 for row in rows)
         if set_level:
             rows = [row.nanmean(dim=0, keepdim=True) if row.ndim else row[None] for row in rows]

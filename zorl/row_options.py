@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from zorl import processes
 from zorl.encoding import PromptEncoder, longest_input, pad_token_id
 from zorl.fitting_forwards import FittingForwards
 from zorl.likelihood import Likelihood
@@ -79,10 +81,16 @@ class RowOptions:
         """Log-probabilities of the options: their scores, normalised over the row's options.
 
         Returns:
-            float32 of shape `(len(points), len(rows), most options of a row)`, on the model's device: −inf where a row has
-            fewer options. NaN where the logits are.
+            float32 of shape `(len(points), len(rows), most options of a row)`: −inf where a row has fewer options. NaN where
+            the logits are.
         """
-        likelihood, _ = self._likelihood(self._encode(rows), points)
+        parts = processes.share(rows, lambda mine: {"likelihood": self._likelihood(self._encode(mine), points)[0]})
+        parts = [part for part in parts if part["likelihood"].numel()] or parts[:1]
+        widest = max(part["likelihood"].shape[2] for part in parts)
+        likelihood = torch.cat(
+            [F.pad(part["likelihood"], (0, widest - part["likelihood"].shape[2]), value=-torch.inf) for part in parts],
+            dim=1,
+        )
         # A row of NaN would spread it to options that are not there.
         return likelihood.log_softmax(dim=-1).masked_fill(likelihood == -torch.inf, -torch.inf)
 

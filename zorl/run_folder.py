@@ -58,16 +58,17 @@ class RunFolder:
             lock.release()
 
     @torch.no_grad()
-    def keep_init(self, parameters: Mapping[str, torch.Tensor]) -> str:
+    def keep_init(self, parameters: Mapping[str, torch.Tensor], *, writes: bool = True) -> str:
         """Saves parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
 
         Args:
             parameters: the tuned ones, and those that stay as they are but that the base checkpoint lacks.
+            writes: False where another process has saved them.
 
         Raises:
             TrajectoryError: the run has a trajectory, but its first values are gone.
         """
-        if not self.trajectory.exists():  # a file of a run that never made a step counts for nothing
+        if writes and not self.trajectory.exists():  # a file of a run that never made a step counts for nothing
             whole = self.init.with_name(f"{self.init.name}.new")
             save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, whole)
             whole.replace(self.init)

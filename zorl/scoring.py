@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zorl import processes
 from zorl.encoding import Encoded, PromptEncoder, longest_input, pad_token_id
 from zorl.fitting_forwards import FittingForwards
 from zorl.likelihood import Likelihood
@@ -94,8 +95,12 @@ class LabelWords:
         """Log-probabilities of the labels, normalised over the labels.
 
         Returns:
-            float32 of shape `(len(points), len(rows), labels)`, on the model's device. NaN where the logits are.
+            float32 of shape `(len(points), len(rows), labels)`. NaN where the logits are.
         """
+        parts = processes.share(rows, lambda mine: {"scores": self._scores(mine, points)})
+        return torch.cat([part["scores"] for part in parts], dim=1)
+
+    def _scores(self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> Tensor:
         words, states = self._words_and_states(self._encode(rows), points, with_states=self._weight is not None)
         if self._weight is not None and len(rows) and len(points):
             if states is None:
@@ -134,8 +139,13 @@ class LabelWords:
             states where words have several tokens, which are read at several positions, or where the model's head uses the
             output embedding's weight without calling it.
         """
+        parts = processes.share(rows, self._own_words_and_states)
+        words, states = [part["words"] for part in parts], [part["states"] for part in parts if "states" in part]
+        return torch.cat(words), torch.cat(states) if states else None
+
+    def _own_words_and_states(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         words, states = self._words_and_states(self._encode(rows), [CENTRE], with_states=True)
-        return words[0].cpu(), None if states is None else states[0].cpu()
+        return {"words": words[0].cpu()} | ({} if states is None else {"states": states[0].cpu()})
 
     def _words_and_states(
         self, encoded: Sequence[Encoded], points: Sequence[Point], *, with_states: bool

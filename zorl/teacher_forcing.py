@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from zorl import processes
 from zorl.encoding import ContextTokenizer, Encoded, Options, pad_token_id
 from zorl.generation import Generation
 from zorl.likelihood import Likelihood
@@ -51,6 +53,12 @@ class TeacherForcing:
         Raises:
             ValueError: a row has no text, or one without tokens for a tokenizer without an end-of-sequence token.
         """
+        parts = processes.share(rows, lambda mine: {"losses": self._losses(mine, points)})
+        return torch.cat([part["losses"] for part in parts], dim=1)
+
+    def _losses(self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> Tensor:
+        if not rows:
+            return torch.empty(len(points), 0, dtype=torch.float64)
         likelihood, _ = self._likelihood(self._encoded(rows), points)  # (points, rows, 1)
         return -likelihood.squeeze(2).double().cpu()
 

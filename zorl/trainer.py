@@ -6,6 +6,7 @@ Trainer assumes of backpropagation is switched off in `MeZOConfig` and `zorl.for
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from zorl import processes
 from zorl.adapters import adapt, is_peft, prepare
 from zorl.classifier_head import (
     ClassifierHead,
@@ -127,6 +129,11 @@ class MeZOTrainer(ForwardTrainer):
             found = " and ".join(given) if given else "none"
             raise ValueError(f"give exactly one of reward_funcs, judge and loss: got {found}")
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
+        if processes.index() > 0:
+            args = copy.copy(args)
+            args.disable_tqdm = True  # the first process shows how far the run is
+        if args.estimator == "forward_gradient" and processes.count() > 1:
+            raise ValueError("estimator='forward_gradient' runs in one process; with several use estimator='spsa'")
         if judge is not None and args.estimator == "one_point":
             raise ValueError(
                 "a judge compares two sides of a direction, and estimator='one_point' looks at one: use estimator='spsa', or a "
@@ -206,6 +213,7 @@ class MeZOTrainer(ForwardTrainer):
         self._use_prompt(prompt)
         self._batch: list[dict[str, Any]] = []
         self._since_log: list[dict[str, float]] = []
+        self._exchanged = 0  # bytes, at the last log
         self.mezo: MeZO | None = None
         self._rewound_to: int | None = None
         self.calibration_forwards = 0
@@ -234,11 +242,12 @@ class MeZOTrainer(ForwardTrainer):
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is needed to train")
-        with self.folder.claimed():
+        with self.folder.claimed() if processes.index() == 0 else contextlib.nullcontext():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         exists = self.folder.trajectory.exists()
+        processes.agree(f"whether {self.folder.trajectory} exists (they must share output_dir)", exists)
         if exists and not resume_from_checkpoint:
             raise FileExistsError(
                 f"{self.folder.trajectory} holds a run: continue it with resume_from_checkpoint=True, or choose "
@@ -257,10 +266,15 @@ class MeZOTrainer(ForwardTrainer):
             self.create_optimizer()
             assert self.mezo is not None
             if not exists:
-                return super().train(None, trial, ignore_keys_for_eval)
-            state = self._state_at(self.mezo.steps)
-            state.save_to_json(str(self.folder.state))
-            return super().train(str(self.folder.path), trial, ignore_keys_for_eval)
+                output = super().train(None, trial, ignore_keys_for_eval)
+                self.check_processes()
+                return output
+            with processes.first_goes_ahead():
+                if self.args.should_save:
+                    self._state_at(self.mezo.steps).save_to_json(str(self.folder.state))
+            output = super().train(str(self.folder.path), trial, ignore_keys_for_eval)
+            self.check_processes()
+            return output
         finally:
             self.progress.close()
             if self.mezo is not None:
@@ -293,6 +307,10 @@ class MeZOTrainer(ForwardTrainer):
             self.objective.trainer_state = self.state
         probe = self.mezo.ask()
         asked = self._ask(rows, probe)
+        if isinstance(asked.answers, Scores):  # one process's numbers for all: another's may differ in the last bit
+            scores = asked.answers.values
+            told = processes.first(lambda: scores.tolist())
+            asked = replace(asked, answers=Scores(torch.tensor(told, dtype=scores.dtype)))
         record = self.mezo.tell(probe.id, asked.answers)
         figures = dict(asked.figures)
         if isinstance(asked.answers, Scores):
@@ -305,6 +323,8 @@ class MeZOTrainer(ForwardTrainer):
         if informative and self.derivative is None:
             figures["loss_difference"] = figures["projected_gradient"] * self.mezo.estimator.sides * probe.epsilon
         self._since_log.append(figures)
+        if self.args.check_weights_steps and not self.mezo.steps % self.args.check_weights_steps:
+            self.check_processes()
         reward = figures.get("reward", math.nan)
         return zero - (0.0 if math.isnan(reward) else reward)
 
@@ -316,6 +336,15 @@ class MeZOTrainer(ForwardTrainer):
         assert isinstance(objective, CrossEntropy | CallableLoss)
         loss, slopes = self.derivative.slopes(probe.points, lambda: objective.losses(rows, [CENTRE]).nanmean())
         return Asked(slopes, {"reward": -loss})
+
+    def check_processes(self) -> None:
+        """Checks that all processes hold the same weights, by their SHA-256.
+
+        Raises:
+            ProcessError: they do not.
+        """
+        if processes.count() > 1:
+            processes.agree("their weights", self.tuned.sha256())
 
     def _check_that_rewards_apply(self, objective: RewardObjective) -> None:
         assert self.mezo is not None
@@ -335,6 +364,9 @@ class MeZOTrainer(ForwardTrainer):
             logs["informative_share"] = self.mezo.recent_informative_share
             logs["epsilon"] = self.mezo.epsilon.value
             logs["forwards"] = self.forwards
+            if processes.count() > 1 and self._since_log:
+                sent, self._exchanged = processes.exchanged_bytes - self._exchanged, processes.exchanged_bytes
+                logs["exchanged_bytes_a_step"] = sent / len(self._since_log)
             self._since_log = []
         super().log(logs, start_time)
 
@@ -351,39 +383,49 @@ class MeZOTrainer(ForwardTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""
         if self.mezo is None:
-            args = self.args
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.mezo = MeZO(
-                self.tuned.items(),
-                lr=args.learning_rate,
-                epsilon=args.epsilon_value,
-                n_spsa=args.n_spsa,
-                distribution=args.distribution,  # type: ignore[arg-type]
-                update=args.update,  # type: ignore[arg-type]
-                beta1=args.beta1,
-                beta2=args.beta2,
-                moment_window=args.moment_window,
-                moments=args.moments,  # type: ignore[arg-type]
-                seed=args.seed,
-                informative_target=args.informative_target,
-                estimator=args.estimator,  # type: ignore[arg-type]
-                block_scales=args.block_scales,  # type: ignore[arg-type]
-                block_scales_every=args.block_scales_every,
-                comparison=args.comparison,  # type: ignore[arg-type]
-                trajectory=self.folder.trajectory,
-                header=self._header(),
-            )
+            with processes.first_goes_ahead():
+                self.mezo = self._make_optimizer()
+            processes.agree("the model, the data or the settings", self.mezo.header)
             if self.mezo.truncated:
                 print(f"{self.mezo.truncated}; continuing from there")
         self.optimizer = self.mezo
         return self.mezo
+
+    def _make_optimizer(self) -> MeZO:
+        args = self.args
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        return MeZO(
+            self.tuned.items(),
+            lr=args.learning_rate,
+            epsilon=args.epsilon_value,
+            n_spsa=args.n_spsa,
+            distribution=args.distribution,  # type: ignore[arg-type]
+            update=args.update,  # type: ignore[arg-type]
+            beta1=args.beta1,
+            beta2=args.beta2,
+            moment_window=args.moment_window,
+            moments=args.moments,  # type: ignore[arg-type]
+            seed=args.seed,
+            informative_target=args.informative_target,
+            estimator=args.estimator,  # type: ignore[arg-type]
+            block_scales=args.block_scales,  # type: ignore[arg-type]
+            block_scales_every=args.block_scales_every,
+            comparison=args.comparison,  # type: ignore[arg-type]
+            trajectory=self.folder.trajectory,
+            writes=processes.index() == 0,
+            header=self._header(),
+        )
 
     def _header(self) -> dict[str, Any]:
         """What else decides where a run goes, or how its base is rebuilt."""
         args = self.args
         named = {canonical_name(name): p for name, p in self.model.named_parameters()}  # type: ignore[union-attr]
         first = self._not_in_base()
-        init = self.folder.keep_init({name: named[name] for name in first}) if first else None
+        init = (
+            self.folder.keep_init({name: named[name] for name in first}, writes=processes.index() == 0)
+            if first
+            else None
+        )
         return {
             "model": self.base_name,
             "peft": peft_to_json(self.model),
@@ -399,7 +441,7 @@ class MeZOTrainer(ForwardTrainer):
             "label_reward": args.label_reward,
             "evaluation": type(self.evaluator).__name__.lower(),
             "answers": [args.max_length, args.max_completion_length, args.temperature, args.top_k, args.top_p],
-            "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps],
+            "batch": [args.per_device_train_batch_size * processes.count(), args.gradient_accumulation_steps],
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
 
@@ -503,12 +545,15 @@ class MeZOTrainer(ForwardTrainer):
         goal = self._label_goal()
         if goal is None:
             return
-        if kind == "bias":
-            head = fit_bias(goal)
-        else:
+
+        def fitted() -> dict[str, Any]:
+            if kind == "bias":
+                return replace(self.prompt, label_head=fit_bias(goal)).to_dict()
             with tqdm(desc="label head", unit="step", leave=False, disable=self.args.disable_tqdm) as bar:
                 head = fit_head(goal, derive_seed(self.args.seed, "label head"), bar.update)
-        self._change_prompt(replace(self.prompt, label_head=head))
+            return replace(self.prompt, label_head=head).to_dict()
+
+        self._change_prompt(Prompt.from_dict(processes.first(fitted)))
 
     def _calibrate_classifier(self, policy: ClassifierHead, kind: str) -> None:
         if kind in ("head", "bias"):
@@ -580,7 +625,7 @@ class MeZOTrainer(ForwardTrainer):
 
     @property
     def _rows_a_step(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return self.args.per_device_train_batch_size * processes.count() * self.args.gradient_accumulation_steps
 
 
 def _as_rows(dataset: Any) -> list[dict[str, Any]]:

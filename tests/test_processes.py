@@ -1,0 +1,144 @@
+"""Several processes tune one model: the same weights everywhere, few bytes between them, and nothing lost when one dies."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "several_processes.py"
+
+
+SHARING = """
+import json, sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from zorl import processes
+
+distributed.init_process_group("gloo")
+mine, found = processes.index(), {}
+thirds = processes.share(list(range(7)), lambda part: {"x": torch.tensor(part, dtype=torch.float64)})
+found["order"] = torch.cat([part["x"] for part in thirds]).tolist()
+found["few"] = [len(part["x"]) for part in processes.share([5], lambda part: {"x": torch.tensor(part)})]
+found["first"] = processes.first(lambda: {"who": mine, "text": "ü\\u2028", "nan": float("nan")})
+for name, action in {
+    "share failed": lambda: processes.share([1, 2, 3], lambda part: 1 // 0 if mine == 1 else {}),
+    "first failed": lambda: processes.first(lambda: 1 // 0),
+    "differ": lambda: processes.agree("their seeds", mine),
+}.items():
+    try:
+        action()
+    except (ZeroDivisionError, processes.ProcessError) as error:
+        found[name] = f"{type(error).__name__}: {error}"
+Path(sys.argv[1], f"{mine}.json").write_text(json.dumps(found))
+"""
+
+
+def launch(what: str, folder: Path, processes: int) -> tuple[list[dict[str, Any]], str]:
+    """What each process found, and all that they printed."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*start, str(SCRIPT), what, str(folder)], capture_output=True, text=True, timeout=300, check=False
+    )
+    files = [folder / f"{what}-{i}-of-{processes}.json" for i in range(processes)]
+    assert what == "die" or all(file.exists() for file in files), done.stderr
+    return [json.loads(file.read_text()) for file in files if file.exists()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every scenario in one process, and in two."""
+    alone, _ = launch("all", tmp_path_factory.mktemp("one"), 1)
+    together, _ = launch("all", tmp_path_factory.mktemp("two"), 2)
+    return alone[0], together
+
+
+def test_all_processes_hold_the_same_weights(trained: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    _, (one, two) = trained
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name]["processes"] == 2
+        assert one[name]["weights"] == two[name]["weights"], name
+        assert one[name]["evaluations"] == two[name]["evaluations"], name
+
+
+def test_two_processes_measure_what_one_does(trained: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    alone, (together, _) = trained
+    for name, found in alone.items():
+        assert len(found["projected"]) == len(together[name]["projected"]) > 0
+        for expected, measured in zip(found["projected"], together[name]["projected"], strict=True):
+            # Batches of another size round otherwise, and a coefficient is logged with 8 bits.
+            assert measured == pytest.approx(expected, rel=0.05, abs=0.02), name
+
+
+def test_rewards_are_asked_once_and_not_in_every_process(
+    trained: tuple[dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    alone, (one, two) = trained
+    name = "generation, a reward that differs each time"
+    assert one[name]["asked"] == alone[name]["asked"] > 0
+    assert two[name]["asked"] == 0
+
+
+def test_bytes_are_logged_and_few(trained: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    alone, (one, _) = trained
+    name = "label words, accuracy, no head"
+    assert alone[name]["bytes"] == 0
+    assert not alone[name]["logged"]
+    assert one[name]["logged"]
+    assert all(0 < value < 10_000 for value in one[name]["logged"])
+
+
+def test_items_come_back_in_order_and_failures_reach_everybody(tmp_path: Path) -> None:
+    (tmp_path / "sharing.py").write_text(SHARING, encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    subprocess.run([*start, str(tmp_path / "sharing.py"), str(tmp_path)], check=True, capture_output=True, timeout=120)
+    found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
+    for i, of in enumerate(found):
+        assert of["order"] == list(range(7))
+        assert sum(of["few"]) == 1
+        assert of["first"]["who"] == 0
+        assert of["first"]["text"] == "ü\u2028"
+        assert math.isnan(of["first"]["nan"])
+        assert of["share failed"].startswith(
+            "ZeroDivisionError" if i == 1 else "ProcessError: process 1 of 3 failed: Zero"
+        )
+        assert of["first failed"].startswith(
+            "ZeroDivisionError" if i == 0 else "ProcessError: the first process failed: Zer"
+        )
+        assert (
+            of["differ"] == "ProcessError: the processes differ in their seeds: process 0 0, process 1 1, process 2 2"
+        )
+
+
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of a run of two processes of which one was killed after three of eight steps, and what the other noted."""
+    folder = tmp_path_factory.mktemp("dead")
+    left, _ = launch("die", folder, 2)
+    return folder, left
+
+
+def test_a_run_whose_process_died_goes_on_with_another_number_of_processes(
+    tmp_path: Path, dead: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    folder, left = dead
+    shutil.copytree(folder / "run", tmp_path / "run")
+    assert len(left) <= 1  # torchrun may end the other one first
+    if left:
+        assert "lost contact with the others" in left[0]["error"]
+    resumed, _ = launch("resume", tmp_path, 3)
+    for of in resumed:
+        assert len(of["projected"]) == 8
+        assert of["weights"] == of["replayed"] == resumed[0]["weights"]

@@ -1,0 +1,182 @@
+"""Several processes that tune one model: each computes a share, and all take the same step.
+
+What makes an update of θ is a few numbers and a seed, so that is all that processes tell each other: for each row its scores or
+the tokens of its answers, or a reward. The bytes depend on the batch and never on the model's size. Every process holds all of θ,
+sees the whole batch and makes every update itself; nothing of it is ever sent. `torch.distributed` carries the bytes, gloo
+between CPUs and NCCL between GPUs; `accelerate launch` and `torchrun` start the processes.
+
+In a single process everything here is a plain call. Tensors travel as safetensors and values as JSON: what comes from another
+process is data, never code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+exchanged_bytes = 0  # that this process has sent to the others so far
+_alone = 0  # > 0: inside work that one process does for all
+
+
+class ProcessError(ConnectionError):
+    """Another process failed or left the run, or computed something else than this one."""
+
+
+def count() -> int:
+    """Processes that share the work: 1 unless `torch.distributed` was set up."""
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    """Which of them this is, from 0; the first one writes files and asks rewards and judges."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def share(items: Sequence[T], work: Callable[[Sequence[T]], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What `work` makes of the items, of which each process is given a run of about the same length.
+
+    Args:
+        work: tensors by name, of what it is given; may be called with no items. All processes call `share` with the same items.
+
+    Returns:
+        The tensors of each share, in the order of the items. In one process a single share, untouched.
+
+    Raises:
+        ProcessError: another process failed in its share, or is gone.
+    """
+    total, mine = count(), index()
+    if total == 1:
+        return [dict(work(items))]
+    bounds = [len(items) * i // total for i in range(total + 1)]
+    failure: Exception | None = None
+    try:
+        tensors = {
+            name: t.detach().cpu().contiguous() for name, t in work(items[bounds[mine] : bounds[mine + 1]]).items()
+        }
+        payload = save(tensors)
+    except Exception as error:  # the others wait for an answer
+        failure, payload = error, save({"": _utf8(f"{type(error).__name__}: {error}")})
+    parts = [load(part) for part in _gather(payload)]
+    if failure is not None:
+        raise failure
+    for i, part in enumerate(parts):
+        if "" in part:
+            raise ProcessError(f"process {i} of {total} failed: {bytes(part[''].tolist()).decode()}")
+    return parts
+
+
+def first(work: Callable[[], Any]) -> Any:
+    """What the first process makes of `work`, for all of them; the others do not call it.
+
+    Args:
+        work: returns JSON values. What it calls of this module is done by the first process alone.
+
+    Raises:
+        ProcessError: the first process failed, or is gone. There the error itself is raised.
+    """
+    global _alone
+    if count() == 1:
+        return work()
+    failure: Exception | None = None
+    payload = b""
+    if index() == 0:
+        _alone += 1
+        try:
+            payload = json.dumps({"value": work()}).encode()
+        except Exception as error:
+            failure, payload = error, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+        finally:
+            _alone -= 1
+    answer = json.loads(_broadcast(payload))
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise ProcessError(f"the first process failed: {answer['error']}")
+    return answer["value"]
+
+
+@contextmanager
+def first_goes_ahead() -> Iterator[None]:
+    """The first process does the block before the others begin it."""
+    if index() > 0:
+        agree("the progress of the run", "begun")
+    yield
+    if index() == 0:
+        agree("the progress of the run", "begun")
+
+
+def agree(what: str, value: Any) -> None:
+    """Checks that all processes hold the same JSON value.
+
+    Raises:
+        ProcessError: they do not; the message says who holds what.
+    """
+    if count() == 1:
+        return
+    found = [json.loads(part) for part in _gather(json.dumps(value).encode())]
+    if any(other != found[0] for other in found):
+        held = ", ".join(f"process {i} {str(other)[:60]}" for i, other in enumerate(found))
+        raise ProcessError(f"the processes differ in {what}: {held}")
+
+
+def _gather(payload: bytes) -> list[bytes]:
+    """Each process's bytes, in order."""
+    global exchanged_bytes
+    total, device = count(), _device()
+    with _lost_contact():
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(total)]
+        dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64, device=device))
+        lengths = [int(size) for size in sizes]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+        padded[: len(payload)] = _bytes(payload)
+        parts = [torch.empty_like(padded) for _ in range(total)]
+        dist.all_gather(parts, padded)
+    exchanged_bytes += 8 + len(padded)
+    return [part[:length].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+
+
+def _broadcast(payload: bytes) -> bytes:
+    """The first process's bytes."""
+    global exchanged_bytes
+    device = _device()
+    with _lost_contact():
+        size = torch.tensor([len(payload)], dtype=torch.int64, device=device)
+        dist.broadcast(size, src=0)
+        data = _bytes(payload).to(device) if index() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.broadcast(data, src=0)
+    if index() == 0:
+        exchanged_bytes += 8 + len(payload)
+    return data.cpu().numpy().tobytes()
+
+
+def _device() -> torch.device:
+    """Where the backend wants the bytes."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@contextmanager
+def _lost_contact() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"process {index()} of {count()} lost contact with the others: one of them has ended, and its own message says why. "
+            f"The run can be continued, with any number of processes ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _utf8(text: str) -> Tensor:
+    return _bytes(text.encode())
