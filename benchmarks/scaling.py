@@ -122,9 +122,11 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Several processes",
         "",
-        "    accelerate launch --cpu --num_processes 2 --no_python zorl train --use_cpu …    # on CPUs, gloo",
-        "    accelerate launch --num_processes 8 --no_python zorl train …                    # a GPU each, NCCL",
-        "    torchrun --nproc_per_node 8 --no_python zorl train …                            # the same",
+        "    accelerate launch --multi_gpu --num_processes 8 --no_python zorl train …    # a GPU each, NCCL",
+        "    torchrun --nproc_per_node 8 --no_python zorl train …                        # the same",
+        "    torchrun --nproc_per_node 2 --no_python zorl train --use_cpu …              # on CPUs, gloo",
+        "",
+        "(`accelerate launch --cpu` starts one process, unless MPI is set up.)",
         "",
         "Every process holds the model and sees the whole batch, which has `per_device_train_batch_size` rows for each. It runs "
         "its share of the rows at all points of the probe. Then the processes tell each other what came out: for label words "

@@ -23,7 +23,12 @@ from zorl.rewards import accuracy, f1
 from zorl.trajectory import read
 
 ROWS = [
-    {"text": f"the film {'was great' if i % 2 else 'had a terrible plot'} {i}", "label": str(i % 2)} for i in range(48)
+    {
+        "choices": ["great", "terrible plot"],
+        "text": f"the film {'was great' if i % 2 else 'had a terrible plot'} {i}",
+        "label": str(i % 2),
+    }
+    for i in range(48)
 ]
 WORDS = Prompt("{text} it was {mask} .", {"0": "terrible", "1": "great"})
 GLOBAL_BATCH = 12
@@ -51,6 +56,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cross entropy, scratch": ("gpt2", {"prompt": Prompt("{text} it was {mask}", WORDS.label_words), "loss": "cross_entropy"},
                                {"distribution": "rademacher", "calibration": "none"}),
     "generation, a reward that differs each time": ("gpt2", {"prompt": Prompt("{text}"), "reward_funcs": counted}, {}),
+    "options": ("gpt2", {"prompt": Prompt("{text} {mask}", options="choices"), "reward_funcs": counted}, {}),
     "a judge": ("gpt2", {"prompt": Prompt("{text}"), "judge": judge}, {}),
     "teacher forcing": ("llama", {"prompt": Prompt("{text}"), "loss": "cross_entropy"}, {}),
     "a loss": ("gpt2", {"prompt": Prompt("{text}"), "loss": loss}, {}),
@@ -65,8 +71,9 @@ def run(name: str, folder: Path, *, steps: int = 4, resume: bool = False) -> dic
     kind, goal, settings = SCENARIOS[name]
     make_parts.cache_clear()
     parts = make_parts(kind)
+    rows = [{**row, "label": row["choices"][int(row["label"])]} for row in ROWS] if name == "options" else ROWS
     trainer = MeZOTrainer(
-        parts.model, **goal, processing_class=parts.tokenizer, train_dataset=ROWS, eval_dataset=ROWS[:10],
+        parts.model, **goal, processing_class=parts.tokenizer, train_dataset=rows, eval_dataset=rows[:10],
         metrics=[counted],
         args=MeZOConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=GLOBAL_BATCH // processes.count(),
