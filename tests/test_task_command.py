@@ -223,7 +223,7 @@ def test_k_shot_needs_no_task_and_draws_by_the_seed(
 def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bert, data = ["--model", folder / "bert"], ["--dataset", folder / "sst2"]
     assert "did you mean 'sst2'" in error_of(capsys, "eval", "--task", "sst22", *bert, *data)
-    assert "causal language models alone" in error_of(capsys, "eval", "--task", "boolq", *bert, *data)
+    assert "causal language models alone" in error_of(capsys, "eval", "--task", "multirc", *bert, *data)
     assert "--text_column does not go with --task" in error_of(
         capsys, "eval", "--task", "sst2", *bert, *data, "--text_column", "text"
     )

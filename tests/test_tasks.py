@@ -347,8 +347,8 @@ def test_prompts_take_the_rows_and_have_a_word_for_every_label(name: str) -> Non
 
 
 def test_a_task_without_a_masked_prompt_says_so() -> None:
-    with pytest.raises(ValueError, match="'boolq' has a prompt for causal language models alone"):
-        task("boolq").prompt(masked=True)
+    with pytest.raises(ValueError, match="'multirc' has a prompt for causal language models alone"):
+        task("multirc").prompt(masked=True)
 
 
 def test_the_paper_s_prompts() -> None:

@@ -19,6 +19,7 @@ TASK = Task(
     metric="accuracy",
     rows=rows,
     causal="{passage} {question}?\n{mask}",
+    masked="{passage} Question: {question}? Answer: {mask}.",  # PET's (Schick and Schütze 2021)
     hub=Hub("aps/super_glue", "boolq", test="validation"),
     label_words=YES_NO_WORDS,
 )

@@ -26,6 +26,7 @@ TASK = Task(
     metric="accuracy",
     rows=rows,
     causal='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n{mask}',
+    masked="{premise} ? {mask} , {hypothesis}",  # as RTE's and MNLI's
     hub=Hub("aps/super_glue", "cb", test="validation"),
     label_words={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
 )

@@ -20,6 +20,7 @@ TASK = Task(
     rows=rows,
     causal='Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
     "{sentence1}\n{sentence2}\n{mask}",
+    masked='"{sentence1}" / "{sentence2}" Similar sense of "{word}"? {mask}.',  # PET's (Schick and Schütze 2021)
     hub=Hub("aps/super_glue", "wic", test="validation"),
     label_words=YES_NO_WORDS,
 )
