@@ -62,6 +62,7 @@ from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read
 from zorl.twin import Twin, twin_or_scratch
+from zorl.whole_files import writing
 
 _STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
@@ -258,8 +259,7 @@ class MeZOTrainer(ForwardTrainer):
             assert self.mezo is not None
             if not exists:
                 return super().train(None, trial, ignore_keys_for_eval)
-            state = self._state_at(self.mezo.steps)
-            state.save_to_json(str(self.folder.state))
+            self.save_log(self._state_at(self.mezo.steps))
             return super().train(str(self.folder.path), trial, ignore_keys_for_eval)
         finally:
             self.progress.close()
@@ -417,11 +417,12 @@ class MeZOTrainer(ForwardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model, tokenizer and prompt; no pickled arguments."""
         target = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        target.mkdir(parents=True, exist_ok=True)
         assert self.model is not None
-        self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(target)
         RunFolder(target).write_settings(
             {
                 "prompt": self.prompt.to_dict(),
