@@ -270,9 +270,9 @@ class MeZOConfig(TrainingArguments):
                 continue
             if not isinstance(value, numbers.Integral):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if value < low:
+            if int(value) < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
-            if value >= 2**63:
+            if int(value) >= 2**63:
                 raise ValueError(f"{name} must be below 2**63, got {value}")
         for name, (interval, inside) in _REAL.items():
             value = getattr(self, name)
