@@ -53,13 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `zorl … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise  # a mistake of ours: it takes more than a sentence
         if os.environ.get("ZORL_TRACEBACK"):
             raise
         hint = "" if error.__cause__ is None else " (ZORL_TRACEBACK=1 shows where)"
-        print(f"zorl: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        said = " ".join(str(error).split()) or "memory does not suffice: take smaller batches, or a smaller model"
+        print(f"zorl: error: {said}{hint}", file=sys.stderr)
         return 2
     return 0
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # which raised it, if it is
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _run(words: list[str]) -> str:

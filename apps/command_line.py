@@ -76,7 +76,11 @@ def _read(path: Path, parser: _Parser, given: Mapping[str, Any]) -> dict[str, An
     try:
         # Texts alone: YAML's own types turn the label "no" into False, and leave 1e-3 a text.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected lines such as 'model: facebook/opt-125m', found a {type(content).__name__}")

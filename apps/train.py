@@ -39,6 +39,7 @@ from zorl.prompts import Prompt
 from zorl.rewards import load_judge
 from zorl.tasks import Task
 from zorl.tasks.few_shot import k_shot
+from zorl.whole_files import read_json, write_json
 
 DEFAULT_STEPS = 1000
 OUTPUT_DIR = "zorl_output"
@@ -216,13 +217,13 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
             f"--max_steps, such as {2 * steps}; for another run choose another --output_dir"
         )
         if stored.is_file():
-            result: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
+            result: dict[str, Any] = read_json(stored, "remove it, and the same command writes it again")
             if result.get("weights_sha256") == trainer.tuned.sha256():
                 return result
     trainer.save_model()
     result = _result(trainer, seconds)
     if is_first():
-        stored.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(stored, result)
     return result
 
 

@@ -814,7 +814,7 @@ def test_a_missing_or_exchanged_init_is_named(make: Callable[..., MeZOTrainer], 
     shutil.copy(tmp_path / "other" / "init.safetensors", folder.init)
     with pytest.raises(TrajectoryError, match=r"init\.safetensors is not the file that the run was started with"):
         folder.rebuild(header)
-    with pytest.raises(TrajectoryError, match="init_sha256 was"):
+    with pytest.raises(TrajectoryError, match=r"init\.safetensors is not the file that the run was started with"):
         make(kind="gpt2", peft_config=lora()).train(resume_from_checkpoint=True)
     folder.init.unlink()
     for attempt in (
@@ -894,7 +894,7 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
         ({"comparison": "loud"}, "comparison must be one of share, logit, sign, got 'loud'"),
         ({"distribution": "uniform"}, "distribution must be one of rademacher, gaussian, rank1, rank4, got 'uniform'"),
         ({"forward_batch_size": 0}, "forward_batch_size must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be finite and not negative, got -1.0"),
         (
             {"bf16": True},
             "bf16=True belongs to backpropagation: load the model in half precision with dtype='bfloat16'",

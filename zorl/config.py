@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -17,6 +19,27 @@ from zorl.head_tuning import Calibration
 from zorl.moments import Averaging
 from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
+
+_INFINITE = float("inf")
+# The settings that are numbers: whole ones with the smallest, the others with the interval.
+_WHOLE = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "max_steps": -1, "lora_rank": 1,
+    "lora_alpha": 1, "prefix_tokens": 1, "moment_window": 1, "block_scales_every": 2, "calibration_rows": 1,
+    "forward_batch_size": 1, "check_weights_steps": 0, "max_length": 1, "max_completion_length": 1, "top_k": 1,
+}  # fmt: skip
+_REAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "learning_rate": ("positive", lambda x: 0 < x < _INFINITE),
+    "num_train_epochs": ("positive", lambda x: 0 < x < _INFINITE),
+    "logging_steps": ("finite and not negative", lambda x: 0 <= x < _INFINITE),
+    "eval_steps": ("finite and not negative", lambda x: 0 <= x < _INFINITE),
+    "save_steps": ("finite and not negative", lambda x: 0 <= x < _INFINITE),
+    "beta1": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "beta2": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "informative_target": ("between 0 and 1", lambda x: 0 < x < 1),
+    "temperature": ("finite and not negative", lambda x: 0 <= x < _INFINITE),
+    "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+}
+_OPTIONAL = ("max_length", "top_k", "top_p", "eval_steps")
 
 
 @dataclass
@@ -211,13 +234,12 @@ class MeZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_backpropagation()  # before transformers asks a device for it
         self._check_what_is_tuned()
+        self._check_numbers()  # before transformers computes with them
         super().__post_init__()
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.epsilon != "auto":
             try:
                 self.epsilon_value: Any = float(self.epsilon)
-            except ValueError:
+            except (ValueError, TypeError, OverflowError):
                 raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}") from None
             if not 0 < self.epsilon_value < float("inf"):
                 raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}")
@@ -245,19 +267,28 @@ class MeZOConfig(TrainingArguments):
         check_block_scales(self.block_scales, self.block_scales_every)
         Averaging(self.beta1, self.beta2, self.moment_window, self.moments)  # type: ignore[arg-type]
         Directions.parse(self.n_spsa)
-        if self.check_weights_steps < 0:
-            raise ValueError(f"check_weights_steps must not be negative, got {self.check_weights_steps}")
-        if self.forward_batch_size < 1:
-            raise ValueError(f"forward_batch_size must be at least 1, got {self.forward_batch_size}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+
+    def _check_numbers(self) -> None:
+        for name, low in _WHOLE.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if int(value) < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+            if int(value) >= 2**63:
+                raise ValueError(f"{name} must be below 2**63, got {value}")
+        for name, (interval, inside) in _REAL.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, numbers.Real) or not inside(value):  # NaN is inside of nothing
+                raise ValueError(f"{name} must be {interval}, got {value!r}")
 
     def _check_what_is_tuned(self) -> None:
         if self.tune not in SCALES:
             raise ValueError(f"tune must be one of {', '.join(SCALES)}, got {self.tune!r}")
-        for name in ("lora_rank", "lora_alpha", "prefix_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.quantize is not None and self.quantize not in PACKAGES:
             raise ValueError(f"quantize must be {' or '.join(PACKAGES)}, got {self.quantize!r}")
         scale = SCALES[self.tune]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
 import torch
 from datasets import Dataset
 
@@ -83,7 +84,10 @@ def load_rows(
         if split is not None or config is not None:
             raise ValueError(f"split and config belong to data sets of the hub, but {str(source)!r} is a file")
         table, found = read_table(Path(source).expanduser(), wanted, names)
-        dataset = Dataset(table)
+        try:
+            dataset = Dataset(table)
+        except pa.ArrowException as error:
+            raise ValueError(f"{source}: cannot be stored: {error}") from None
     else:
         dataset, found = load_from_hub(str(source), split, config), wanted
         check_columns(f"the data set {str(source)!r}", wanted, dataset.column_names)

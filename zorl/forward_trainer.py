@@ -23,6 +23,7 @@ from zorl.parameters import ParameterSet
 from zorl.replay import replay
 from zorl.run_folder import RunFolder
 from zorl.trajectory import read
+from zorl.whole_files import whole_file
 
 
 class ForwardTrainer(Trainer):
@@ -72,10 +73,20 @@ class ForwardTrainer(Trainer):
     # --- the trajectory as the checkpoint ---------------------------------------------------------------------------
 
     def _state_at(self, step: int) -> TrainerState:
-        """The Trainer's state at a step of the trajectory, with the log as far as it was saved."""
+        """The Trainer's state at a step of the trajectory, with the log as far as it was saved.
+
+        Raises:
+            ValueError: the file with the log is damaged.
+        """
         state = TrainerState()
         if self.folder.state.exists():
-            state = TrainerState.load_from_json(str(self.folder.state))
+            try:
+                state = TrainerState.load_from_json(str(self.folder.state))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{self.folder.state} is damaged ({error}): restore it from a copy, or remove it, and the run goes on "
+                    "without its log and what it knew of its best step"
+                ) from None
             state.log_history = [entry for entry in state.log_history if entry.get("step", 0) <= step]
         state.global_step = step
         state.train_batch_size = self._train_batch_size  # a run that was killed early has saved no state
@@ -135,8 +146,13 @@ class ForwardTrainer(Trainer):
         if self.mezo is not None and self.mezo.trajectory is not None:
             self.mezo.trajectory.sync()
         self.state.best_model_checkpoint = str(self.folder.path)
+        self.save_log(self.state)
+
+    def save_log(self, state: TrainerState) -> None:
+        """Saves the Trainer's state, whole: a run that is killed here can read the one before."""
         if self.args.should_save:
-            self.state.save_to_json(str(self.folder.state))
+            with whole_file(self.folder.state) as new:
+                state.save_to_json(str(new))
 
     def _load_best_model(self) -> None:
         """Rewinds to the best evaluation: base weights, and the trajectory up to there."""

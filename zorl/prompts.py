@@ -104,6 +104,9 @@ class Prompt:
     _parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.template, str):
+            raise ValueError(f"the template must be a text such as '{{text}} It was {{mask}}.', got {self.template!r}")
+        _check_characters("the template", self.template)
         parts = tuple(_parse(self.template))
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "chat", bool(self.chat or self.system is not None))
@@ -227,6 +230,7 @@ class Prompt:
                 f" {_shortened(row)}"
             )
         texts = [option.strip() for option in value]
+        _check_characters(f"the column {self.options!r}", "".join(texts))
         if len(texts) < 2 or len(set(texts)) < len(texts) or not all(texts):
             raise ValueError(
                 f"the column {self.options!r} must hold at least two texts to choose from, all different and none empty, found"
@@ -273,6 +277,7 @@ class Prompt:
                     self.check_columns(row)
                 value = row[name]
                 if isinstance(value, str):
+                    _check_characters(f"the column {name!r}", value)
                     texts[side].append(_cut(value, limit, keep))
                 elif _is_conversation(value):
                     rendered = self._render_conversation(name, value, limit, keep)
@@ -352,6 +357,10 @@ def _parse(template: str) -> Iterable[tuple[str, str | None]]:
 
 def _normalised(label_words: Mapping[Any, str]) -> dict[str, str]:
     words: dict[str, str] = {}
+    if not isinstance(label_words, Mapping):
+        raise ValueError(
+            f"label_words must be a word for each label, such as {{'bad': 'terrible'}}, got {label_words!r}"
+        )
     for label, word in label_words.items():
         name = str(label)
         if name in words:
@@ -361,6 +370,7 @@ def _normalised(label_words: Mapping[Any, str]) -> dict[str, str]:
                 f"the label word of {name!r} must be a word, not {word!r}"
                 + ("" if isinstance(word, str) else f" ({type(word).__name__}; quote it in YAML)")
             )
+        _check_characters(f"the label word of {name!r}", word)
         twin = next((other for other, used in words.items() if used == word.strip()), None)
         if twin is not None:
             raise ValueError(f"the labels {twin!r} and {name!r} have the same label word {word.strip()!r}")
@@ -381,7 +391,20 @@ def _pair(column: str, message: Mapping[str, Any]) -> tuple[str, str]:
         raise ValueError(
             f"a message in the column {column!r} {problem}; zorl reads text messages, with 'role' and 'content' alone"
         )
+    _check_characters(f"a message in the column {column!r}", message["content"])
     return str(message["role"]), message["content"]
+
+
+def _check_characters(where: str, text: str) -> None:
+    """Raises ValueError for a text that Unicode does not have, which tokenizers refuse without saying why."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):x}"
+        around = ascii(text[max(0, error.start - 20) : error.start + 20])
+        raise ValueError(
+            f"{where} holds {half}, half a character (a surrogate without its pair), in {around}: take it out"
+        ) from None
 
 
 def _cut(text: str, limit: int | None, keep: Literal["start", "end"]) -> str:

@@ -166,6 +166,11 @@ class RewardFunctions:
         values = torch.stack(rows)  # (functions, prompts) or (functions, 1)
         total = (values * self.weights[:, None]).nansum(dim=0)
         total[values.isnan().all(dim=0)] = math.nan
+        if total.isinf().any():  # two sides of it could not be compared
+            raise RewardError(
+                f"the weighted sum of the rewards {', '.join(map(repr, self.names))} is {total[total.isinf()][0].item()}: it "
+                "must be finite in float32, make them or their weights smaller"
+            )
         return RewardValues(self.names, values, total, set_level, extras, metrics)
 
     def _outputs(self, keywords: dict[str, Any], columns: Mapping[str, list[Any]]) -> list[Any]:
@@ -262,28 +267,38 @@ def _values(name: str, output: Any, count: int) -> Tensor:
     if isinstance(output, Tensor | np.ndarray):
         if output.ndim > 1:
             raise RewardError(f"reward function '{name}' returned an array of shape {tuple(output.shape)}; {expected}")
-        output = output.tolist()
+        output = _read(name, output.tolist, expected)
     if output is None:
         raise RewardError(f"reward function '{name}' returned None ({expected}); does it lack a return statement?")
     if isinstance(output, numbers.Real | np.bool_):
         return torch.tensor(_number(name, output, "for the batch"))
     if isinstance(output, str | bytes | Mapping | Set) or not isinstance(output, Iterable):
         raise RewardError(f"reward function '{name}' returned {_short(output)}; {expected}")
-    items = list(output)
+    items = _read(name, lambda: list(output), expected)
     if len(items) != count:
         raise RewardError(f"reward function '{name}' returned {len(items)} rewards for {count} completions; {expected}")
     return torch.tensor([math.nan if v is None else _number(name, v, f"for sample {i}") for i, v in enumerate(items)])
 
 
+def _read(name: str, values: Callable[[], Any], expected: str) -> Any:
+    """What a tensor or a sequence of the user's own holds."""
+    try:
+        return values()
+    except Exception as error:  # a tensor without storage, an iteration that fails: anything
+        raise RewardError(f"what reward function '{name}' returned cannot be read: {error!r}; {expected}") from error
+
+
 def _number(name: str, value: Any, where: str) -> float:
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
+        value = _read(name, value.item, "expected a number or None")
     if not isinstance(value, numbers.Real | np.bool_):
         raise RewardError(f"reward function '{name}' returned {_short(value)} {where}; expected a number or None")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
+    except Exception as error:  # of a number class of the user's own
+        raise RewardError(f"reward function '{name}' returned {_short(value)} {where}: {error!r}") from error
     if math.isnan(number):
         raise RewardError(f"reward function '{name}' returned NaN {where}; return None where it is not applicable")
     if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
@@ -292,5 +307,8 @@ def _number(name: str, value: Any, where: str) -> float:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:
+        text = "(which cannot be shown)"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

@@ -8,7 +8,6 @@ zorl.json            prompt, label words and objective, so that `zorl eval --mod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from zorl.adapters import adapt, untie_output_embedding
@@ -24,7 +24,8 @@ from zorl.directions import canonical_name
 from zorl.models import load_model
 from zorl.output_bias import add_output_bias
 from zorl.parameters import ParameterSet, base_sha256, select, tensors_sha256
-from zorl.trajectory import TrajectoryError
+from zorl.trajectory import TrajectoryError, read
+from zorl.whole_files import read_json, whole_file, write_json, writing
 
 
 class RunFolder:
@@ -43,15 +44,17 @@ class RunFolder:
 
         Raises:
             TrajectoryError: another run has it.
+            OSError: it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "run.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise TrajectoryError(
-                f"another run is writing {self.path}; stop it, or choose another output folder"
-            ) from None
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / "run.lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise TrajectoryError(
+                    f"another run is writing {self.path}; stop it, or choose another output folder"
+                ) from None
         try:
             yield
         finally:
@@ -66,15 +69,14 @@ class RunFolder:
             writes: False where another process has saved them.
 
         Raises:
-            TrajectoryError: the run has a trajectory, but its first values are gone.
+            TrajectoryError: the run has a trajectory, but its first values are gone or damaged.
+            OSError: they could not be written.
         """
         if writes and not self.trajectory.exists():  # a file of a run that never made a step counts for nothing
-            whole = self.init.with_name(f"{self.init.name}.new")
-            save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, whole)
-            whole.replace(self.init)
-        elif not self.init.is_file():
-            raise TrajectoryError(f"{self.init} is missing: it holds the tuned parameters' first values")
-        tensors = load_file(self.init)
+            with whole_file(self.init) as new:
+                save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, new)
+        header = read(self.trajectory, until=0)[0] if self.trajectory.exists() else {}
+        tensors = self._read_init(header)
         kept = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         if kept == {name: (tensor.shape, tensor.dtype) for name, tensor in parameters.items()}:
             for name, tensor in parameters.items():
@@ -82,13 +84,17 @@ class RunFolder:
         return tensors_sha256(tensors)  # where they are other parameters, the trajectory says which
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        self.settings.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.settings, settings)
 
     def read_settings(self) -> dict[str, Any]:
-        """The settings that a run saved; empty for a folder that is not a run's."""
+        """The settings that a run saved; empty for a folder that is not a run's.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self.settings.is_file():
             return {}
-        settings: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = read_json(self.settings, "give the run's own command again, which writes it anew")
         return settings
 
     @torch.no_grad()
@@ -112,8 +118,13 @@ class RunFolder:
     def _read_init(self, header: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if not self.init.is_file():
             raise TrajectoryError(f"{self.init} is missing: it holds the tuned parameters' first values")
-        tensors = load_file(self.init)
-        if tensors_sha256(tensors) != header["init_sha256"]:
+        try:
+            tensors = load_file(self.init)
+        except (SafetensorError, ValueError) as error:
+            raise TrajectoryError(
+                f"{self.init} is damaged ({error}): it holds the tuned parameters' first values, restore it from a copy"
+            ) from None
+        if header.get("init_sha256") not in (None, tensors_sha256(tensors)):
             raise TrajectoryError(f"{self.init} is not the file that the run was started with: its SHA-256 differs")
         return tensors
 

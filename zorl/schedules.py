@@ -29,7 +29,7 @@ class Directions:
         """Raises ValueError where the text is neither a number nor `start-end/steps`."""
         if isinstance(value, Directions):
             return value
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+)\s*/\s*(\d+))?\s*", str(value))
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9})\s*/\s*(\d{1,9}))?\s*", str(value))
         if match is None:
             raise ValueError(f"n_spsa must be a number such as 4, or a schedule such as '1-8/1000', got {value!r}")
         start, end, steps = match.groups()

@@ -116,12 +116,13 @@ def _text(path: Path, content: bytes) -> str:
 
 def _csv_lines(path: Path, text: str) -> Iterator[Line]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    usual = csv.field_size_limit(max(len(text), 1))  # a field may be a book; the usual limit is 131,072 characters
     try:
-        for fields in reader:
-            if fields:
-                yield reader.line_num, fields
+        return iter([(reader.line_num, fields) for fields in reader if fields])
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _tsv_lines(text: str) -> Iterator[Line]:
@@ -175,10 +176,7 @@ def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[
     """(`line 3`, object) of each line, or (`item 3`, object) where a .json file holds one array, or one object."""
     first = text.lstrip().split("\n", 1)[0]
     if kind == ".json" and (first.startswith("[") or not _is_json(first)):
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        whole = _json(path, text)
         items = [
             (f"item {number}", item) for number, item in enumerate(whole if isinstance(whole, list) else [whole], 1)
         ]
@@ -186,10 +184,7 @@ def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[
         items = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                try:
-                    items.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error.msg} (column {error.colno})") from None
+                items.append((f"line {number}", _json(path, line, number)))
     for where, item in items:
         if not isinstance(item, dict):
             raise ValueError(
@@ -198,10 +193,22 @@ def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[
         yield where, item
 
 
+def _json(path: Path, text: str, line: int | None = None) -> Any:
+    """The value of a text: of this line of the file, or of the whole."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}" if line is None else f"line {line}"
+        column = "" if line is None else f" (column {error.colno})"
+        raise ValueError(f"{path}, {where}: not JSON: {error.msg}{column}") from None
+    except (RecursionError, ValueError) as error:  # lists in lists without end, or a number of thousands of digits
+        raise ValueError(f"{path}{'' if line is None else f', line {line}'}: cannot be read: {error}") from None
+
+
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -210,6 +217,8 @@ def _from_objects(path: Path, objects: list[tuple[str, dict[str, Any]]]) -> pa.T
     if not objects:
         raise ValueError(f"{path} holds no rows")
     columns = {}
+    for where, item in objects:
+        _check_characters(path, where, item)
     for name in dict.fromkeys(name for _, item in objects for name in item):
         values = [item.get(name) for _, item in objects]
         try:
@@ -225,6 +234,16 @@ def _from_objects(path: Path, objects: list[tuple[str, dict[str, Any]]]) -> pa.T
                     ) from None
             raise ValueError(f"{path}: column {name!r} cannot be stored: {error}") from None
     return pa.table(columns)
+
+
+def _check_characters(path: Path, where: str, item: dict[str, Any]) -> None:
+    try:
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        raise ValueError(
+            f"{path}, {where}: {half} is half a character (a surrogate without its pair), which no tokenizer reads; take it out"
+        ) from None
 
 
 def _parquet(path: Path, content: bytes) -> pa.Table:

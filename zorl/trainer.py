@@ -64,6 +64,7 @@ from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.trajectory import read
 from zorl.twin import Twin, twin_or_scratch
+from zorl.whole_files import writing
 
 _STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
 
@@ -179,6 +180,9 @@ class MeZOTrainer(ForwardTrainer):
             self._new_head, self._not_in_checkpoint = has_new_head(network), parameters_not_in_checkpoint(network)
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(network, args.parameters))
+        if args.should_save:  # Trainer makes the folder, and says less where it cannot
+            with writing(Path(str(args.output_dir))):
+                Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
         super().__init__(
             model=network,
             args=args,
@@ -270,8 +274,7 @@ class MeZOTrainer(ForwardTrainer):
                 self.check_processes()
                 return output
             with processes.first_goes_ahead():
-                if self.args.should_save:
-                    self._state_at(self.mezo.steps).save_to_json(str(self.folder.state))
+                self.save_log(self._state_at(self.mezo.steps))
             output = super().train(str(self.folder.path), trial, ignore_keys_for_eval)
             self.check_processes()
             return output
@@ -459,11 +462,12 @@ class MeZOTrainer(ForwardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model, tokenizer and prompt; no pickled arguments."""
         target = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        target.mkdir(parents=True, exist_ok=True)
         assert self.model is not None
-        self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(target)
         RunFolder(target).write_settings(
             {
                 "prompt": self.prompt.to_dict(),

@@ -34,6 +34,7 @@ from zorl.block_scales import measures
 from zorl.directions import derive_seed
 from zorl.parameters import ParameterSet
 from zorl.schedules import Directions
+from zorl.whole_files import whole_file, writing
 
 SCHEMA = 1
 _UNSAID = {"estimator": "spsa"}  # what went without saying before there was a choice
@@ -88,9 +89,11 @@ class Trajectory:
         self.records = records
         self._lock = lock
         self._file = path.open("r+b", buffering=0)  # for as long as the run
-        head = _encode_header(header)
-        # The open block: where it starts, its steps so far, and the checksum that it continues.
-        self._start, self._open, self._chain = len(head), b"", _U32.unpack(head[-4:])[0]
+        # The open block: where it starts, its steps so far, and the checksum that it continues. The header's are read, not made
+        # again: another version of zlib may pack it into another number of bytes.
+        self._start = 8 + _U32.unpack(self._file.read(8)[4:])[0] + 4
+        self._file.seek(self._start - 4)
+        self._open, self._chain = b"", _U32.unpack(self._file.read(4))[0]
         self._open_steps = 0
         for record in records:
             self._take(bytes(record))
@@ -102,6 +105,7 @@ class Trajectory:
         Raises:
             FileExistsError: there is a file already; resume it or remove it.
             TrajectoryError: another run is writing it.
+            OSError: it could not be written; there is no file then.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +113,8 @@ class Trajectory:
         try:
             if path.exists():
                 raise FileExistsError(f"{path} exists: resume that run, or remove the file to start anew")
-            whole = path.with_name(f"{path.name}.new")  # a run that is killed here leaves no half a header behind
-            with whole.open("wb") as file:
-                file.write(_encode_header(dict(header)))
-                file.flush()
-                os.fsync(file.fileno())
-            whole.replace(path)
+            with whole_file(path) as new:  # a run that is killed here leaves no half a header behind
+                new.write_bytes(_encode_header(dict(header)))
             return cls(path, dict(header), [], lock)
         except BaseException:
             lock.release()
@@ -301,8 +301,9 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
 
 def _locked(path: Path) -> FileLock:
     lock = FileLock(f"{path}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise TrajectoryError(f"another run is writing {path}; stop it, or choose another output folder") from None
+    with writing(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TrajectoryError(f"another run is writing {path}; stop it, or choose another output folder") from None
     return lock
