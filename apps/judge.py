@@ -201,4 +201,4 @@ def _environment(password: str | None) -> Iterator[Path]:
             yield Path(scratch)
         finally:
             for name, value in kept.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
