@@ -85,7 +85,10 @@ class TrainArguments(InputArguments):
         "--reward takes), classifier:MODEL or classifier:MODEL,label=good, model:MODEL (a language model that reads both), "
         "or your own function, as package.module:name or path/file.py:name."
     )
-    judgments: str | None = _flag("With --judge human: the SQLite file in which the run and its raters meet.")
+    judgments: str | None = _flag(
+        "With --judge human: the SQLite file in which the run and its raters meet, or a PostgreSQL database, "
+        "postgresql://user@host/name."
+    )
     loss: str | None = _flag(
         "Instead of a reward: cross_entropy, of the true label among the label words or options; without them, of the text "
         "in --label_column given the prompt, token by token."
@@ -217,6 +220,10 @@ class JudgeArguments:
     """What `zorl judge` takes."""
 
     run: str = _flag("Folder for the run, made if need be; a run that is there goes on.", "judge_run")
+    database: str | None = _flag(
+        "Keep the judgments in a PostgreSQL database, postgresql://user@host/name, so that page and trainer may be on "
+        "different machines. Default: the file judgments.sqlite in the run's folder. A password in it is not saved."
+    )
     model: str | None = _flag(
         "A causal language model on the hub, or its folder. Default: a small one that ships with zorl."
     )
@@ -269,6 +276,7 @@ class JudgeArguments:
     guidelines: str | None = _flag("A text file for the raters; its first line is the question that stays in view.")
     no_browser: bool = _flag("Do not open the page in a browser.", False)
     page_only: bool = _flag(
-        "Tune nothing here: the questions are those of zorl train --judge human --judgments RUN/judgments.sqlite.",
+        "Tune nothing here: the questions are those of zorl train --judge human --judgments RUN/judgments.sqlite, or of a "
+        "--database.",
         False,
     )

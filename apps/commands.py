@@ -276,7 +276,7 @@ model while they read, by forward passes alone. With no flags at all it works at
 ships with zorl. The same command goes on with the run.""",
     types=lambda: (JudgeArguments,),
     sections={
-        "The run": "run model prompts held_out",
+        "The run": "run model prompts held_out database",
         "Judging": "prompts_per_step comparisons_per_step votes_per_pair lease_seconds repeat_share comparison_share guidelines",
         "Tuning": "method learning_rate epsilon directions parameters brake max_drift max_completion_length temperature seed",
         "The page": "host port password users no_browser page_only",
@@ -285,7 +285,8 @@ ships with zorl. The same command goes on with the run.""",
 zorl judge                                                              # try it: a model and prompts are built in
 zorl judge --model Qwen/Qwen2.5-0.5B --prompts prompts.txt --run my_run
 zorl judge --run my_run                                                 # goes on with it
-zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in""",
+zorl judge --run my_run --host 0.0.0.0 --users users.txt                # raters on other machines, who sign in
+zorl judge --page_only --database postgresql://zorl@server/judgments    # the page of a zorl train that runs elsewhere""",
 )
 
 COMMANDS = {command.name: command for command in (TRAIN, EVAL, PREDICT, REPLAY, JUDGE, COMPARE, PROFILE, DIAGNOSE)}

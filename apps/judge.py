@@ -9,7 +9,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ from zorl.apps.page.app import Page
 from zorl.apps.page.security import is_local, read_users, sign_in
 from zorl.apps.supervisor import Supervisor
 from zorl.rewards.judgment_store import JudgmentStore
+from zorl.rewards.judgment_url import split_password
 
 TUNER = (sys.executable, "-m", "zorl.apps.tuner", "--run")
 STORED = ("votes_per_pair", "lease_seconds", "repeat_share", "comparison_share")  # settings that the store keeps
@@ -36,7 +37,8 @@ def run(argv: Sequence[str]) -> str:
     """The command. Runs until it is interrupted.
 
     Raises:
-        ValueError: an argument does not fit, or the folder holds another run.
+        ValueError: an argument does not fit, or the folder or the database holds another run.
+        ConnectionError: the database has ceased to answer.
     """
     given = parse(JUDGE, argv)
     arguments = build(JudgeArguments, given)
@@ -49,16 +51,22 @@ def run(argv: Sequence[str]) -> str:
         )
     guidelines = None if arguments.guidelines is None else _read_guidelines(Path(arguments.guidelines))
     folder = Path(arguments.run).expanduser()
-    if arguments.page_only:
-        settings = _of_another_process(folder)
-    else:
-        settings = make_settings(folder, given)
-        settings.write(folder)
-    with _claimed(folder), _quiet_environment() as scratch:
-        kept: dict[str, Any] = {name: given[name] for name in STORED if name in given}
-        store = JudgmentStore(folder / "judgments.sqlite", **kept)
+    password = None
+    if arguments.database is not None:
+        given["database"], password = split_password(arguments.database)
+    settings = _of_another_process(folder, given) if arguments.page_only else make_settings(folder, given)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept: dict[str, Any] = {name: given[name] for name in STORED if name in given}
+    with (
+        _claimed(folder),
+        _environment(password) as scratch,
+        JudgmentStore(settings.store(folder), **kept) as store,
+    ):
+        if not arguments.page_only:
+            _refuse_judgments_of_another_run(store, settings, folder)
+            settings.write(folder)
         page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines)
-        tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: store.set_tuner("failed", told))
+        tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: _tell_store(store, "failed", told))
         store.set_tuner(*(("waiting", "zorl train asks the questions") if arguments.page_only else ("starting",)))
         address = page.open(arguments.host, arguments.port)
         try:
@@ -69,7 +77,7 @@ def run(argv: Sequence[str]) -> str:
         finally:
             tuner.stop()
             page.close()
-            store.set_tuner("stopped", "zorl judge is not running.")
+            _tell_store(store, "stopped", "zorl judge is not running.")
     return f"Stopped. Every verdict is kept in {folder}; zorl judge --run {folder} goes on."
 
 
@@ -95,7 +103,7 @@ def make_settings(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
     return JudgeSettings(**{"model": str(REVIEWER), "prompts": built_in_prompts(), **values})
 
 
-def _of_another_process(folder: Path) -> JudgeSettings:
+def _of_another_process(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
     """What the page says of a run that `zorl train` tunes.
 
     Raises:
@@ -105,8 +113,26 @@ def _of_another_process(folder: Path) -> JudgeSettings:
         raise ValueError(
             f"{folder} holds a run that zorl judge tunes; leave --page_only out, or choose another --run folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return JudgeSettings(model="zorl train", prompts=["Once upon a time"])
+    return JudgeSettings(model="zorl train", prompts=["Once upon a time"], database=given.get("database", ""))
+
+
+def _refuse_judgments_of_another_run(store: JudgmentStore, settings: JudgeSettings, folder: Path) -> None:
+    """A file lies in the folder of its run; a database on a server could be taken for any run's.
+
+    Raises:
+        ValueError: the store has pairs, and the folder has no run that could have written them.
+    """
+    if store.probes_written() and settings.database and not (folder / "judge.json").exists():
+        raise ValueError(
+            f"{settings.database} holds the judgments of another run; choose another database, or with --run the folder of "
+            "that run"
+        )
+
+
+def _tell_store(store: JudgmentStore, state: str, message: str) -> None:
+    """Says how the tuner is. While the database does not answer nobody could read it."""
+    with suppress(ConnectionError):
+        store.set_tuner(state, message)
 
 
 def _read_guidelines(path: Path) -> str:
@@ -160,17 +186,19 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_environment() -> Iterator[Path]:
-    """A private folder for what the page serves as files; and Gradio calls nobody but us."""
+def _environment(password: str | None) -> Iterator[Path]:
+    """A private folder for what the page serves as files; Gradio calls nobody but us; and the database's password, where
+    the driver looks for it, here and in the tuner's process. Other users of the machine do not see it there."""
     with tempfile.TemporaryDirectory(prefix="zorl-judge-") as scratch:
         local = "localhost,127.0.0.1,::1"
-        kept = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "NO_PROXY")}
+        kept = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "NO_PROXY", "PGPASSWORD")}
         os.environ |= {
             "GRADIO_TEMP_DIR": str(Path(scratch) / "served"),
             "NO_PROXY": f"{kept['NO_PROXY']},{local}" if kept["NO_PROXY"] else local,
+            **({} if password is None else {"PGPASSWORD": password}),
         }
         try:
             yield Path(scratch)
         finally:
             for name, value in kept.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})

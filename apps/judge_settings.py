@@ -35,6 +35,7 @@ class JudgeSettings:
         brake: what a nat of divergence from the starting model costs an answer, with "replay".
         seed: of directions and sampling.
         max_drift: nats a token between the current and the starting model at which tuning pauses; 0: never.
+        database: URL of the PostgreSQL database with the judgments, without a password; empty: a file in the run's folder.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -55,6 +56,7 @@ class JudgeSettings:
     brake: float = 0.05
     seed: int = 0
     max_drift: float = 0.5
+    database: str = ""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -71,6 +73,10 @@ class JudgeSettings:
     @property
     def epsilon_value(self) -> Any:
         return "auto" if self.epsilon == "auto" else float(str(self.epsilon))
+
+    def store(self, run: Path) -> str | Path:
+        """Where the judgments of the run in this folder are kept."""
+        return self.database or run / "judgments.sqlite"
 
     @property
     def output_bias(self) -> bool:

@@ -59,7 +59,7 @@ class Tuner:
     def __init__(self, run: Path) -> None:
         self.run_folder = run
         self.settings = JudgeSettings.read(run)
-        self.store = JudgmentStore(run / "judgments.sqlite")
+        self.store = JudgmentStore(self.settings.store(run))
         self.store.set_tuner("starting", f"loading {Path(self.settings.model).name}")
         self.model = load_model(self.settings.model)
         self.tokenizer = load_processing_class(self.settings.model)
@@ -346,14 +346,15 @@ def main() -> None:
     stop_with_the_page(stop)
     if sys.platform != "win32":
         os.nice(5)  # the page goes first
-    with RunFolder(run).claimed():
+    where = JudgeSettings.read(run).store(run)
+    with RunFolder(run).claimed(), JudgmentStore(where) as store, store.tuning():
         try:
             while Tuner(run).work(stop):
                 pass
         except Exception as error:
-            JudgmentStore(run / "judgments.sqlite").set_tuner("failed", f"{type(error).__name__}: {error}")
+            store.set_tuner("failed", f"{type(error).__name__}: {error}")
             raise
-        JudgmentStore(run / "judgments.sqlite").set_tuner("stopped")
+        store.set_tuner("stopped")
 
 
 if __name__ == "__main__":

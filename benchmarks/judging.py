@@ -297,7 +297,9 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"judging_{options.part}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (ROOT / "docs" / "judging.md").write_text(report(), encoding="utf-8")
+    document = ROOT / "docs" / "judging.md"
+    _, heading, by_hand = document.read_text(encoding="utf-8").partition("\n## Across machines\n")
+    document.write_text(report().rstrip() + "\n" + heading + by_hand, encoding="utf-8")
 
 
 if __name__ == "__main__":

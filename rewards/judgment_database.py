@@ -1,8 +1,8 @@
 """Opening a judgment store's database, and its transactions: short, durable when they end, one writer at a time.
 
-SQLite runs in WAL mode with full synchronisation, and a writer begins with BEGIN IMMEDIATE: a transaction that first reads and
-then writes can neither fail half-way nor wait for another that waits for it. Other databases get the same order of
-writers from a lock on one row.
+Writers queue up before their first statement: a transaction that first reads and then writes can neither fail half-way nor wait
+for another that waits for it. SQLite, in WAL mode with full synchronisation, does so by BEGIN IMMEDIATE, PostgreSQL by an
+advisory lock, which a transaction gives back however it ends.
 """
 
 from __future__ import annotations
@@ -17,13 +17,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, make_url, select, update
+from sqlalchemy import Connection, Engine, create_engine, event, func, insert, inspect, select, update
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from zorl.rewards.judgment_tables import SCHEMA, meta, metadata
+from zorl.rewards.judgment_url import shown, store_url
 
 _WAIT = 30.0  # seconds that a writer waits for the others; each takes milliseconds
+_WRITERS_LOCK, _TUNERS_LOCK = 0x7A6F726C, 0x7A6F726D  # numbers of PostgreSQL's advisory locks: "zorl" and the next
+_OF_A_CONNECTION = (  # settings of PostgreSQL
+    "SET default_transaction_isolation = 'read committed'",
+    "SET synchronous_commit = on",  # a server may be set to acknowledge what is not yet on its disk
+    f"SET lock_timeout = '{_WAIT:.0f}s'",
+    # A machine that is gone would keep its locks until TCP notices, which takes hours by default.
+    f"SET idle_in_transaction_session_timeout = '{_WAIT / 3:.0f}s'",
+    "SET tcp_keepalives_idle = 30",
+    "SET tcp_keepalives_interval = 10",
+    "SET tcp_keepalives_count = 3",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class JudgmentDatabase:
     """A database that holds a judgment store; an empty one becomes a store.
 
     Args:
-        where: a file, or a URL such as postgresql+psycopg://…
+        where: an SQLite file, or a URL such as postgresql://user:password@host/name.
         wished: settings that must hold; those that are None are as stored, or the default in a new store.
         clock: seconds since 1970.
 
@@ -68,8 +80,8 @@ class JudgmentDatabase:
     """
 
     def __init__(self, where: str | Path, wished: dict[str, Any], clock: Callable[[], float]) -> None:
-        url = _url(where)
-        self.name = url.database if url.drivername.startswith("sqlite") else url.render_as_string()
+        url = store_url(where)
+        self.name = shown(url)
         self.clock = clock
         self._turn = threading.Lock()  # threads queue up here: in SQLite's own queue they would poll
         self._engine = _engine(url)
@@ -84,24 +96,63 @@ class JudgmentDatabase:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the store."""
-        with self._engine.connect() as connection, connection.begin():
+        """A transaction that sees one state of the store.
+
+        Raises:
+            ConnectionError: the database does not answer.
+        """
+        with self._answering(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """The one transaction that may write. It is durable when the block ends, and undone if the block raises."""
-        with self._turn, self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
-            # BEGIN IMMEDIATE is SQLite's lock; this is that of databases with locks on rows, and nothing on SQLite.
-            connection.execute(select(meta.c.name).where(meta.c.name == "schema").with_for_update())
+        """The one transaction that may write. It is durable when the block ends, and undone if the block raises.
+
+        Raises:
+            ConnectionError: the database does not answer. Where that was while the block ended, the block may have taken effect.
+        """
+        with self._answering(), self._turn, self._writer() as connection:
             yield connection
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """Keeps the steps to this process for the block. A store in a file needs no more than the claim on its run's folder.
+
+        Raises:
+            ConnectionError: the database does not answer.
+            ValueError: another process makes steps.
+        """
+        if self._engine.dialect.name == "sqlite":
+            yield
+            return
+        with self._answering(), self._engine.connect() as connection:
+            with connection.begin():
+                free = connection.scalar(select(func.pg_try_advisory_lock(_TUNERS_LOCK)))
+            if not free:
+                raise ValueError(f"another process makes the steps of the judgment store '{self.name}'; stop it first")
+            try:
+                yield
+            finally:
+                connection.invalidate()  # the lock is the session's, and ends with it
+
+    @contextmanager
+    def _writer(self) -> Iterator[Connection]:
+        with self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            raise ConnectionError(f"the judgment store '{self.name}' does not answer: {_reason(error)}") from error
 
     def _opened(self, wished: dict[str, Any]) -> StoreSettings:
         """The settings of the store, which is made if it is not there."""
         wished = {name: value for name, value in wished.items() if value is not None}
         chosen = StoreSettings(**wished)
         try:
-            with self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
+            with self._writer() as connection:
                 tables = inspect(connection).get_table_names()
                 if not tables:
                     metadata.create_all(connection)
@@ -128,7 +179,7 @@ class JudgmentDatabase:
         if (schema := json.loads(found["schema"])) != SCHEMA:
             raise ValueError(
                 f"'{self.name}' was written by another version of zorl: its schema is {schema}, and this version reads "
-                f"{SCHEMA}; open it with the version that made it, or choose another file"
+                f"{SCHEMA}; open it with the version that made it, or choose another store"
             )
         stored = StoreSettings(**json.loads(found["settings"]))
         for f in fields(stored):
@@ -136,46 +187,25 @@ class JudgmentDatabase:
             if f.name in wished and wished[f.name] != kept:
                 raise ValueError(
                     f"'{self.name}' was made with {f.name}={kept}, and {f.name}={wished[f.name]} was asked for; leave it "
-                    f"out, or choose another file"
+                    f"out, or choose another store"
                 )
         return stored
 
 
-def _url(where: str | Path) -> URL:
-    """A database's URL.
-
-    Raises:
-        ValueError: it is not one, or a file that cannot be there.
-    """
-    if isinstance(where, str) and "://" in where:
-        try:
-            url = make_url(where)
-        except ArgumentError as error:
-            raise ValueError(f"'{where}' is not the URL of a database: {error}") from error
-        if not url.drivername.startswith("sqlite"):
-            return url
-    else:
-        url = URL.create("sqlite", database=str(where))
-    if url.database in (None, "", ":memory:"):
-        raise ValueError("a judgment store needs a file: two processes meet in it, and none of it may get lost")
-    if str(url.database).startswith("file:"):  # SQLite's own notation, with options
-        return url
-    path = Path(str(url.database))
-    if path.is_dir():
-        raise ValueError(f"'{path}' is a folder; a judgment store is a file, such as {path / 'judgments.sqlite'}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder '{path.parent}' to keep the judgment store '{path.name}' in")
-    return url
-
-
 def _engine(url: URL) -> Engine:
     """Connections that behave as this file promises."""
+    if url.get_backend_name() == "sqlite":
+        return _sqlite(url)
     try:
-        if not url.drivername.startswith("sqlite"):
-            return create_engine(url, pool_pre_ping=True)
-        engine = create_engine(url, pool_size=8, max_overflow=64, connect_args={"timeout": _WAIT})
-    except (ImportError, SQLAlchemyError) as error:  # ImportError: the driver that the URL names
-        raise ValueError(f"cannot open '{url.render_as_string()}': {error}") from error
+        return _postgresql(url)
+    except ImportError as error:
+        raise ValueError(
+            f"cannot open '{shown(url)}': PostgreSQL needs the driver psycopg; pip install 'zorl[postgres]'"
+        ) from error
+
+
+def _sqlite(url: URL) -> Engine:
+    engine = create_engine(url, pool_size=8, max_overflow=64, connect_args={"timeout": _WAIT})
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
@@ -186,11 +216,41 @@ def _engine(url: URL) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(
-            "BEGIN IMMEDIATE" if connection.get_execution_options().get("immediate") else "BEGIN"
-        )
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
 
     return engine
+
+
+def _postgresql(url: URL) -> Engine:
+    patient = url.set(query={"connect_timeout": f"{_WAIT / 3:.0f}", **url.query})
+    engine = create_engine(patient, pool_size=8, pool_pre_ping=True)
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        if (encoding := connection.info.parameter_status("server_encoding")) != "UTF8":
+            connection.close()
+            raise ValueError(
+                f"cannot keep judgments in '{shown(url)}': its encoding is {encoding}, and answers may hold any character; "
+                "make it with createdb --encoding UTF8 --template template0"
+            )
+        for setting in _OF_A_CONNECTION:
+            connection.execute(setting)
+        connection.commit()  # or they would be undone with the first transaction
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A writer sees at each statement all that was committed before, so all that its predecessors did; a snapshot
+        # of its own would be older than its lock. A reader sees one snapshot.
+        if _writes(connection):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})")
+        else:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+    return engine
+
+
+def _writes(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("immediate"))
 
 
 def _in_wal_mode(connection: Any) -> None:
@@ -206,8 +266,8 @@ def _in_wal_mode(connection: Any) -> None:
             time.sleep(0.01)
 
 
-def _refusal(name: str | None, error: Exception) -> str:
-    reason = str(getattr(error, "orig", None) or error)
+def _refusal(name: str, error: Exception) -> str:
+    reason = _reason(error)
     if "not a database" in reason:
         return f"'{name}' is no judgment store: it is not an SQLite file"
     if "readonly" in reason or "unable to open" in reason:
@@ -215,3 +275,8 @@ def _refusal(name: str | None, error: Exception) -> str:
     if "malformed" in reason:
         return f"the judgment store '{name}' is damaged: {reason}"
     return f"cannot open the judgment store '{name}': {reason}"
+
+
+def _reason(error: Exception) -> str:
+    """What the driver says, in one line: psycopg adds advice in further ones."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())

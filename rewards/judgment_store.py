@@ -54,7 +54,8 @@ class JudgmentStore(RatersSide, TunersSide):
     The settings are kept in the store when it is made. To open one again leave them out, or give the same.
 
     Args:
-        url_or_path: an SQLite file, made if it is not there, or the URL of a database that SQLAlchemy knows.
+        url_or_path: an SQLite file, made if it is not there, or the URL of an empty PostgreSQL database or of one that holds a
+            store, postgresql://user:password@host/name; `pip install 'zorl[postgres]'` brings the driver.
         votes_per_pair: that a pair needs, each of another rater; 1 by default.
         lease_seconds: for which a shown pair is kept for its rater; 120 by default.
         repeat_share: of showings that repeat, in the other order, a pair the rater has judged; 0.05 by default. Their votes
@@ -62,8 +63,10 @@ class JudgmentStore(RatersSide, TunersSide):
         comparison_share: of showings that compare the current model with the starting one; 0.1 by default.
         clock: seconds since 1970.
 
+    Every method raises ConnectionError where the database does not answer.
+
     Raises:
-        ValueError: a setting is out of range or contradicts the store's; the file cannot be opened or written, is no
+        ValueError: a setting is out of range or contradicts the store's; the database cannot be opened or written, is no
             judgment store, or is of another version.
     """
 

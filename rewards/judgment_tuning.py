@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from sqlalchemy import Connection, exists, func, insert, select, update
@@ -32,6 +33,14 @@ from zorl.rewards.judgment_tables import (
 
 class TunersSide(Readings):
     """What the process that owns the model asks of the store. Every method is one transaction."""
+
+    def tuning(self) -> AbstractContextManager[None]:
+        """Keeps the making of steps to this process for a block.
+
+        Raises:
+            ValueError: when the block begins, another process makes them.
+        """
+        return self._database.tuning()
 
     def add_probe(
         self,
@@ -281,9 +290,9 @@ class TunersSide(Readings):
                 "step": step,
                 "direction": pair.direction,
                 "row": pair.row,
-                "prompt": pair.prompt,
-                "plus": pair.plus,
-                "minus": pair.minus,
+                "prompt": _storable(pair.prompt),
+                "plus": _storable(pair.plus),
+                "minus": _storable(pair.minus),
                 "tokens": pair.tokens,
                 "identical": pair.plus == pair.minus,
                 # Of comparisons only some are shown; identical ones wait for their turn, or ties would outnumber the rest.
@@ -329,6 +338,11 @@ def _withdraw_comparisons(connection: Connection, *, unseen: bool) -> None:
     if unseen:
         open_ones = open_ones.where(~exists().where(showings.c.pair == pairs.c.id))
     connection.execute(open_ones.values(state=WITHDRAWN))
+
+
+def _storable(text: str) -> str:
+    """A text for people. A model may write the character 0, which nobody can see and PostgreSQL does not take."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _row(connection: Connection, probe: int) -> Any:

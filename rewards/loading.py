@@ -81,7 +81,7 @@ def load_judge(name: str, *, column: str | None = None, judgments: str | Path | 
     Args:
         name: human, reward:NAME, classifier:MODEL, model:MODEL, or a function of your own.
         column: of the data set, where shipped rewards find the truth.
-        judgments: the judgment store of `human`, which is made if it is not there.
+        judgments: the judgment store of `human`, a file or a URL, which is made if it is not there.
 
     Raises:
         ValueError: there is no such judge, its model cannot be loaded, `human` comes without a store, or another with one.

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import shutil
+import signal
 import string
+import subprocess
+import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,6 +125,102 @@ class PretendTuner:
                 archive.writestr("config.json", "{}")
             return {"path": str(archive.filename)}
         return {"error": f"{kind} cannot be done"}
+
+
+class PostgresServer:
+    """A PostgreSQL server of the tests' own, on a Unix socket in a temporary folder, which asks for a password.
+
+    Raises:
+        AssertionError: it did not start; its log says why.
+    """
+
+    PASSWORD = "s3cret/of@zorl"
+    IN_A_URL = "s3cret%2Fof%40zorl"
+
+    def __init__(self, binaries: Path) -> None:
+        # Not below pytest's folder: that is closed to other users, and a server does not run as root.
+        self.folder = Path(tempfile.mkdtemp(prefix="zorl-pg-"))
+        self._user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            shutil.chown(self.folder, "postgres", "postgres")
+        (self.folder / "password").write_text(self.PASSWORD)
+        (self.folder / "password").chmod(0o644)
+        self._numbers = itertools.count()
+        self._binaries = binaries
+        made = subprocess.run(
+            [
+                binaries / "initdb", "--pgdata", self.folder / "data", "--username", "zorl", "--auth", "scram-sha-256",
+                "--pwfile", self.folder / "password", "--encoding", "UTF8", "--locale", "C", "--no-sync",
+            ],
+            capture_output=True, text=True, cwd=self.folder, **self._user,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        # fsync serves those whose machine loses power; the tests do not.
+        options = {"unix_socket_directories": self.folder, "listen_addresses": "", "fsync": "off"}
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    self._binaries / "postgres", "-D", self.folder / "data",
+                    *(word for name, value in options.items() for word in ("-c", f"{name}={value}")),
+                ],
+                stdout=log, stderr=log, cwd=self.folder, **self._user,
+            )  # fmt: skip
+        deadline = time.monotonic() + 30
+        ready = [self._binaries / "pg_isready", "--quiet", "--host", self.folder]
+        while subprocess.run(ready, check=False).returncode:
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.05)
+
+    def crash(self) -> None:
+        """Stops it at once; what it has not written by now is in its log of transactions, or gone."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(30)
+
+    def url(self, database: str, password: str | None = IN_A_URL) -> str:
+        """Of a database, with the password as a URL takes it."""
+        user = "zorl" if password is None else f"zorl:{password}"
+        return f"postgresql://{user}@/{database}?host={self.folder}"
+
+    def new_database(self, options: str = "") -> str:
+        """The URL of an empty database."""
+        name = f"judgments_{next(self._numbers)}"
+        self.run(f"CREATE DATABASE {name} {options}")
+        return self.url(name)
+
+    def run(self, statement: str, database: str = "postgres") -> list[Any]:
+        """What a statement gives."""
+        import psycopg
+
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return [] if cursor.description is None else cursor.fetchall()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A server, where Debian's package `postgresql` and psycopg are installed."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'zorl[postgres]'")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    if not found:
+        pytest.skip("no PostgreSQL server here: apt-get install postgresql")
+    server = PostgresServer(found[-1].parent)
+    yield server
+    server.crash()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_at(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    """Where a judgment store can be made: a file, then a database on a server."""
+    if request.param == "sqlite":
+        return tmp_path / "judgments.sqlite"
+    return str(request.getfixturevalue("postgres").new_database())
 
 
 class Quadratic:

@@ -46,13 +46,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def open_store(tmp_path: Path, clock: Clock) -> Iterator[Open]:
-    """Opens the test's store, without repeats and comparisons unless asked for."""
+def open_store(store_at: str | Path, clock: Clock) -> Iterator[Open]:
+    """Opens the test's store, on SQLite and on PostgreSQL, without repeats and comparisons unless asked for."""
     opened: list[JudgmentStore] = []
 
-    def make(name: str = "judgments.sqlite", **settings: Any) -> JudgmentStore:
+    def make(**settings: Any) -> JudgmentStore:
         plain = {"repeat_share": 0.0, "comparison_share": 0.0, "clock": clock}
-        opened.append(JudgmentStore(tmp_path / name, **{**plain, **settings}))
+        opened.append(JudgmentStore(store_at, **{**plain, **settings}))
         return opened[-1]
 
     yield make
@@ -201,6 +201,14 @@ def test_identical_answers_tie_unseen(store: JudgmentStore) -> None:
     assert store.next_pair(ann) is None
     choices = [(vote.row, vote.rater, vote.choice) for vote in store.close_probe(probe.id)]
     assert choices == [(0, "", Choice.TIE), (1, "Ann", Choice.BOTH_BAD)]
+
+
+def test_a_character_that_postgresql_does_not_take_is_replaced_and_tells_answers_apart_still(
+    store: JudgmentStore,
+) -> None:
+    store.add_probe([NewPair(0, 0, "a\0b 🙂", "plus \0", "plus \ufffd", "[0]")], key="a")
+    showing = shown(store, store.rater("Zoë 🙂"))
+    assert (showing.prompt, {showing.first, showing.second}) == ("a\ufffdb 🙂", {"plus \ufffd"})
 
 
 def test_what_a_rater_sees_does_not_say_which_side_is_which(store: JudgmentStore) -> None:
@@ -472,15 +480,15 @@ def test_requests_wait_for_one_answer(store: JudgmentStore) -> None:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def test_settings_stay_with_the_store(tmp_path: Path) -> None:
-    path = tmp_path / "store"
-    with JudgmentStore(path, votes_per_pair=3, lease_seconds=5):
+def test_settings_stay_with_the_store(store_at: str | Path) -> None:
+    url = store_at if isinstance(store_at, str) else f"sqlite:///{store_at}"
+    with JudgmentStore(store_at, votes_per_pair=3, lease_seconds=5):
         pass
-    with JudgmentStore(str(path)) as store, JudgmentStore(path, votes_per_pair=3), JudgmentStore(f"sqlite:///{path}"):
+    with JudgmentStore(str(store_at)) as store, JudgmentStore(store_at, votes_per_pair=3), JudgmentStore(url):
         assert (store.settings.votes_per_pair, store.settings.lease_seconds) == (3, 5)
         assert (store.settings.repeat_share, store.settings.comparison_share) == (0.05, 0.1)
     with pytest.raises(ValueError, match="was made with votes_per_pair=3, and votes_per_pair=2 was asked for"):
-        JudgmentStore(path, votes_per_pair=2)
+        JudgmentStore(store_at, votes_per_pair=2)
 
 
 @pytest.mark.parametrize(
@@ -552,31 +560,17 @@ def test_a_file_that_nobody_can_write_is_told(tmp_path: Path) -> None:
         JudgmentStore(f"sqlite:///file:{path}?mode=ro&uri=true")
 
 
-def test_sqlite_syncs_every_commit(store: JudgmentStore) -> None:
-    with store._database.reading() as connection:
+def test_sqlite_syncs_every_commit(tmp_path: Path) -> None:
+    with JudgmentStore(tmp_path / "store") as store, store._database.reading() as connection:
         asked = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")]
     assert asked == ["wal", 2]
-
-
-def test_the_schema_is_one_that_postgresql_takes() -> None:
-    from sqlalchemy.dialects import postgresql
-    from sqlalchemy.schema import CreateIndex, CreateTable
-
-    from zorl.rewards.judgment_tables import metadata
-
-    dialect = postgresql.dialect()
-    written = [str(CreateTable(table).compile(dialect=dialect)) for table in metadata.sorted_tables]
-    written += [str(CreateIndex(i).compile(dialect=dialect)) for t in metadata.sorted_tables for i in t.indexes]
-    assert any("BIGSERIAL" in text for text in written)
-    assert any("WHERE NOT rewound" in text for text in written)
 
 
 # --- many at once, and killed at any moment ---------------------------------------------------------------------------
 
 
-def test_eight_raters_at_once_lose_nothing_and_judge_nothing_twice(tmp_path: Path) -> None:
+def test_eight_raters_at_once_lose_nothing_and_judge_nothing_twice(store_at: str | Path) -> None:
     """Threads over two connections' worth of stores, as two processes have them, while a tuner closes and adds probes."""
-    path = tmp_path / "store"
     acknowledged: dict[int, Choice] = {}
     lock = threading.Lock()
     used: list[Vote] = []
@@ -603,7 +597,7 @@ def test_eight_raters_at_once_lose_nothing_and_judge_nothing_twice(tmp_path: Pat
             failures.append(error)
             stop.set()
 
-    with JudgmentStore(path, repeat_share=0.0, comparison_share=0.0) as tuner, JudgmentStore(path) as page:
+    with JudgmentStore(store_at, repeat_share=0.0, comparison_share=0.0) as tuner, JudgmentStore(store_at) as page:
         threads = [threading.Thread(target=rate, args=((tuner, page)[i % 2], f"rater {i}")) for i in range(8)]
         for thread in threads:
             thread.start()
@@ -624,6 +618,40 @@ def test_eight_raters_at_once_lose_nothing_and_judge_nothing_twice(tmp_path: Pat
     assert {vote.pair for vote in used} == set(range(1, 361))
     assert len({(vote.pair, vote.rater) for vote in used}) == len(used)
 
+
+def test_processes_that_come_at_once_make_one_store_and_get_a_pair_each(store_at: str | Path) -> None:
+    """Eight open what is not there yet, and ask for a pair as eight raters when all are ready."""
+    program = AT_ONCE.replace("PAIRS", "[NewPair(0, row, str(row), 'plus', 'minus') for row in range(8)]")
+    result = subprocess.run([sys.executable, "-c", program, str(store_at)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert sorted(map(int, result.stdout.split())) == list(range(1, 9))
+    with JudgmentStore(store_at) as store:
+        assert store.probes_written() == 1
+        assert {record.rater for record in store.showings()} == {f"rater {i}" for i in range(8)}
+
+
+AT_ONCE = """
+import os, sys
+from zorl.rewards.judgment_store import JudgmentStore, NewPair
+ready, go = os.pipe(), os.pipe()
+children = []
+for i in range(8):
+    child = os.fork()
+    if child == 0:
+        store = JudgmentStore(sys.argv[1], repeat_share=0.0, comparison_share=0.0)
+        store.add_probe(PAIRS, key="the same")
+        rater = store.rater(f"rater {i}")
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        os.write(1, f"{store.next_pair(rater).pair}\\n".encode())
+        store.close()
+        os._exit(0)
+    children.append(child)
+for _ in children:
+    os.read(ready[0], 1)
+os.write(go[1], b"." * 8)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
 
 RATER = """
 import random, sys, time
@@ -664,24 +692,24 @@ while True:
 """
 
 
-def test_processes_killed_at_any_moment_lose_nothing_and_use_nothing_twice(tmp_path: Path) -> None:
+def test_processes_killed_at_any_moment_lose_nothing_and_use_nothing_twice(store_at: str | Path) -> None:
     """A tuner and two raters, killed thirty times. They are forked, for importing takes seconds and forking none."""
-    path = tmp_path / "store"
-    JudgmentStore(path, repeat_share=0.1, comparison_share=0.0, lease_seconds=0.05).close()
+    JudgmentStore(store_at, repeat_share=0.1, comparison_share=0.0, lease_seconds=0.05).close()
     template = FORKING.replace("RATER", repr(RATER)).replace("TUNER", repr(TUNER))
-    result = subprocess.run([sys.executable, "-c", template, str(path)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", template, str(store_at)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    with JudgmentStore(path) as store:
+    with JudgmentStore(store_at) as store:
         said = [line for line in result.stdout.splitlines() if line.lstrip("-").isdecimal()]
         check_the_books(store, said)
         assert len(store.steps()) > 5
 
 
-# Loads the modules once, and forks from there. A line is written with one write, so it is whole or not there.
+# Loads the modules and the driver once, and forks from there. A line is written with one write, so it is whole or not there.
 FORKING = """
 import os, random, signal, sys, time, warnings
-import zorl.rewards.judgment_store
+from zorl.rewards.judgment_store import JudgmentStore
 warnings.simplefilter("ignore")
+JudgmentStore(sys.argv[1]).close()
 draws = random.Random(3)
 for _ in range(10):
     children = []

@@ -33,6 +33,7 @@ from zorl.prompts import Prompt
 from zorl.replay import replay
 from zorl.rewards.judgment_store import AlreadyClosed, JudgmentStore, StoredStep
 from zorl.rewards.judgment_tables import pairs
+from zorl.rewards.judgment_url import split_password
 from zorl.trajectory import Record, Trajectory, read
 
 PROMPTS = ["the film was", "a great", "the user asked", "who wrote the book?", "an odd ending", "it was"]
@@ -50,11 +51,11 @@ def direct(parts: Kind, tmp_path: Path) -> Path:
     return new_run(parts, tmp_path, "direct")
 
 
-def new_run(parts: Kind, folder: Path, method: str) -> Path:
+def new_run(parts: Kind, folder: Path, method: str, **changes: Any) -> Path:
     some = parts("llama")
     some.model.save_pretrained(folder / "model")
     some.tokenizer.save_pretrained(folder / "model")
-    settings(folder, method=method).write(folder / "run")
+    settings(folder, method=method, **changes).write(folder / "run")
     return folder / "run"
 
 
@@ -133,6 +134,20 @@ def test_verdicts_make_steps_and_the_trajectory_gives_the_weights(run: Path):
     assert [bytes(record) for record in read(run / "trajectory.zorl")[1]] == [bytes(record) for record in records]
     assert {"verdicts", "updates", "decided_share"} <= steps[-2].figures.keys()
     assert {"drift", "perplexity"} <= steps[-2].figures.keys()
+
+
+def test_it_works_on_a_server_with_the_password_in_the_environment(
+    parts: Kind, tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch
+):
+    url = postgres.new_database()
+    database, password = split_password(url)
+    monkeypatch.setenv("PGPASSWORD", str(password))
+    run = new_run(parts, tmp_path, "direct", database=database)
+    with JudgmentStore(url, repeat_share=0.0) as store, working(run) as tuner:
+        judge(store, lambda: len(store.steps()) >= 3, shorter)
+    tuner.store.close()
+    assert tuner.mezo.parameters.sha256() == weights_by_replay(run)
+    assert not (run / "judgments.sqlite").exists()
 
 
 def test_the_step_follows_the_preferred_side(direct: Path):
