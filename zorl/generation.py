@@ -158,7 +158,7 @@ class Generation:
         answers = []
         for i in range(len(points)):
             completions = [ids for of_share in shares for ids in of_share[i]]
-            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
             answers.append(
                 [
                     Answer([{"role": "assistant", "content": text}] if chat else text, ids)
