@@ -77,7 +77,8 @@ def run(argv: Sequence[str]) -> str:
         if megabytes is not None and nothing.megabytes is not None:
             a_parameter = (megabytes - nothing.megabytes) * 1e6 / size
             figures["bytes_a_parameter"] = round(a_parameter, 2)
-            figures["largest_parameters"] = int((available - nothing.megabytes * 1e6) / a_parameter)
+            if a_parameter > 0:  # a model so small that memory did not grow says nothing
+                figures["largest_parameters"] = int((available - nothing.megabytes * 1e6) / a_parameter)
         result["cases"][case] = figures
     path = Path(arguments.plot)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,8 @@ def main() -> None:
         replay(header, records, fresh)
         found["replayed"] = fresh.sha256()
     (folder / f"{what}-{mine}-of-{processes.count()}.json").write_text(json.dumps(found))
+    if processes.count() > 1 and what != "die":
+        torch.distributed.destroy_process_group()  # gloo's threads may abort the interpreter as it ends
 
 
 if __name__ == "__main__":
