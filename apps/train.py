@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from zorl import MeZOConfig, MeZOTrainer
+from zorl import MeZOConfig, MeZOTrainer, processes
 from zorl.apps.arguments import TrainArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import TRAIN
@@ -100,6 +100,7 @@ def run(argv: Sequence[str]) -> str:
         callbacks=[begin],
     )
     result = _train(trainer, resuming, begin)
+    processes.leave()
     if arguments.json:
         return json.dumps(result)
     columns = {"text_column": arguments.text_column, "label_column": asked_label}

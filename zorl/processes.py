@@ -128,6 +128,14 @@ def agree(what: str, value: Any) -> None:
         raise ProcessError(f"the processes differ in {what}: {held}")
 
 
+def leave() -> None:
+    """Waits for the others and takes the group down: its threads may abort an interpreter that ends with it."""
+    if dist.is_available() and dist.is_initialized():
+        with _lost_contact():
+            dist.barrier()
+        dist.destroy_process_group()
+
+
 def _gather(payload: bytes) -> list[bytes]:
     """Each process's bytes, in order."""
     global exchanged_bytes
