@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from zorl import __version__
 from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.commands import COMMANDS
+from zorl.apps.launcher import is_first
 
 OVERVIEW = f"""\
 zorl {__version__}: tune a language model on the metric itself (F1, accuracy, any function, a judge) with forward passes alone
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             text = _run(words)
-        if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
+        if is_first():
             print(text, flush=True)
     except KeyboardInterrupt as error:
         print(f"zorl: {error or 'interrupted'}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from zorl.apps.arguments import InputArguments
+from zorl.apps.launcher import is_first
 from zorl.data import LABEL, TEXT, Rows, load_rows
 from zorl.models import ADAPTER, is_masked, trained_classes
 from zorl.prompts import Prompt
@@ -24,11 +24,6 @@ from zorl.tasks import Task
 from zorl.tasks import task as find_task
 
 DEFAULT_TEMPLATE = "{prompt}"  # the column that TRL's data sets have
-
-
-def is_first() -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one: it alone speaks and writes."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str) -> None:

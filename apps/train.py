@@ -21,7 +21,6 @@ from zorl.apps.inputs import (
     check_model_folder,
     check_source,
     describe,
-    is_first,
     label_of,
     load,
     load_rewards,
@@ -32,6 +31,7 @@ from zorl.apps.inputs import (
     source_of,
     with_trained_classes,
 )
+from zorl.apps.launcher import is_first
 from zorl.apps.report import Begin, peak_memory_mb
 from zorl.classifier_head import sorted_labels
 from zorl.data import Split, hold_out

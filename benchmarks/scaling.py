@@ -46,28 +46,28 @@ def work(model: str, where: Path) -> None:
         for i in range(128)
         for word in ("great", "odd")
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        shared = Path(os.environ.get("ZORL_SCALING_FOLDER", folder))
-        args = MeZOConfig(
-            output_dir=str(shared / "run"), max_steps=STEPS, per_device_train_batch_size=ROWS, use_cpu=True,
-            disable_tqdm=True, report_to="none", calibration="none", save_strategy="no", logging_steps=STEPS,
-        )  # fmt: skip
-        trainer = MeZOTrainer(
-            model, accuracy(), args=args, train_dataset=rows, callbacks=[clock],
-            prompt=Prompt("{text} it was {mask} .", {"0": "terrible", "1": "great"}),
-        )  # fmt: skip
-        before = processes.exchanged_bytes
-        trainer.train()
+    args = MeZOConfig(
+        output_dir=str(where.parent / "run"), max_steps=STEPS, per_device_train_batch_size=ROWS, use_cpu=True,
+        disable_tqdm=True, report_to="none", calibration="none", save_strategy="no", logging_steps=STEPS,
+    )  # fmt: skip
+    trainer = MeZOTrainer(
+        model, accuracy(), args=args, train_dataset=rows, callbacks=[clock],
+        prompt=Prompt("{text} it was {mask} .", {"0": "terrible", "1": "great"}),
+    )  # fmt: skip
+    trainer.train()
     seconds = [
         later - earlier for earlier, later in zip(clock.ticks[SKIPPED:], clock.ticks[SKIPPED + 1 :], strict=False)
     ]
     if processes.index() == 0:
         figures = {
             "seconds_a_step": statistics.median(seconds),
-            "bytes_a_step": (processes.exchanged_bytes - before) / STEPS,
+            "bytes_a_step": next(
+                (log["exchanged_bytes"] for log in trainer.state.log_history if "exchanged_bytes" in log), 0
+            ),
             "parameters": sum(p.numel() for p in trainer.tuned.values()),
         }
         where.write_text(json.dumps(figures))
+    processes.leave()
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
                 subprocess.run(
                     [sys.executable, *start, __file__, "--model", model, "--work", str(where)],
                     check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "ZORL_SCALING_FOLDER": folder},
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
                 found[count].append(json.loads(where.read_text()))
                 print(count, found[count][-1], flush=True)
@@ -91,7 +91,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
         seconds = sorted(figure["seconds_a_step"] for figure in figures)
         rows.append({"processes": count, "rows": ROWS * count, "seconds_a_step": statistics.median(seconds),
                      "range": [seconds[0], seconds[-1]], "bytes_a_step": figures[0]["bytes_a_step"]})  # fmt: skip
-    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "rounds": rounds,
+    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "cores": os.cpu_count(), "rounds": rounds,
             "parameters": found[1][0]["parameters"], "rows": rows}  # fmt: skip
 
 
@@ -139,20 +139,20 @@ def report(result: dict[str, Any]) -> str:
         "and every `--check_weights_steps` steps. When a process dies the others end with a message, and the same command goes "
         "on from the trajectory, with any number of processes as long as the rows of a step are as many (half the processes: "
         "twice `--per_device_train_batch_size`). Where people judge, a step waits for them inside an exchange, which times out "
-        "after `--ddp_timeout` seconds: tune with people in one process. Forward gradients run in one process, too.",
+        "after `--ddp_timeout` seconds: tune with people in one process. Forward gradients run in one process, too. "
+        "A script of your own calls `zorl.processes.leave()` when it is done.",
         "",
         "## Measured",
         "",
         f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows a process, "
-        f"one thread a process, {result['rounds']} rounds in turns). Four processes share two cores here, so their step cannot "
-        "take less than twice that of one; efficiency is against what the cores allow.",
+        f"one thread a process, {result['rounds']} rounds in turns). Where there are more processes than cores their step "
+        "takes as many times longer as they share a core; efficiency is against that.",
         "",
         "| processes | rows a step | seconds a step | range | efficiency | bytes that the first process sends, a step |",
         "|---|---|---|---|---|---|",
     ]
-    cores = os.cpu_count() or 1
     for row in result["rows"]:
-        share = max(1.0, row["processes"] / cores)
+        share = max(1.0, row["processes"] / result["cores"])
         low, high = row["range"]
         lines.append(
             f"| {row['processes']} | {row['rows']} | {row['seconds_a_step']:.3f} | {low:.3f} to {high:.3f} | "

@@ -90,7 +90,7 @@ def run(name: str, folder: Path, *, steps: int = 4, resume: bool = False) -> dic
         "asked": asked,
         "bytes": processes.exchanged_bytes - before,
         "evaluations": [e["eval_reward"] for e in trainer.state.log_history if "eval_reward" in e],
-        "logged": [e["exchanged_bytes_a_step"] for e in trainer.state.log_history if "exchanged_bytes_a_step" in e],
+        "logged": [e["exchanged_bytes"] for e in trainer.state.log_history if "exchanged_bytes" in e],
         "processes": processes.count(),
     }
 

@@ -121,7 +121,8 @@ def test_items_come_back_in_order_and_failures_reach_everybody(tmp_path: Path) -
             "ZeroDivisionError" if i == 0 else "ProcessError: the first process failed: Zer"
         )
         assert (
-            of["differ"] == "ProcessError: the processes differ in their seeds: process 0 0, process 1 1, process 2 2"
+            of["differ"]
+            == "ProcessError: the processes differ in their seeds: process 0 has 0, process 1 has 1, process 2 has 2"
         )
 
 

@@ -56,19 +56,16 @@ class ForwardTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         # No DistributedDataParallel, which would copy gradients that there are none of.
         self.accelerator.prepare_model = lambda model, **_: model
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Every process sees the whole batch, as large as all of theirs together; the work on it is what they share."""
-        if processes.count() == 1:
-            return super().get_train_dataloader()
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_size=self._train_batch_size * processes.count(),
-            sampler=self._get_train_sampler(),
-            collate_fn=self.data_collator,
-            drop_last=self.args.dataloader_drop_last,
+        # Every process sees the whole batch: what they share is the work on it.
+        self.accelerator.prepare_data_loader = lambda loader, **_: prepare_data_loader(
+            loader, num_processes=1, process_index=0
         )
-        return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> DataLoader[Any]:
+        """A batch has the rows of all processes."""
+        return super()._get_dataloader(dataset, description, batch_size * processes.count(), *args, **kwargs)
 
     # --- the trajectory as the checkpoint ---------------------------------------------------------------------------
 

@@ -277,6 +277,7 @@ def _packed(completions: list[list[list[int]]]) -> dict[str, Tensor]:
 
 
 def _unpacked(packed: Mapping[str, Tensor], points: int) -> list[list[list[int]]]:
+    """The tokens that were packed, as `[point][row]`."""
     ids = [part.tolist() for part in packed["ids"].split(packed["lengths"].tolist())] if len(packed["lengths"]) else []
     rows = len(ids) // points if points else 0
     return [ids[i * rows : (i + 1) * rows] for i in range(points)]

@@ -106,34 +106,48 @@ def first(work: Callable[[], Any]) -> Any:
 
 @contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """The first process does the block before the others begin it."""
+    """The first process does the block before the others begin it.
+
+    Raises:
+        ProcessError: the first process failed in it, and has ended.
+    """
     if index() > 0:
-        agree("the progress of the run", "begun")
+        _meet()
     yield
     if index() == 0:
-        agree("the progress of the run", "begun")
+        _meet()
 
 
 def agree(what: str, value: Any) -> None:
     """Checks that all processes hold the same JSON value.
 
     Raises:
-        ProcessError: they do not; the message says who holds what.
+        ProcessError: they do not; the message says who holds what, of a mapping under the first key that differs.
     """
     if count() == 1:
         return
     found = [json.loads(part) for part in _gather(json.dumps(value).encode())]
-    if any(other != found[0] for other in found):
-        held = ", ".join(f"process {i} {str(other)[:60]}" for i, other in enumerate(found))
-        raise ProcessError(f"the processes differ in {what}: {held}")
+    if all(other == found[0] for other in found):
+        return
+    if isinstance(value, Mapping):
+        key = next(key for other in found for key in (found[0] | other) if other.get(key) != found[0].get(key))
+        what, found = f"{what}, under {key!r}", [other.get(key) for other in found]
+    held = ", ".join(f"process {i} has {str(other)[:60]}" for i, other in enumerate(found))
+    raise ProcessError(f"the processes differ in {what}: {held}")
 
 
 def leave() -> None:
     """Waits for the others and takes the group down: its threads may abort an interpreter that ends with it."""
     if dist.is_available() and dist.is_initialized():
+        _meet()
+        dist.destroy_process_group()
+
+
+def _meet() -> None:
+    """Waits until all processes are here."""
+    if count() > 1:
         with _lost_contact():
             dist.barrier()
-        dist.destroy_process_group()
 
 
 def _gather(payload: bytes) -> list[bytes]:

@@ -217,7 +217,6 @@ class MeZOTrainer(ForwardTrainer):
         self._use_prompt(prompt)
         self._batch: list[dict[str, Any]] = []
         self._since_log: list[dict[str, float]] = []
-        self._exchanged = 0  # bytes, at the last log
         self.mezo: MeZO | None = None
         self._rewound_to: int | None = None
         self.calibration_forwards = 0
@@ -308,7 +307,7 @@ class MeZOTrainer(ForwardTrainer):
         rows, self._batch = self._batch, []
         if isinstance(self.objective, RewardObjective):
             self.objective.trainer_state = self.state
-        probe = self.mezo.ask()
+        probe, sent_before = self.mezo.ask(), processes.exchanged_bytes
         asked = self._ask(rows, probe)
         if isinstance(asked.answers, Scores):  # one process's numbers for all: another's may differ in the last bit
             scores = asked.answers.values
@@ -316,6 +315,8 @@ class MeZOTrainer(ForwardTrainer):
             asked = replace(asked, answers=Scores(torch.tensor(told, dtype=scores.dtype)))
         record = self.mezo.tell(probe.id, asked.answers)
         figures = dict(asked.figures)
+        if processes.count() > 1:
+            figures["exchanged_bytes"] = processes.exchanged_bytes - sent_before
         if isinstance(asked.answers, Scores):
             figures["reward"] = asked.answers.values.nanmean().item()
         informative = [abs(g) for g in record.projected if not math.isnan(g)]
@@ -367,9 +368,6 @@ class MeZOTrainer(ForwardTrainer):
             logs["informative_share"] = self.mezo.recent_informative_share
             logs["epsilon"] = self.mezo.epsilon.value
             logs["forwards"] = self.forwards
-            if processes.count() > 1 and self._since_log:
-                sent, self._exchanged = processes.exchanged_bytes - self._exchanged, processes.exchanged_bytes
-                logs["exchanged_bytes_a_step"] = sent / len(self._since_log)
             self._since_log = []
         super().log(logs, start_time)
 

@@ -115,8 +115,8 @@ class Twin:
                 if moved:
                     for slot in self._slots:
                         slot.module._parameters[slot.attribute] = slot.moved  # type: ignore[assignment]
-                    # What stays for the whole forward comes first. Between a forward's activations it would leave gaps in
-                    # memory that the next ones do not fit into: up to a quarter more than inference takes.
+                    # What stays for the whole forward comes first. Made between a forward's activations it would leave gaps in
+                    # memory that the next ones do not fit into.
                     for name, make in list(self._makers.items()):
                         self._once(name, make)
                 result: list[T] = interruptible(lambda: forward(len(points)))
