@@ -103,7 +103,7 @@ def test_a_collapsed_classifier_still_finds_a_difference(parts: Callable[[str], 
     assert steep.values[0].mean() != steep.values[1].mean()  # type: ignore[union-attr]
 
 
-def test_a_goal_of_labels_is_the_reward_as_a_function_of_scores(policy: LabelWords) -> None:
+def test_a_goal_of_labels_is_the_reward_as_a_function_of_answers(policy: LabelWords) -> None:
     asked: list[int] = []
 
     def right(completions: list[str], label: list[str], **_: Any) -> list[float]:
@@ -111,23 +111,21 @@ def test_a_goal_of_labels_is_the_reward_as_a_function_of_scores(policy: LabelWor
         return [float(c == t) for c, t in zip(completions, label, strict=True)]
 
     goal = RewardObjective(policy, RewardFunctions(right)).label_goal(ROWS)
+    every = torch.arange(len(ROWS))
     assert torch.equal(goal.scores, policy.scores(ROWS, [CENTRE])[0])
-    assert goal.best(goal.scores + torch.tensor([0.0, 100.0])) == pytest.approx(2 / 3)
-    assert goal.best(goal.scores + torch.tensor([100.0, 0.0])) == pytest.approx(1 / 3)
-    points = torch.stack([goal.scores, goal.scores.flip(1)])
+    assert goal.best(goal.scores + torch.tensor([0.0, 100.0]), every) == pytest.approx(2 / 3)
+    assert goal.best(goal.scores + torch.tensor([100.0, 0.0]), every) == pytest.approx(1 / 3)
+    assert goal.best((goal.scores + torch.tensor([100.0, 0.0]))[1:2], every[1:2]) == 1.0, "row 1 is the bad one"
     asked.clear()
-    for _ in range(2):
-        values = goal.expected(points[:, [0, 2]], torch.tensor([0, 2]), 0).values
-        assert torch.allclose(values, points[:, [0, 2], 1].exp().double())
-    assert asked == [len(ROWS) * 2], "each label is scored once, however often the goal is asked"
+    assert goal.of_each_label(goal.scores.argmax(1)).tolist() == [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+    assert asked == [len(ROWS) * 2], "each label is scored once"
 
 
-def test_a_goal_of_a_set_is_the_reward_of_drawn_answers(policy: LabelWords) -> None:
+def test_a_goal_of_a_set_changes_one_answer_at_a_time(policy: LabelWords) -> None:
     share = lambda completions, label, **_: sum(c == t for c, t in zip(completions, label, strict=True)) / len(label)  # noqa: E731
     goal = RewardObjective(policy, RewardFunctions(share)).label_goal(ROWS)
-    sure = torch.tensor([[-100.0, 0.0], [0.0, -100.0]])
-    values = goal.expected(torch.stack([sure, sure.flip(0)]), torch.tensor([0, 1]), 5).values
-    assert values.tolist() == [[1.0], [0.0]], "rows 0 and 1 are good and bad"
+    every = goal.of_each_label(torch.tensor([0, 0, 0]))  # of which row 1 alone is right
+    assert torch.allclose(every, torch.tensor([[1, 2], [1, 0], [1, 2]]).double() / 3)
 
 
 def test_a_set_reward_may_abstain_in_some_draws(policy: LabelWords) -> None:
@@ -145,9 +143,10 @@ def test_a_set_reward_may_abstain_in_some_draws(policy: LabelWords) -> None:
 
 def test_the_goal_of_cross_entropy_is_the_likelihood_of_the_truth(policy: LabelWords) -> None:
     goal = make_objective(policy, loss="cross_entropy").label_goal(ROWS)  # type: ignore[attr-defined]
-    expected = goal.expected(goal.scores[None], torch.arange(3), 0).values[0]
-    assert torch.allclose(expected, goal.scores[[0, 1, 2], [1, 0, 1]].double())
-    assert goal.best(goal.scores) == pytest.approx(expected.mean().item())
+    expected = goal.scores[[0, 1, 2], [1, 0, 1]].double()
+    assert goal.best(goal.scores, torch.arange(3)) == pytest.approx(expected.mean().item())
+    assert goal.best(goal.scores[1:], torch.arange(1, 3)) == pytest.approx(expected[1:].mean().item())
+    assert goal.of_each_label(torch.zeros(3, dtype=torch.int64)).tolist() == [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
 
 
 def test_a_judge_never_learns_the_side_and_identical_answers_tie_unseen() -> None:

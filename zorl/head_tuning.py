@@ -1,9 +1,9 @@
 """Where tuning starts: biases and a head for the labels, fitted without one more forward of the model.
 
 Tuning a head W h + b needs no forward at all, because h does not depend on W: every point around W is a matrix product away.
-So MeZO can be given thousands of directions, on the reward itself and on all rows at once, for the price of one evaluation
-of the rows. It is the last layer first, as in linear probing followed by MeZO (Malladi et al. 2023, Appendix), but with the
-objective that is tuned afterwards, whatever it is, in place of a logistic regression.
+So MeZO can be given thousands of directions, on all rows at once, for the price of one evaluation of the rows. It is the
+last layer first, as in linear probing followed by MeZO (Malladi et al. 2023, Appendix), but for labels that the reward
+favours, whatever it is, in place of true ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zorl.calibration import fit_label_bias
-from zorl.directions import derive_seed, key
+from zorl.directions import key
 from zorl.kernels import kernel_for
 from zorl.label_head import LabelHead
 from zorl.mezo import MeZO
@@ -40,29 +40,34 @@ class LabelGoal(Protocol):
     def states(self) -> Tensor | None:
         """The state that the output embedding reads, shape `(rows, width)`; None where words have several tokens."""
 
-    def best(self, scores: Tensor) -> float:
-        """The objective of the likeliest labels, for scores `(rows, labels)`; higher is better."""
+    def best(self, scores: Tensor, rows: Tensor) -> float:
+        """The objective of the likeliest labels, for scores `(n, labels)` of the n rows with these indices; higher is better."""
 
-    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
-        """The objective under the labels' probabilities, for scores `(points, n, labels)` of the n rows with these indices."""
+    def of_each_label(self, answers: Tensor) -> Tensor:
+        """The objective if a row's answer were that label and the other rows' `answers` (indices of labels, one a row).
+
+        Returns:
+            float64, shape `(rows, labels)`; NaN where a label cannot be judged.
+        """
 
 
 def fit_bias(goal: LabelGoal) -> LabelHead:
     """One bias a label: the fitted threshold."""
-    bias, _ = fit_label_bias(goal.scores, goal.best)
-    return LabelHead(tuple(bias.tolist()))
+    return LabelHead(tuple(_bias(goal, torch.arange(len(goal.scores))).tolist()))
 
 
 def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lambda steps: None) -> LabelHead:
-    """W and b by MeZO on the objective itself, from the fitted biases on.
+    """W and b by MeZO on the likelihood of the labels that the objective favours, from the fitted biases on.
 
     How many steps do good is found on rows that were held out: each half of the rows judges a head that is fitted to the
-    other, until that has not helped for a while. Where it never did, the biases stay alone. Then a head is fitted to all rows in
-    as many steps. A reward of single answers is asked once for each label of each row; a reward of a set of answers is
-    called 16 times a step, so some thousand times.
+    other, until its likelihood has not grown for a while. Where the objective itself is lower there than with biases
+    that were fitted likewise, the biases stay alone. Then a head is fitted to all rows in as many steps.
+
+    A reward of single answers is asked once for each label of each row. A reward of a set of answers is called as often, each
+    time with one answer of the set changed.
 
     Args:
-        seed: of directions and draws.
+        seed: of directions.
         progress: called with 1 after every step.
 
     Raises:
@@ -77,33 +82,69 @@ def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lam
         return start
     standard = _Standardised(goal.states)
     scores = goal.scores + torch.tensor(start.bias, dtype=goal.scores.dtype)
+    targets = favoured(goal.of_each_label(scores.argmax(dim=1)))
     halves = rows[0::2], rows[1::2]
-    best, best_step = goal.best(scores), 0
-    fits = (_tuned(goal, scores, standard.states, half, seed) for half in halves)
+    biased = goal.scores.clone()  # by biases that were fitted to the other half
+    fits = []
+    for half, other in (halves, halves[::-1]):
+        bias = _bias(goal, half).to(biased.dtype)
+        biased[other] += bias
+        fits.append(_tuned(goal.scores[half] + bias, targets[half], standard.states[half], seed))
+    best, best_step, held_out_then = -math.inf, 0, biased
     for step, weights in enumerate(zip(*fits, strict=True)):
         progress(min(step, 1))
-        if step % LOOK or not step:
+        if step % LOOK:
             continue
-        held_out = scores.clone()
-        for half, weight in zip(halves[::-1], weights, strict=True):
-            held_out[half] += standard.states[half] @ weight.T
-        value = goal.best(held_out)
+        held_out = biased.clone()
+        for other, weight in zip(halves[::-1], weights, strict=True):
+            held_out[other] += standard.states[other] @ weight.T
+        value = (held_out.double().log_softmax(dim=1) * targets).sum().item()
         if value > best:
-            best, best_step = value, step
+            best, best_step, held_out_then = value, step, held_out
         elif step - best_step >= PATIENCE:
             break
-    for step, weight in enumerate(_tuned(goal, scores, standard.states, rows, seed)):
+    if not best_step or goal.best(held_out_then, rows) < goal.best(biased, rows):
+        return start
+    for step, weight in enumerate(_tuned(scores, targets, standard.states, seed)):
         progress(min(step, 1))
         if step == best_step:
-            return standard.head(weight, start) if step else start
+            return standard.head(weight, start)
     raise AssertionError("the best step is one that was made")
 
 
-def _tuned(goal: LabelGoal, scores: Tensor, states: Tensor, rows: Tensor, seed: int) -> Iterator[Tensor]:
+def favoured(objective: Tensor) -> Tensor:
+    """What a likelihood has to weigh for its maximum to be the objective's: classification with costs, as one of weights.
+
+    A row's weight is what choosing badly costs it, and lies on its best label; several that are as good share it. With accuracy
+    all weights are one, and the likelihood is that of the truth. A likelihood is concave in a head's weights and the expected
+    reward is not: tuned on it, heads know more of rows that they have not seen (docs/efficiency.md).
+
+    Args:
+        objective: of each label, shape `(rows, labels)`; NaN where it cannot be judged.
+
+    Returns:
+        float64, the same shape; the mean weight of a row is one, or all are zero where no label makes a difference.
+    """
+    objective = objective.double()
+    known = ~objective.isnan()
+    highest = objective.masked_fill(~known, -math.inf).amax(dim=1, keepdim=True)
+    lowest = objective.masked_fill(~known, math.inf).amin(dim=1, keepdim=True)
+    among = ((objective == highest) & known).double()
+    weights = torch.where(known.any(dim=1, keepdim=True), highest - lowest, 0.0)
+    weights = weights / weights.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return among / among.sum(dim=1, keepdim=True).clamp_min(1.0) * weights
+
+
+def _bias(goal: LabelGoal, rows: Tensor) -> Tensor:
+    """Fitted to these rows, float64, shape `(labels,)`."""
+    bias, _ = fit_label_bias(goal.scores[rows], lambda scores: goal.best(scores, rows))
+    return bias
+
+
+def _tuned(scores: Tensor, targets: Tensor, states: Tensor, seed: int) -> Iterator[Tensor]:
     """[W b] before the first step and after each, shape `(labels, width + 1)`; the same tensor, moved in place."""
     weight = torch.zeros(scores.shape[1], states.shape[1])
     mezo = MeZO([(_NAME, weight)], lr=LEARNING_RATE, epsilon=EPSILON, n_spsa=DIRECTIONS, update="normalized", seed=seed)
-    scores, states = scores[rows], states[rows]
     at_points = torch.empty(2 * DIRECTIONS, *weight.shape)
     yield weight
     for step in range(STEPS):
@@ -112,8 +153,8 @@ def _tuned(goal: LabelGoal, scores: Tensor, states: Tensor, rows: Tensor, seed: 
         probe = mezo.ask()
         for point, out in zip(probe.points, at_points, strict=True):
             kernel_for(weight).perturb(weight, key(point.seed, _NAME), point.offset, mezo.distribution, out)
-        added = (states @ at_points.flatten(0, 1).T).view(len(rows), *at_points.shape[:2]).transpose(0, 1)
-        mezo.tell(probe.id, goal.expected((scores + added).log_softmax(dim=2), rows, derive_seed(seed, _NAME, step)))
+        added = (states @ at_points.flatten(0, 1).T).view(len(scores), *at_points.shape[:2]).transpose(0, 1)
+        mezo.tell(probe.id, Scores(((scores + added).log_softmax(dim=2).double() * targets).sum(dim=2)))
         mezo.step()
         yield weight
 

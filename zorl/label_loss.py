@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zorl.head_tuning import LabelGoal
 from zorl.policies import Choosing, Row
-from zorl.probe import Point, Scores
+from zorl.probe import Point
 from zorl.scoring import LabelWords
 
 
@@ -57,10 +57,10 @@ class _LikelihoodGoal:
         self._truth = truth
         self.scores, self.states = policy.words_and_states(rows)
 
-    def best(self, scores: Tensor) -> float:
+    def best(self, scores: Tensor, rows: Tensor) -> float:
         """The mean log-likelihood: its best label is the likely one."""
-        return scores.log_softmax(dim=1).gather(1, self._truth.unsqueeze(1)).mean().item()
+        return scores.log_softmax(dim=1).gather(1, self._truth[rows].unsqueeze(1)).mean().item()
 
-    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
-        truth = self._truth[rows].expand(len(scores), -1).unsqueeze(2)
-        return Scores(scores.gather(2, truth).squeeze(2).double())
+    def of_each_label(self, answers: Tensor) -> Tensor:
+        """1 for the truth, 0 for the others: the likelihood that a head is tuned on is then the objective."""
+        return torch.nn.functional.one_hot(self._truth, self.scores.shape[1]).double()

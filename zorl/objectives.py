@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -72,6 +73,11 @@ class _Batch:
 
     prompts: list[Any]
     columns: dict[str, list[Any]]
+
+    def of(self, rows: Sequence[int]) -> _Batch:
+        """Those of the rows with these indices."""
+        columns = {name: [column[i] for i in rows] for name, column in self.columns.items()}
+        return _Batch([self.prompts[i] for i in rows], columns)
 
 
 @dataclass(slots=True)
@@ -178,25 +184,28 @@ class _RewardGoal:
         self._objective, self._rows = objective, rows
         self._every = policy.every_answer(rows)
         self._batch = objective._batch(rows)
-        self._values: RewardValues | None = None
         self.scores, self.states = policy.words_and_states(rows)
 
-    def best(self, scores: Tensor) -> float:
-        answers = [of[i] for of, i in zip(self._every, scores.argmax(dim=1).tolist(), strict=True)]
-        total = self._objective._score(self._objective.rewards, self._batch, answers).total
-        return total.nanmean().nan_to_num(nan=-math.inf).item()
+    def best(self, scores: Tensor, rows: Tensor) -> float:
+        return self._total(scores.argmax(dim=1), rows)
 
-    def expected(self, scores: Tensor, rows: Tensor, noise_seed: int) -> Scores:
-        if self._values is None:
-            self._values = self._objective._of_every_label(self._rows, self._every)
-        if not self._values.set_level:
-            return Scores(expected_reward(scores, self._values.total.view(len(self._rows), -1)[rows]))
-        chosen = rows.tolist()
-        mine, every = [self._rows[i] for i in chosen], [self._every[i] for i in chosen]
-        # One draw: a head is tuned in so many directions that the noise of draws averages out over them.
-        answers = self._objective._of_draws(mine, every, scores, noise_seed, draws=1).answers
-        assert isinstance(answers, Scores)
-        return answers
+    def of_each_label(self, answers: Tensor) -> Tensor:
+        values = self._objective._of_every_label(self._rows, self._every)
+        if not values.set_level:
+            return values.total.view(len(self._rows), -1)
+        rows = torch.arange(len(self._rows))
+        every = torch.full(self.scores.shape, self._total(answers, rows), dtype=torch.float64)
+        for row, label in itertools.product(range(every.shape[0]), range(every.shape[1])):
+            if label != answers[row]:
+                every[row, label] = self._total(answers.index_fill(0, rows[row], label), rows)
+        return every.masked_fill(every.isinf(), math.nan)
+
+    def _total(self, answers: Tensor, rows: Tensor) -> float:
+        """The mean reward of labels, by index, as the answers to these rows; −inf where none applies."""
+        among = rows.tolist()
+        chosen = [self._every[i][label] for i, label in zip(among, answers.tolist(), strict=True)]
+        values = self._objective._score(self._objective.rewards, self._batch.of(among), chosen).total
+        return values.nanmean().nan_to_num(nan=-math.inf).item()
 
 
 @dataclass(slots=True)
