@@ -113,16 +113,18 @@ The same command continues a run that was cut short, to the same bits.""",
         "How": "max_steps per_device_train_batch_size learning_rate lr_scheduler_type estimator update epsilon "
         "informative_target n_spsa distribution evaluation comparison label_reward calibration seed",
         "Of some estimators and updates": "block_scales block_scales_every beta1 beta2 moment_window moments",
-        "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end logging_steps report_to json",
+        "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end early_stopping_patience "
+        "stop_below_gain logging_steps report_to json",
         "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
         "temperature top_k top_p",
     },
     examples="""\
 zorl train --model facebook/opt-125m --dataset train.tsv --eval_dataset dev.tsv --text_column text --label_column label \\
-  --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1 --max_steps 600 --output_dir out
+  --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1 --max_steps 150 --output_dir out
 zorl train --task sst2 --model roberta-large --k_shot 16 --seed 13 --output_dir out          # a task of the paper
 zorl train --config run.yaml --seed 1                      # the same flags in a file, one of them changed
 zorl train … --text_column 0 --label_column 1              # a TSV file without a header
+zorl train … --max_steps 2000 --stop_below_gain 0.005      # or less, where twice as much would not buy half a point
 zorl train … --reward f1:pos_label=1 --metrics accuracy    # optimise one class's F1, record accuracy
 zorl train … --tune lora --quantize int8                   # low-rank adapters on weights of eight bits
 zorl train … --reward rewards.py:cost                      # def cost(completions, label, **columns): return [ … ]
@@ -134,7 +136,8 @@ zorl train --model M --dataset prompts.jsonl --judge reward:rewards.py:kind     
     words={
         "output_dir": "Folder for the run: trajectory, tuned model, tokenizer and prompt. Default: zorl_output.",
         "label_column": "Column with the true label, by name or position as for --text_column. Default: label.",
-        "max_steps": "Steps, of two forwards of a batch for each direction. Default: 1000, unless --num_train_epochs is given.",
+        "max_steps": "Steps, of a forward of a batch for each direction, or two with estimator=spsa. Default: 250, unless "
+        "--num_train_epochs is given.",
         "seed": "Of directions, order of the rows and sampling. Default: 42.",
         "eval_strategy": "steps, epoch or no. Default: steps.",
         "eval_steps": "Steps between two evaluations; below 1 a share of all steps. Default: 0.1.",
@@ -249,7 +252,7 @@ on where it was stopped, and another with more --methods or --seeds adds to the 
 
 Without a gradient: zero_shot, threshold (one fitted bias a label), in_context (32 demonstrations), label_head (what mezo
 starts from), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric), mezo_f1, mezo_cross_entropy, mezo_lora,
-mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_4 (directions), lp_mezo (a linear probe first), and the
+mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_two_sided (SPSA), lp_mezo (a linear probe first), and the
 paper's own recipe with a grid of learning rates: mezo_published, mezo_published_metric. With backpropagation: fine_tuning (Adam),
 fine_tuning_sgd, grpo (TRL's).""",
     types=lambda: (CompareArguments,),

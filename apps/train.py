@@ -37,11 +37,13 @@ from zorl.classifier_head import sorted_labels
 from zorl.data import Split, hold_out
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
+from zorl.stopping import CONFIDENCE, looks_of, outlook
 from zorl.tasks import Task
 from zorl.tasks.few_shot import k_shot
 from zorl.whole_files import read_json, write_json
 
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 250
+HOUR = 3600.0
 OUTPUT_DIR = "zorl_output"
 
 
@@ -241,8 +243,11 @@ def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
             if name.startswith("eval_") and name not in ("eval_runtime", "eval_samples_per_second", "eval_forwards"):
                 figures[f"{prefix}_{name.removeprefix('eval_')}"] = number(value)
     share = mezo.informative_share
+    forwards, scores = looks_of(trainer.state.log_history)
+    hour = outlook(forwards, scores, times=1.0 + HOUR / max(seconds, 1e-9))
     return {
         **figures,
+        "another_hour": None if hour is None else [number(round(x, 5)) for x in (hour.gain, hour.low, hour.high)],
         "objective": trainer.objective_name,
         "steps": mezo.steps,
         "saved_step": step,
@@ -275,6 +280,11 @@ def _table(result: dict[str, Any]) -> str:
         f"{result['peak_memory_mb']} MB at most",
         *([] if share is None else [f"{share:.0%} of the probes informative"]),
     ]
+    if (hour := result.get("another_hour")) is not None and None not in hour:
+        lines.append(
+            f"Another hour would probably change the held-out score by {hour[0]:+.3f} ({CONFIDENCE:.0%}: {hour[1]:+.3f} to "
+            f"{hour[2]:+.3f}), if it goes on like the later evaluations."
+        )
     saved = f"saved in {result['output_dir']}: the weights of step {result['saved_step']}"
     return "\n".join([*lines, ", ".join(figures), f"{saved} (SHA-256 {result['weights_sha256'][:16]}…)"])
 

@@ -37,8 +37,8 @@ MAIN = (
     "lp_mezo", "fine_tuning", "in_context",
 )  # fmt: skip
 REST = (
-    "mezo_published_metric", "mezo_lora", "mezo_prefix", "mezo_head", "mezo_momentum", "mezo_adam", "mezo_one_point", "mezo_4",
-    "bbt", "fine_tuning_sgd", "grpo",
+    "mezo_published_metric", "mezo_lora", "mezo_prefix", "mezo_head", "mezo_momentum", "mezo_adam", "mezo_one_point",
+    "mezo_two_sided", "bbt", "fine_tuning_sgd", "grpo",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zorl.directions import DISTRIBUTIONS, Distribution, key
-from zorl.estimators import SPSA, OnePoint
+from zorl.estimators import SPSA, OnePoint, OneSided
 from zorl.kernels import kernel_for, reference
 from zorl.probe import CENTRE, Choice, Point, Scores, Verdict, Verdicts
 
@@ -175,6 +175,52 @@ def test_one_point_is_the_residual_of_the_step_before():
     assert found[4] == [3.0]  # against the mean of 1 and 5: the step that abstained is passed over
     assert math.isnan(found[5][0])
     assert found[5][1] == -1.0
+
+
+def test_one_sided_compares_each_direction_with_the_others():
+    one = OneSided()
+    assert one.points((3, 5), 0.5) == (Point(3, 0.5), Point(5, 0.5))
+    assert one.project(Scores.of_losses([2.0, 3.0, 7.0]), 3, 0.5) == [-6.0, -3.0, 9.0]
+    assert one.project(Scores.of_losses([0.1] * 7), 7, 0.5) == [0.0] * 7, "a tie is exact"
+    assert one.losses(Scores.of_losses([2.0, 3.0])) == ()
+
+
+def test_one_sided_compares_prompt_by_prompt_what_was_scored():
+    nan = math.nan
+    rewards = torch.tensor([[1.0, 5.0, nan], [2.0, nan, 4.0], [6.0, 3.0, nan]])
+    found = OneSided().project(Scores(rewards), 3, 1.0)
+    # The first prompt has three points, the second two, and the third only one, which says nothing.
+    assert found == pytest.approx([(3.0 - 2.0) / 2, 1.5, (-4.5 + 2.0) / 2])
+    abstained = OneSided().project(Scores(torch.tensor([[1.0], [nan], [3.0]])), 3, 1.0)
+    assert [abstained[0], abstained[2]] == [2.0, -2.0]
+    assert math.isnan(abstained[1])
+    assert all(math.isnan(g) for g in OneSided().project(Scores(torch.tensor([[1.0, nan], [nan, 2.0]])), 2, 1.0))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_one_sided_is_unbiased_where_all_points_share_a_constant_and_a_curvature(distribution: Distribution):
+    """‖z‖² is that of every direction, but for Gaussian and rank-four ones; those differ, and independently of z's sign."""
+    steps, n, d, epsilon = 1500, 4, 8, 2.0**-3
+    gradient = torch.linspace(-1, 2, d, dtype=torch.float64)
+    total = torch.zeros(d, dtype=torch.float64)
+    for step in range(steps):
+        seeds = tuple(n * step + i for i in range(n))
+        points = OneSided().points(seeds, epsilon)
+        thetas = [at(torch.zeros(d), point, distribution) for point in points]
+        losses = [(gradient @ theta + theta @ theta).item() + 3.0 for theta in thetas]
+        for seed, g in zip(seeds, OneSided().project(Scores.of_losses(losses), n, epsilon), strict=True):
+            total += g * z_of(seed, d, distribution)
+    bound = 5 * (3 * gradient.square().sum() / (steps * n)).sqrt()
+    assert ((total / (steps * n) - gradient).abs() < bound).all()
+
+
+def test_one_sided_refuses_a_single_direction_verdicts_and_scores_of_too_few_points():
+    with pytest.raises(ValueError, match="compares directions with each other and needs n_spsa of 2 or more"):
+        OneSided().points((3,), 0.5)
+    with pytest.raises(ValueError, match="estimator='one_sided' compares scores, and verdicts have none"):
+        OneSided().project(verdicts((0, 1, Choice.FIRST)), 2, 0.1)
+    with pytest.raises(ValueError, match="expected scores of 3 points, got 2"):
+        OneSided().project(Scores.of_losses([1.0, 2.0]), 3, 0.1)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from zorl.moments import Averaging
 from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
 
+DIRECTIONS = 8  # a step of estimator="one_sided", of which seven are worth something
 _INFINITE = float("inf")
 # The settings that are numbers: whole ones with the smallest, the others with the interval.
 _WHOLE = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "max_steps": -1, "lora_rank": 1,
     "lora_alpha": 1, "prefix_tokens": 1, "moment_window": 1, "block_scales_every": 2, "calibration_rows": 1,
     "forward_batch_size": 1, "check_weights_steps": 0, "max_length": 1, "max_completion_length": 1, "top_k": 1,
+    "early_stopping_patience": 1,
 }  # fmt: skip
 _REAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "learning_rate": ("positive", lambda x: 0 < x < _INFINITE),
@@ -38,8 +41,9 @@ _REAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "informative_target": ("between 0 and 1", lambda x: 0 < x < 1),
     "temperature": ("finite and not negative", lambda x: 0 <= x < _INFINITE),
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "stop_below_gain": ("positive", lambda x: 0 < x < _INFINITE),
 }
-_OPTIONAL = ("max_length", "top_k", "top_p", "eval_steps")
+_OPTIONAL = ("max_length", "top_k", "top_p", "eval_steps", "early_stopping_patience", "stop_below_gain")
 
 
 @dataclass
@@ -57,9 +61,9 @@ class MeZOConfig(TrainingArguments):
     learning_rate: float = field(  # type: ignore[assignment]  # None until __post_init__ has seen what is tuned
         default=None,
         metadata={
-            "help": "Typical change of a weight in one step (update=normalized). Default: "
+            "help": "Typical change of a weight in one step of one direction (update=normalized). Default: "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
-            + ", by what is tuned."
+            + ", by what is tuned, times the directions that a step averages over."
         },
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
@@ -73,6 +77,18 @@ class MeZOConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
     metric_for_best_model: str | None = field(
         default="reward", metadata={"help": "Evaluation figure that decides which step was best."}
+    )
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better held-out score. Default: never."},
+    )
+    stop_below_gain: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop once twice the forwards would raise the held-out score by less than this, by the upper end of a 95% "
+            "confidence interval. Default: never."
+        },
     )
 
     tune: str = field(
@@ -108,7 +124,11 @@ class MeZOConfig(TrainingArguments):
         },
     )
     n_spsa: str = field(
-        default="1", metadata={"help": "Directions a step: a number, or a schedule such as '1-8/1000'."}
+        default="auto",
+        metadata={
+            "help": "Directions a step: a number, or a schedule such as '2-8/1000'. Default: "
+            f"{DIRECTIONS} with estimator=one_sided, otherwise 1."
+        },
     )
     distribution: str = field(
         default="rank1",
@@ -131,9 +151,11 @@ class MeZOConfig(TrainingArguments):
         },
     )
     estimator: str = field(
-        default="spsa",
+        default="auto",
         metadata={
-            "help": "spsa: two forwards a direction. one_point: one, compared with the step before (no judge). variance_spsa, "
+            "help": "one_sided: a forward a direction, compared with the step's other directions. spsa: two forwards, on either "
+            "side of the model. Default: one_sided; with a judge, or one direction a step, spsa. one_point: a forward a "
+            "direction, compared with the step before. variance_spsa, "
             "expectation_spsa: blocks of parameters are perturbed by scales of their own, and the estimate is unbiased or "
             "preconditioned by them. forward_gradient: the slope itself, of losses that can be differentiated."
         },
@@ -234,8 +256,16 @@ class MeZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_backpropagation()  # before transformers asks a device for it
         self._check_what_is_tuned()
+        self._left_open = [n for n in ("estimator", "n_spsa", "learning_rate") if getattr(self, n) in ("auto", None)]
+        self._decide(judged=False)
         self._check_numbers()  # before transformers computes with them
         super().__post_init__()
+        for name in ("early_stopping_patience", "stop_below_gain"):
+            if getattr(self, name) is not None and self.eval_strategy == "no":
+                raise ValueError(
+                    f"{name} looks at the held-out score, and there are no evaluations: set eval_strategy='steps', or leave "
+                    "it out"
+                )
         if self.epsilon != "auto":
             try:
                 self.epsilon_value: Any = float(self.epsilon)
@@ -266,7 +296,12 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"estimator must be one of {', '.join(get_args(EstimatorName))}, got {self.estimator!r}")
         check_block_scales(self.block_scales, self.block_scales_every)
         Averaging(self.beta1, self.beta2, self.moment_window, self.moments)  # type: ignore[arg-type]
-        Directions.parse(self.n_spsa)
+        directions = Directions.parse(self.n_spsa)
+        if self.estimator == "one_sided" and min(directions.start, directions.end) < 2:
+            raise ValueError(
+                f"estimator='one_sided' compares directions with each other, and n_spsa={self.n_spsa!r} has steps of one alone: "
+                "use estimator='spsa', or more directions"
+            )
 
     def _check_numbers(self) -> None:
         for name, low in _WHOLE.items():
@@ -286,14 +321,34 @@ class MeZOConfig(TrainingArguments):
             if not isinstance(value, numbers.Real) or not inside(value):  # NaN is inside of nothing
                 raise ValueError(f"{name} must be {interval}, got {value!r}")
 
+    def judged(self) -> MeZOConfig:
+        """The same for a judge, who compares two sides of a direction: what was left open is decided for him."""
+        args = copy.copy(self)
+        for name in self._left_open:
+            setattr(args, name, None if name == "learning_rate" else "auto")
+        args._decide(judged=True)
+        return args
+
+    def _decide(self, judged: bool) -> None:
+        """What was left open: the estimator, the directions a step, and the learning rate that suits them."""
+        if self.n_spsa == "auto":
+            alone = judged or self.estimator not in ("auto", "one_sided")
+            self.n_spsa = "1" if alone else str(DIRECTIONS)
+        directions = Directions.parse(self.n_spsa)
+        if self.estimator == "auto":
+            several = min(directions.start, directions.end) > 1
+            self.estimator = "one_sided" if several and not judged else "spsa"
+        if self.learning_rate is None:
+            # As far as one direction after the other would go: the rule averages over directions.
+            times = directions.start if self.update == "normalized" else 1
+            self.learning_rate = SCALES[self.tune].learning_rate * times
+
     def _check_what_is_tuned(self) -> None:
         if self.tune not in SCALES:
             raise ValueError(f"tune must be one of {', '.join(SCALES)}, got {self.tune!r}")
         if self.quantize is not None and self.quantize not in PACKAGES:
             raise ValueError(f"quantize must be {' or '.join(PACKAGES)}, got {self.quantize!r}")
-        scale = SCALES[self.tune]
-        self.learning_rate = scale.learning_rate if self.learning_rate is None else self.learning_rate
-        self.epsilon = scale.epsilon if self.epsilon is None else self.epsilon
+        self.epsilon = SCALES[self.tune].epsilon if self.epsilon is None else self.epsilon
 
     def _refuse_backpropagation(self) -> None:
         wrong = {

@@ -114,14 +114,15 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     distribution: Distribution = args.distribution  # type: ignore[assignment]
     trainer.calibrate()
     calibration = trainer.calibration_forwards
-    plan = Plan.of(budget - calibration, n)
+    a_step = n * (1 if args.estimator == "one_sided" else 2)
+    plan = Plan.of(budget - calibration, a_step)
     if plan is None:
-        least = next(b for b in itertools.count() if Plan.of(b, n)) + calibration
+        least = next(b for b in itertools.count() if Plan.of(b, a_step)) + calibration
         raise ValueError(f"a budget of {budget} forwards is too small: {least} are needed, {calibration} to calibrate")
     progress(calibration)
     batches = _batches(trainer)
     seeds = [derive_seed(args.seed, "diagnosis", i) for i in range(plan.directions)]
-    one, other = (_losses(trainer, next(batches), i, n, progress) for i in range(2))
+    one, other = (_losses(trainer, next(batches), i, a_step, progress) for i in range(2))
 
     epsilons = [e for e in EPSILONS if e >= max(FLOOR[dtype] for dtype in parameters.dtypes)]
     looks = look(one, seeds[:LOOKS], epsilons)
@@ -142,12 +143,13 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         )
     sgd = min(theory, at / gradient)  # a typical step is no longer than the distance at which slopes were measured
     unit = gradient if args.update == "normalized" else 1.0  # from `sgd` to the rate of the run's own rule
-    tries = _descend(trainer, [times * sgd * unit for times in TRIES], at, plan.steps, batches, progress)
+    rates = [times * sgd * unit for times in TRIES]
+    tries = _descend(trainer, rates, at, plan.steps, a_step, batches, progress)
     best = choose_try(tries).learning_rate / unit
     return Diagnosis(
         parameters=parameters.numel,
         n_spsa=n,
-        forwards=calibration + plan.forwards(n, len(epsilons)),
+        forwards=calibration + plan.forwards(a_step, len(epsilons)),
         calibration_forwards=calibration,
         looks=tuple(looks),
         curvature=curvature,
@@ -186,17 +188,19 @@ class Plan:
     steps: int
 
     @classmethod
-    def of(cls, budget: int, n: int) -> Plan | None:
-        """Up to 16 directions for at most two fifths of it, the rest for real steps; None where it is too small."""
+    def of(cls, budget: int, a_step: int) -> Plan | None:
+        """With as many points a step of training: up to 16 directions for at most two fifths of it, the rest for real steps;
+        None where it is too small.
+        """
         directions = max((m for m in range(6, 17) if forwards_of(m) + 2 * m <= 0.4 * budget), default=6)
-        left = budget - cls(directions, 0).forwards(n)
-        steps = left // (2 * n * len(TRIES))
+        left = budget - cls(directions, 0).forwards(a_step)
+        steps = left // (a_step * len(TRIES))
         return cls(directions, steps) if steps >= 4 else None
 
-    def forwards(self, n: int, epsilons: int = len(EPSILONS)) -> int:
+    def forwards(self, a_step: int, epsilons: int = len(EPSILONS)) -> int:
         of_looks = 2 * LOOKS * epsilons
         of_curvature = forwards_of(self.directions) + 2 * self.directions  # the second batch has slopes alone
-        of_tries = MEASURED_ON * (1 + len(TRIES)) + 2 * n * self.steps * len(TRIES)
+        of_tries = MEASURED_ON * (1 + len(TRIES)) + a_step * self.steps * len(TRIES)
         return of_looks + of_curvature + of_tries
 
 
@@ -226,13 +230,14 @@ def _descend(
     rates: Sequence[float],
     epsilon: float,
     steps: int,
+    a_step: int,
     batches: Iterator[list[dict[str, Any]]],
     progress: Callable[[int], object],
 ) -> list[Try]:
     """The same few steps with each learning rate, along the same directions, from θ as it is."""
     args = trainer.args
     n = Directions.parse(args.n_spsa).at(0)
-    measured = [_losses(trainer, next(batches), 2 + i, n, progress) for i in range(MEASURED_ON)]
+    measured = [_losses(trainer, next(batches), 2 + i, a_step, progress) for i in range(MEASURED_ON)]
     rows = list(itertools.islice(batches, steps))
 
     def levels() -> list[float]:
@@ -244,6 +249,7 @@ def _descend(
             mezo = MeZO(
                 trainer.tuned.items(), rate, epsilon, n_spsa=n, distribution=args.distribution,  # type: ignore[arg-type]
                 update=args.update, seed=derive_seed(args.seed, "tries"),  # type: ignore[arg-type]
+                estimator=args.estimator,  # type: ignore[arg-type]
             )  # fmt: skip
             for step, batch in enumerate(rows):
                 probe = mezo.ask()
@@ -258,15 +264,15 @@ def _descend(
 
 
 def _losses(
-    trainer: MeZOTrainer, rows: list[dict[str, Any]], number: int, n: int, progress: Callable[[int], object]
+    trainer: MeZOTrainer, rows: list[dict[str, Any]], number: int, a_step: int, progress: Callable[[int], object]
 ) -> Losses:
     """The mean loss on these rows, at as many points at once as a step of training holds. Its noise is always the same."""
     noise = derive_seed(trainer.args.seed, "diagnosis", "noise", number)
 
     def losses(points: Sequence[Point]) -> Tensor:
         found = []
-        for start in range(0, len(points), 2 * n):
-            chunk = points[start : start + 2 * n]
+        for start in range(0, len(points), a_step):
+            chunk = points[start : start + a_step]
             answers = trainer.objective.ask(rows, chunk, noise).answers
             if not isinstance(answers, Scores):
                 raise ValueError("a judge only compares: there is no value whose curvature could be measured")

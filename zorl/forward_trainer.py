@@ -119,7 +119,8 @@ class ForwardTrainer(Trainer):
         return by_steps and (step % self.state.eval_steps == 0 or step >= self.state.max_steps)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # a finished run is not given one more step
+        # A finished run is not given one more step, nor is one that had stopped early.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

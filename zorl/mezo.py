@@ -61,9 +61,10 @@ class MeZO(torch.optim.Optimizer):
         moments: `"recomputed"` from the log, with no memory of the model's size, or `"stored"`.
         seed: the master seed, from which every direction follows.
         informative_target: for `epsilon="auto"`.
-        estimator: `"spsa"`; `"one_point"`, of one forward a direction; `"variance_spsa"` or `"expectation_spsa"`, in blocks that
-            are perturbed by scales of their own (see `zorl.estimators` and `zorl.block_scales`); `"forward_gradient"`, the
-            loss's own slope (see `zorl.forward_gradient`).
+        estimator: `"spsa"`; `"one_sided"`, of one forward a direction, which are compared with each other; `"one_point"`, with
+            the step before; `"variance_spsa"` or `"expectation_spsa"`, in blocks that are perturbed by scales of their own (see
+            `zorl.estimators` and `zorl.block_scales`); `"forward_gradient"`, the loss's own slope (see
+            `zorl.forward_gradient`).
         block_scales: what these scales are: `"parameter_norms"` or `"gradient_norms"`.
         block_scales_every: steps after which they are renewed.
         comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).

@@ -62,6 +62,7 @@ from zorl.reward_functions import RewardError, RewardFunctions
 from zorl.run_folder import RunFolder, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
+from zorl.stopping import Stopping
 from zorl.trajectory import read
 from zorl.twin import Twin, twin_or_scratch
 from zorl.whole_files import writing
@@ -135,10 +136,11 @@ class MeZOTrainer(ForwardTrainer):
             args.disable_tqdm = True  # the first process shows how far the run is
         if args.estimator == "forward_gradient" and processes.count() > 1:
             raise ValueError("estimator='forward_gradient' runs in one process; with several use estimator='spsa'")
-        if judge is not None and args.estimator == "one_point":
+        args = args.judged() if judge is not None else args
+        if judge is not None and args.estimator in ("one_sided", "one_point"):
             raise ValueError(
-                "a judge compares two sides of a direction, and estimator='one_point' looks at one: use estimator='spsa', or a "
-                "reward or loss in place of the judge"
+                f"a judge compares two sides of a direction, and estimator={args.estimator!r} looks at one: use "
+                "estimator='spsa', or a reward or loss in place of the judge"
             )
         if args.estimator == "forward_gradient" and loss is None:
             raise ValueError(
@@ -197,6 +199,8 @@ class MeZOTrainer(ForwardTrainer):
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(self.progress)
+        if args.early_stopping_patience is not None or args.stop_below_gain is not None:
+            self.add_callback(Stopping(args.early_stopping_patience, args.stop_below_gain))
         # A loss of the user's own may read weights in any way, and computes one point at a time anyhow.
         kinds = {"twin": Twin, "scratch": Scratch, "auto": Scratch if callable(loss) else twin_or_scratch}
         self.derivative: DirectionalDerivative | None = None

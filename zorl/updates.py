@@ -46,7 +46,8 @@ class Normalized:
 
     Adam's second moment without its buffer: with z = ±1 every element's squared gradient estimate is the same scalar g²
     (for one direction exactly, for several up to cross terms), so v is one number. It takes the reward's scale and the
-    size of ε out of the learning rate: lr is the typical change of a weight in one step. The step at hand counts in its
+    size of ε out of the learning rate: lr is the typical change of a weight in one step of one direction, lr/√m in one
+    that averages over m. The step at hand counts in its
     own v, so that a first or a freak g moves θ by about lr and no more.
 
     Args:

@@ -1,0 +1,100 @@
+"""When to stop: where the held-out score no longer improves, and what more forwards would probably buy.
+
+Learning curves rise with the logarithm of what was spent, so a straight line through the last looks, over ln(forwards), says
+how much another doubling is worth, and its confidence interval how sure that is. Both rules are functions of the log alone:
+a run that is resumed stops where it would have stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import linregress, t
+from transformers import TrainerCallback
+
+LEAST_LOOKS = 4  # that a line is drawn through; with fewer its interval says nothing
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a larger budget would change of the held-out score, and its confidence interval.
+
+    Attributes:
+        looks: how many the line goes through.
+    """
+
+    gain: float
+    low: float
+    high: float
+    looks: int
+
+
+def outlook(forwards: Sequence[float], scores: Sequence[float], times: float) -> Outlook | None:
+    """What `times` as many forwards would change, if the score goes on as in the later half of the looks.
+
+    Args:
+        forwards: spent at each look, increasing; looks before the first forward are left out.
+        scores: of the held-out rows; not finite where there was none.
+        times: at least 1.
+
+    Returns:
+        None with fewer than `LEAST_LOOKS` looks in that half.
+    """
+    looks = [(math.log(n), s) for n, s in zip(forwards, scores, strict=True) if n > 0 and math.isfinite(s)]
+    looks = looks[min(len(looks) // 2, max(len(looks) - LEAST_LOOKS, 0)) :]
+    if len({x for x, _ in looks}) < LEAST_LOOKS:
+        return None
+    fitted = linregress(*zip(*looks, strict=True))
+    width = float(t.ppf((1.0 + CONFIDENCE) / 2.0, len(looks) - 2) * fitted.stderr)
+    slope, ahead = float(fitted.slope), math.log(times)
+    return Outlook(slope * ahead, (slope - width) * ahead, (slope + width) * ahead, len(looks))
+
+
+def looks_of(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Forwards and held-out scores of the evaluations in a Trainer's log."""
+    looks = [entry for entry in history if "eval_reward" in entry and "eval_forwards" in entry]
+    return [entry["eval_forwards"] for entry in looks], [entry["eval_reward"] for entry in looks]
+
+
+class Stopping(TrainerCallback):
+    """Ends training early.
+
+    Args:
+        patience: looks without a better held-out score after which there is no more to come; None for no such rule.
+        least_gain: stop once twice the forwards would change the score by less, by the upper end of the interval; None for no
+            such rule.
+    """
+
+    def __init__(self, patience: int | None, least_gain: float | None) -> None:
+        self.patience = patience
+        self.least_gain = least_gain
+
+    def reason(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why to stop now; None to go on."""
+        forwards, scores = looks_of(history)
+        if self.patience is not None and len(scores) > self.patience:
+            best = max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
+            if len(scores) - 1 - best >= self.patience:
+                return f"none of the last {self.patience} evaluations did better than {scores[best]:.4g}"
+        if self.least_gain is not None:
+            found = outlook(forwards, scores, times=2.0)
+            if found is not None and found.high < self.least_gain:
+                return (
+                    f"twice the forwards would change the held-out score by {found.gain:+.2g} "
+                    f"({CONFIDENCE:.0%}: {found.low:+.2g} to {found.high:+.2g})"
+                )
+        return None
+
+    def _stop(self, state: Any, control: Any) -> None:
+        if self.reason(state.log_history) is not None:
+            control.should_training_stop = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop(state, control)  # a run that had stopped is not given one more step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop(state, control)
