@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("out/custom_reward"), help="where everything is written"
     )
-    parser.add_argument("--steps", type=int, default=300, help="updates; each costs two forwards (default: 300)")
+    parser.add_argument("--steps", type=int, default=75, help="updates; each costs eight forwards (default: 75)")
     options = parser.parse_args(argv)
 
     train, test = reviews.load(n_train=2000, n_test=500)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=MeZOConfig(
             output_dir=str(options.output_dir),
             max_steps=options.steps,
-            learning_rate=1e-3,
+            learning_rate=8e-3,
             lr_scheduler_type="constant",
         ),
     )

@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -57,17 +58,22 @@ class Problem:
 
     title: str
     objectives: tuple[str, ...]
-    ablated: bool = False
+    ablations: tuple[str, ...] = ()
 
 
 LABELS = ("accuracy", "macro_f1", "cross_entropy")
 PROBLEMS = {
-    "sst2": Problem("SST-2", LABELS, ablated=True),
-    "trec": Problem("TREC", LABELS, ablated=True),
+    "sst2": Problem("SST-2", LABELS, tuple(ABLATIONS)),
+    "trec": Problem("TREC", LABELS, tuple(ABLATIONS)),
     "rte": Problem("RTE", LABELS),
-    "stories": Problem("stories", ("dialogue",)),
+    "stories": Problem("Stories", ("brevity",), ("two_sided",)),
 }
-TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "cross_entropy": "cross entropy", "dialogue": "dialogue"}
+TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "cross_entropy": "cross entropy",
+    "brevity": "a short first sentence",
+}
 
 
 class Cell(NamedTuple):
@@ -90,9 +96,9 @@ class Cell(NamedTuple):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def dialogue(completions: Sequence[str], **_: Any) -> list[float]:
-    """How much of a story is spoken: marks of speech among its words, at most 1."""
-    return [min(1.0, 4.0 * text.count('"') / max(len(text.split()), 1)) for text in completions]
+def brevity(completions: Sequence[str], **_: Any) -> list[float]:
+    """How short the first sentence is: 1 without a word, 0 from twenty on."""
+    return [1.0 - min(len(re.split(r"[.!?]", text, maxsplit=1)[0].split()), 20) / 20 for text in completions]
 
 
 def rows_of(name: str, data: Path, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -102,7 +108,7 @@ def rows_of(name: str, data: Path, seed: int) -> tuple[list[dict[str, Any]], lis
     from zorl.tasks import task
 
     if name == "stories":
-        return [{"prompt": text} for text in TUNING], [{"prompt": text} for text in HELD_OUT]
+        return [{"prompt": text} for text in TUNING], [{"prompt": text} for text in HELD_OUT * 10]
     found = task(name)
     if name == "rte":
         few = data / "lmbff_kshot" / "RTE"
@@ -127,12 +133,12 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
     generates = cell.problem == "stories"
     train, test = rows_of(cell.problem, Path(options.data), cell.seed)
-    metrics = [dialogue] if generates else [accuracy(), f1(average="macro")]
+    metrics = [brevity] if generates else [accuracy(), f1(average="macro")]
     goal: dict[str, Any] = {
         "accuracy": {"reward_funcs": accuracy()},
         "macro_f1": {"reward_funcs": f1(average="macro")},
         "cross_entropy": {"loss": "cross_entropy"},
-        "dialogue": {"reward_funcs": dialogue},
+        "brevity": {"reward_funcs": brevity},
     }[cell.objective]
     recipe = dict(PUBLISHED if cell.method == "published" else ABLATIONS.get(cell.method, ("", {}))[1])
     if cell.rate is not None:
@@ -170,7 +176,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         looks += [look for look in trainer.state.log_history if "eval_reward" in look and look.get("step")]
         mezo = trainer.mezo
         assert mezo is not None
-        figures = ("forwards", "accuracy", "macro_f1", "dialogue", "reward")
+        figures = ("forwards", "accuracy", "macro_f1", "brevity", "reward")
         return {
             **cell._asdict(), "machine": machine(), "learning_rate": trainer.args.learning_rate, "seconds": round(seconds, 1),
             "informative_share": mezo.informative_share, "test_rows": len(test), "train_rows": len(train),
@@ -191,12 +197,12 @@ def cells(only: Iterable[str]) -> list[list[Cell]]:
     """In the order in which they are run; a list is complete before the next one begins, which may ask what it found."""
     pairs = [(name, objective) for name in only for objective in PROBLEMS[name].objectives]
     first, *later = SEEDS
-    ablated = [(name, "accuracy") for name in only if PROBLEMS[name].ablated]
+    ablated = [(name, PROBLEMS[name].objectives[0], method) for name in only for method in PROBLEMS[name].ablations]
     return [
         [Cell(*pair, "default", first) for pair in pairs] + [Cell(*pair, "published", first, r) for r in GRID for pair in pairs],
         [Cell(*pair, "default", seed) for seed in later for pair in pairs]
         + [Cell(*pair, "published", seed, best_rate(*pair)) for seed in later for pair in pairs if searched(*pair)],
-        [Cell(*pair, method, seed) for seed in SEEDS for method in ABLATIONS for pair in ablated],
+        [Cell(*run, seed) for seed in SEEDS for run in ablated],
     ]  # fmt: skip
 
 
@@ -357,14 +363,14 @@ def gap_to_cross_entropy() -> list[str]:
 
 
 def ablations() -> list[str]:
-    pairs = [(name, "accuracy") for name, problem in PROBLEMS.items() if problem.ablated]
+    pairs = [(name, problem.objectives[0]) for name, problem in PROBLEMS.items() if problem.ablations]
     shown = [pair for pair in pairs if any(found(*pair, method) for method in ABLATIONS)]
     if not shown:
         return []
     lines = [
         "## What each part is worth",
         "",
-        "Accuracy as the objective, with one part of the default replaced.",
+        "With one part of the default replaced; accuracy as the objective, and of stories how short the first sentence is.",
         "",
         f"| | {' | '.join(PROBLEMS[name].title for name, _ in shown)} |",
         f"|---|{'---|' * len(shown)}",

@@ -171,8 +171,10 @@ def test_stacked_points_are_those_of_one_after_the_other(
 
 def test_steps_and_perturbations_suit_what_is_tuned_unless_given(tmp_path: Path) -> None:
     for tune, scale in SCALES.items():
-        config = settings(tmp_path, tune=tune)
-        assert (config.learning_rate, config.epsilon) == scale
+        for n in (1, 2, 8):
+            config = settings(tmp_path, tune=tune, n_spsa=str(n))
+            assert (config.learning_rate, config.epsilon) == (n * scale.learning_rate, scale.epsilon)
+        assert settings(tmp_path, tune=tune, update="sgd").learning_rate == scale.learning_rate
     assert settings(tmp_path, tune="prefix", learning_rate=1e-3, epsilon="0.2").epsilon_value == 0.2
 
 

@@ -22,7 +22,7 @@ def test_the_example_earns_more_than_before_and_goes_on_where_it_was_cut_short(
 ) -> None:
     out = str(tmp_path / "out")
     short = custom_reward.main(["--output_dir", out, "--steps", "2"])
-    result = custom_reward.main(["--output_dir", out, "--steps", "60"])
+    result = custom_reward.main(["--output_dir", out, "--steps", "15"])
     assert short["before"] == result["before"] < result["after"] <= result["best"]
     assert f"{result['after']:.2f} after" in capsys.readouterr().out
     assert (tmp_path / "out/model.safetensors").is_file()

@@ -55,7 +55,7 @@ def trainer(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTr
     ("goal", "settings"),
     [
         ({"loss": "cross_entropy"}, {}),
-        ({"loss": "cross_entropy"}, {"update": "sgd", "distribution": "gaussian", "n_spsa": "2"}),
+        ({"loss": "cross_entropy"}, {"update": "sgd", "distribution": "gaussian", "n_spsa": "2", "estimator": "spsa"}),
         ({"reward_funcs": accuracy()}, {"calibration": "bias", "gradient_accumulation_steps": 2}),
     ],
     ids=["cross entropy", "the paper's recipe", "accuracy"],
@@ -65,8 +65,8 @@ def test_a_diagnosis_keeps_to_its_budget_and_leaves_the_model_alone(
 ) -> None:
     subject = trainer(goal, **settings)
     before, made = subject.tuned.sha256(), []
-    found = diagnose(subject, 200, made.append)
-    assert sum(made) == found.forwards <= 200
+    found = diagnose(subject, 300, made.append)
+    assert sum(made) == found.forwards <= 300
     assert found.calibration_forwards == subject.calibration_forwards
     assert subject.tuned.sha256() == before
     assert not any((tmp_path / "out").iterdir())
@@ -74,7 +74,7 @@ def test_a_diagnosis_keeps_to_its_budget_and_leaves_the_model_alone(
     assert found.epsilon is None or found.epsilon in [entry.epsilon for entry in found.looks]
     assert found.lemma_2_measured[0] == pytest.approx(found.lemma_2_measured[1], rel=0.2)
     assert [t.learning_rate / found.tries[0].learning_rate for t in found.tries] == pytest.approx([1.0, 4.0, 16.0])
-    again = diagnose(trainer(goal, **settings), 200)
+    again = diagnose(trainer(goal, **settings), 300)
     assert (again.lr_sgd, again.epsilon, again.tries) == (found.lr_sgd, found.epsilon, found.tries)
 
 

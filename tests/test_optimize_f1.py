@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "150"])
+    result = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "40"])
     zero_shot, threshold, tuned = (result[name]["macro_f1"] for name in ("zero_shot", "threshold", "tuned"))  # type: ignore[index]
     assert zero_shot <= 0.75
     assert zero_shot < threshold < tuned
@@ -33,7 +33,7 @@ def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.
 
     assert result["resumed_from_step"] == 0
     assert "went on from step" not in printed
-    again = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "150"])
+    again = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "40"])
     assert (
         again["resumed_from_step"] == 150
     )  # a finished run: no step is made, and its seconds are not passed off as the run's

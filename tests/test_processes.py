@@ -144,5 +144,5 @@ def test_a_run_whose_process_died_goes_on_with_another_number_of_processes(
         assert "lost contact with the others" in left[0]["error"]
     resumed, _ = launch("resume", tmp_path, 3)
     for of in resumed:
-        assert len(of["projected"]) == 8
+        assert len(of["projected"]) == 8 * 8, "eight steps of eight directions"
         assert of["weights"] == of["replayed"] == resumed[0]["weights"]

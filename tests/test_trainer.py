@@ -275,11 +275,11 @@ def test_rewards_are_handed_the_state_of_training(make: Callable[..., MeZOTraine
         steps.append(trainer_state.global_step)
         return [float(len(text)) for text in completions]
 
-    make(reward_funcs=reward, settings={"max_steps": 3, "label_reward": "best"}).train()
-    assert steps == [0, 0, 1, 1, 2, 2]  # both sides of three probes
+    make(reward_funcs=reward, settings={"max_steps": 3, "label_reward": "best", "n_spsa": "2"}).train()
+    assert steps == [0, 0, 1, 1, 2, 2]  # both directions of three probes
     steps.clear()
     make("expected", reward_funcs=reward, settings={"max_steps": 3}).train()
-    assert steps == [0, 1, 2], "each label's reward is asked once for both sides"
+    assert steps == [0, 1, 2], "each label's reward is asked once for all points"
 
 
 def test_the_limit_on_a_prompt_leaves_the_answer_its_room(make: Callable[..., MeZOTrainer]):
@@ -299,6 +299,24 @@ def test_the_limit_on_a_prompt_leaves_the_answer_its_room(make: Callable[..., Me
     trainer.train()
     assert 6 < max(widths) <= 12
     assert max(given) <= 5
+
+
+def test_what_is_left_open_suits_the_objective(make: Callable[..., MeZOTrainer]):
+    judge = lambda prompts, **columns: ["tie"] * len(prompts)  # noqa: E731
+    for goal, settings, estimator, n_spsa, rate in (
+        ({"reward_funcs": accuracy()}, {}, "one_sided", "8", 8 * 3e-4),
+        ({"reward_funcs": accuracy()}, {"n_spsa": "1"}, "spsa", "1", 3e-4),
+        ({"reward_funcs": accuracy()}, {"n_spsa": "1-8/100"}, "spsa", "1-8/100", 3e-4),
+        ({"reward_funcs": accuracy()}, {"estimator": "spsa"}, "spsa", "1", 3e-4),
+        ({"reward_funcs": accuracy()}, {"estimator": "one_point"}, "one_point", "1", 3e-4),
+        ({"loss": "cross_entropy"}, {"update": "sgd"}, "one_sided", "8", 3e-4),
+        ({"judge": judge}, {}, "spsa", "1", 3e-4),
+        ({"judge": judge}, {"n_spsa": "4", "learning_rate": 1e-3}, "spsa", "4", 1e-3),
+    ):
+        args = make(**goal, settings=settings).args
+        assert (args.estimator, args.n_spsa, args.learning_rate) == (estimator, n_spsa, pytest.approx(rate)), settings
+    with pytest.raises(ValueError, match="compares directions with each other, and n_spsa='1' has steps of one alone"):
+        make(settings={"estimator": "one_sided", "n_spsa": "1"})
 
 
 def test_a_judge_that_prefers_right_answers_is_followed(make: Callable[..., MeZOTrainer]):
@@ -354,7 +372,7 @@ def test_gradient_accumulation_is_a_larger_batch(make: Callable[..., MeZOTrainer
         settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 7}
         trainer = make(f"out{i}", reward_funcs=f1(), train_dataset=TRAIN[:size], settings=settings)
         ends.append(tuned(trainer))
-        assert trainer.forwards == 14
+        assert trainer.forwards == 7 * 8, "eight directions a step, of a forward each"
     assert len(set(ends)) == 1
 
 
@@ -398,7 +416,7 @@ def test_the_log_tells_what_a_user_needs_to_see(make: Callable[..., MeZOTrainer]
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     assert [entry["step"] for entry in entries] == [3, 6]
-    assert [entry["forwards"] for entry in entries] == [12, 24]
+    assert [entry["forwards"] for entry in entries] == [6, 12]
     for entry in entries:
         assert {"reward", "rewards/macro_f1/mean", "rewards/short/mean", "letters", "epsilon", "loss"} <= entry.keys()
         assert entry["reward"] == pytest.approx(entry["rewards/macro_f1/mean"] + entry["rewards/short/mean"], rel=1e-5)
@@ -409,7 +427,7 @@ def test_the_log_tells_what_a_user_needs_to_see(make: Callable[..., MeZOTrainer]
     evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     assert [entry["step"] for entry in evaluations] == [2, 4, 6]
     assert {"eval_macro_f1", "eval_short", "eval_accuracy", "eval_runtime"} <= evaluations[0].keys()
-    assert [entry["learning_rate"] for entry in entries] == pytest.approx([3e-4 * 4 / 6, 3e-4 * 1 / 6])
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx([2 * 3e-4 * 4 / 6, 2 * 3e-4 * 1 / 6])
 
 
 def test_several_evaluation_sets_are_told_apart(make: Callable[..., MeZOTrainer]):
@@ -505,7 +523,7 @@ def test_the_best_step_is_what_is_kept(make: Callable[..., MeZOTrainer], tmp_pat
 
     settings = {
         "max_steps": 30,
-        "learning_rate": 2e-2,  # far too large, so that the last step is not the best
+        "learning_rate": 0.3,  # far too large, so that the last step is not the best
         "eval_strategy": "steps",
         "eval_steps": 3,
         "save_strategy": "best",
@@ -521,6 +539,29 @@ def test_the_best_step_is_what_is_kept(make: Callable[..., MeZOTrainer], tmp_pat
     assert trainer.evaluate()["eval_reward"] == pytest.approx(hashes[best][1])
     trainer.save_model()
     assert RunFolder(tmp_path / "out").read_settings()["step"] == best
+
+
+def test_a_run_ends_early_where_its_held_out_score_no_longer_grows_and_is_not_taken_up_again(
+    make: Callable[..., MeZOTrainer],
+):
+    settings = {
+        "max_steps": 40, "learning_rate": 1e-9, "eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 3,
+        "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    options = {"reward_funcs": accuracy(), "eval_dataset": EVAL, "settings": settings}
+    trainer = make(**options)
+    trainer.train()
+    assert trainer.state.global_step == 8, "the first evaluation, and three that were no better"
+    again = make(**options)
+    again.train(resume_from_checkpoint=True)
+    assert again.mezo is not None
+    assert again.mezo.steps == 8
+    gain = {**settings, "early_stopping_patience": None, "stop_below_gain": 0.01}
+    flat = make("flat", **{**options, "settings": gain})
+    flat.train()
+    assert flat.state.global_step == 8, "four evaluations make a line, and it is level"
+    with pytest.raises(ValueError, match="stop_below_gain looks at the held-out score, and there are no evaluations"):
+        make(settings={"stop_below_gain": 0.01})
 
 
 # --- interrupted runs -----------------------------------------------------------------------------------------------------
@@ -575,6 +616,8 @@ def test_a_judge_is_not_asked_about_single_points(make: Callable[..., MeZOTraine
         ValueError, match="a judge compares two sides of a direction, and estimator='one_point' looks at one"
     ):
         make(judge=lambda **_: [], settings={"estimator": "one_point"})
+    with pytest.raises(ValueError, match="and estimator='one_sided' looks at one"):
+        make(judge=lambda **_: [], settings={"estimator": "one_sided"})
 
 
 def test_sampled_text_is_the_same_after_an_interruption(make: Callable[..., MeZOTrainer]):
@@ -1001,7 +1044,7 @@ def test_resuming_with_other_settings_is_refused(make: Callable[..., MeZOTrainer
     for settings, message in (
         ({"per_device_train_batch_size": 4}, r"batch was \[8, 1\], is now \[4, 1\]"),
         ({"seed": 3}, "seed was 42, is now 3"),
-        ({"n_spsa": "2"}, "n_spsa was '1', is now '2'"),
+        ({"n_spsa": "2", "learning_rate": 2.4e-3}, "n_spsa was '8', is now '2'"),
     ):
         with pytest.raises(TrajectoryError, match=f"recorded with other settings: {message}"):
             make(settings=settings).train(resume_from_checkpoint=True)
