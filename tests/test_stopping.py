@@ -52,6 +52,7 @@ def test_a_run_stops_where_twice_as_much_would_buy_too_little():
     assert stopping.reason(history([0.1 * i for i in range(8)])) is None, "still rising"
     assert stopping.reason(history([0.7, 0.8, 0.7, 0.8, 0.7, 0.85, 0.7, 0.8])) is None, "too noisy to tell"
     assert stopping.reason(history(flat[:3])) is None
+    assert stopping.reason(history([0.75] * 4)) is not None, "level"
 
 
 def test_a_run_stops_when_its_patience_is_over():

@@ -523,7 +523,8 @@ def test_the_best_step_is_what_is_kept(make: Callable[..., MeZOTrainer], tmp_pat
 
     settings = {
         "max_steps": 30,
-        "learning_rate": 0.3,  # far too large, so that the last step is not the best
+        "n_spsa": "1",
+        "learning_rate": 2e-2,  # far too large, so that the last step is not the best
         "eval_strategy": "steps",
         "eval_steps": 3,
         "save_strategy": "best",

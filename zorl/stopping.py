@@ -49,7 +49,8 @@ def outlook(forwards: Sequence[float], scores: Sequence[float], times: float) ->
     if len({x for x, _ in looks}) < LEAST_LOOKS:
         return None
     fitted = linregress(*zip(*looks, strict=True))
-    width = float(t.ppf((1.0 + CONFIDENCE) / 2.0, len(looks) - 2) * fitted.stderr)
+    error = 0.0 if math.isnan(fitted.stderr) else float(fitted.stderr)  # NaN: all scores are the same
+    width = float(t.ppf((1.0 + CONFIDENCE) / 2.0, len(looks) - 2)) * error
     slope, ahead = float(fitted.slope), math.log(times)
     return Outlook(slope * ahead, (slope - width) * ahead, (slope + width) * ahead, len(looks))
 
