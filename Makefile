@@ -6,13 +6,14 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck benchmarks constraints clean
+.PHONY: help demo test lint format typecheck audit benchmarks constraints clean
 
 help:
 	@echo "make demo        optimise macro-F1 of the embedded model on the embedded reviews, offline, and show the result"
 	@echo "make test        the whole test suite              one file: make test ARGS=tests/test_data.py"
 	@echo "make lint        ruff: rules and formatting        make format repairs what can be repaired"
 	@echo "make typecheck   mypy over zorl, zorl.rewards and zorl.apps"
+	@echo "make audit       known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
 	@echo "make benchmarks  measure what the README claims (long; one file: $(BIN)/python benchmarks/NAME.py)"
 	@echo "make constraints resolve the newest versions that pyproject.toml allows into constraints.txt"
 	@echo "make clean       remove .venv and everything that was built"
@@ -45,6 +46,11 @@ typecheck: $(READY)
 	@rm -rf build/typecheck && mkdir -p build/typecheck/zorl
 	@ln -s "$(CURDIR)"/zorl/* "$(CURDIR)/rewards" "$(CURDIR)/apps" build/typecheck/zorl/
 	@cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache --package zorl
+
+# In an environment of its own: what looks for holes in the dependencies is none of them.
+audit:
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
+	@build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 benchmarks: $(READY)
 	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS); done
