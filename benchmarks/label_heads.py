@@ -139,8 +139,8 @@ def report(cells: Sequence[dict[str, Any]], machine: str) -> str:
     lines = [
         "# What a label head is tuned on",
         "",
-        f"Written by `benchmarks/label_heads.py` ({machine}). A masked language model of 22.7M parameters that is not tuned, in the "
-        f"paper's prompts. A head on its last state is tuned on some training rows, with accuracy as the reward, and scored on "
+        f"Written by `benchmarks/label_heads.py` ({machine}). A masked language model of 22.7M parameters that is not tuned, "
+        f"in the paper's prompts. A head on its last state is tuned on some training rows, with accuracy as the reward, and scored on "
         f"{HELD_OUT} others: mean ± standard deviation over {len(SEEDS)} draws. The rows are all from the training files.",
         "",
         "| task, rows | goal | accuracy | macro-F1 |",
@@ -157,8 +157,8 @@ def report(cells: Sequence[dict[str, Any]], machine: str) -> str:
             *lines,
             "",
             "The expected reward is flat where a row is surely wrong, and satisfied where one is barely right; the likelihood is "
-            "neither, and has no other maxima. So the head is tuned on the likelihood of the labels that the reward favours, each "
-            "row weighed by what choosing badly costs it, and not on the reward.",
+            "neither, and has no other maxima. So the head is tuned on the likelihood of the labels that the reward favours, "
+            "each row weighed by what choosing badly costs it, and not on the reward.",
             "",
         ]
     )
