@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,18 +193,20 @@ def machine() -> str:
 # --- all runs ---------------------------------------------------------------------------------------------------------
 
 
-def cells(only: Iterable[str]) -> list[list[Cell]]:
-    """In the order in which they are run; a list is complete before the next one begins, which may ask what it found."""
-    pairs = [(name, objective) for name in only for objective in PROBLEMS[name].objectives]
+def stages(only: Iterable[str]) -> Iterator[list[Cell]]:
+    """What to run, in order; a stage is complete before the next one, which may ask what it found, begins."""
     first, *later = SEEDS
-    ablated = [(name, PROBLEMS[name].objectives[0], method) for name in only for method in PROBLEMS[name].ablations]
-    grid = [Cell(*pair, "published", first, rate) for pair in pairs for rate in GRID]
-    return [
-        [Cell(*pair, "default", first) for pair in pairs] + grid,
-        [Cell(*pair, "default", seed) for seed in later for pair in pairs]
-        + [Cell(*pair, "published", seed, best_rate(*pair)) for seed in later for pair in pairs if searched(*pair)],
-        [Cell(*run, seed) for seed in SEEDS for run in ablated],
-    ]
+    for i in range(len(LABELS)):
+        for name in only:
+            for objective in PROBLEMS[name].objectives[i : i + 1]:
+                pair = name, objective
+                yield [Cell(*pair, "default", seed) for seed in SEEDS] + [
+                    Cell(*pair, "published", first, r) for r in GRID
+                ]
+                yield [Cell(*pair, "published", seed, best_rate(*pair)) for seed in later]
+    for name in only:
+        for method in PROBLEMS[name].ablations:
+            yield [Cell(name, PROBLEMS[name].objectives[0], method, seed) for seed in SEEDS]
 
 
 def searched(problem: str, objective: str) -> bool:
@@ -233,9 +235,9 @@ def final(cell: dict[str, Any]) -> float:
 def run_all(options: argparse.Namespace) -> None:
     """Runs what is missing, `--jobs` at a time, each in a process of its own."""
     CELLS.mkdir(parents=True, exist_ok=True)
-    for stage in range(3):
+    for stage in stages(options.only):
         running: list[subprocess.Popen[bytes]] = []
-        for cell in cells(options.only)[stage]:
+        for cell in stage:
             if cell.path.exists():
                 continue
             while len(running := [process for process in running if process.poll() is None]) >= options.jobs:

@@ -205,7 +205,7 @@ def test_what_scaled_blocks_cannot_do_is_said():
     for options, message in (
         ({"block_scales": "sizes"}, "block_scales='sizes'; choose 'parameter_norms' or 'gradient_norms'"),
         ({"block_scales_every": 1}, "block_scales_every must be at least 2 steps, got 1"),
-        ({"estimator": "two_point"}, "estimator='two_point'; choose one of 'spsa', 'one_point'"),
+        ({"estimator": "two_point"}, "estimator='two_point'; choose one of 'spsa', 'one_sided', 'one_point'"),
     ):
         with pytest.raises(ValueError, match=message):
             MeZO([("w", torch.ones(3))], **options)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert {"forwards", "seconds", "peak_memory_mb", "informative_share", "seed", "objective"} <= result.keys()
     assert result["objective"] == "macro_f1"
-    assert result["forwards"] == 2 * 150 + 1024 // 64  # two a step, and 1024 rows of calibration in batches of 64
+    assert result["forwards"] == 8 * 40 + 1024 // 64  # eight a step, and 1024 rows of calibration in batches of 64
     assert (tmp_path / "macro_f1.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("zero-shot", "one fitted threshold", "tuned with zorl", "Try next"))
@@ -35,10 +35,10 @@ def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.
     assert "went on from step" not in printed
     again = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "40"])
     assert (
-        again["resumed_from_step"] == 150
+        again["resumed_from_step"] == 40
     )  # a finished run: no step is made, and its seconds are not passed off as the run's
     assert again["weights_sha256"] == result["weights_sha256"]
-    assert "The run went on from step 150" in capsys.readouterr().out
+    assert "The run went on from step 40" in capsys.readouterr().out
 
     header, records = read(tmp_path / "trajectory.zorl")
     model, tuned_parameters = RunFolder(tmp_path).rebuild(header, str(REVIEWER))
