@@ -107,7 +107,7 @@ class Comparison:
         rows = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
                 for line in [head, *lines]]  # fmt: skip
         share = self.trainer.mezo.informative_share if self.trainer.mezo is not None else float("nan")
-        caption = f"On {len(self.test)} held-out rows. {share:.0%} of the probes told the two sides apart."
+        caption = f"On {len(self.test)} held-out rows. {share:.0%} of the directions found a difference."
         if self._begin.step:
             caption += f"\nThe run went on from step {self._begin.step}: the seconds are of the steps since."
         return "\n".join(["", rows[0], "-" * len(rows[0]), *rows[1:], "", caption])

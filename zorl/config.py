@@ -197,7 +197,7 @@ class MeZOConfig(TrainingArguments):
         },
     )
     informative_target: float = field(
-        default=0.8, metadata={"help": "Share of probes in which the two sides differ that epsilon=auto keeps."}
+        default=0.8, metadata={"help": "Share of directions that find a difference that epsilon=auto keeps."}
     )
     parameters: list[str] | None = field(
         default=None, metadata={"help": "Tune only parameters that match these shell patterns, such as '*.bias'."}
@@ -224,10 +224,11 @@ class MeZOConfig(TrainingArguments):
     calibration: str = field(
         default="auto",
         metadata={
-            "help": "Where tuning starts. Label words: 'head': a linear head on the model's last state, tuned by MeZO on the "
-            "reward itself before the model is (a reward of a whole set is called about 6,000 times); 'bias': one fitted bias a "
-            "label, a threshold (about 100 calls a label). Classifiers: 'probe': logistic regression on the true labels writes "
-            "the head's last layer. 'none': neither. 'auto': 'head', and 'probe' for a classifier whose head is new."
+            "help": "Where tuning starts. Label words: 'head': a linear head on the model's last state, tuned by MeZO before the "
+            "model is, on the likelihood of the labels that the reward favours (a reward of a whole set is called for each label "
+            "of each row); 'bias': one fitted bias a label, a threshold (about 100 calls a label). Classifiers: 'probe': logistic "
+            "regression on the true labels writes the head's last layer. 'none': neither. 'auto': 'head', and 'probe' for a "
+            "classifier whose head is new."
         },
     )
     calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})
