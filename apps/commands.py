@@ -116,7 +116,7 @@ The same command continues a run that was cut short, to the same bits.""",
         "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end early_stopping_patience "
         "stop_below_gain logging_steps report_to json",
         "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
-        "temperature top_k top_p",
+        "temperature top_k top_p device_map",
     },
     examples="""\
 zorl train --model facebook/opt-125m --dataset train.tsv --eval_dataset dev.tsv --text_column text --label_column label \\

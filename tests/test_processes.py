@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,51 @@ def test_items_come_back_in_order_and_failures_reach_everybody(tmp_path: Path) -
             of["differ"]
             == "ProcessError: the processes differ in their seeds: process 0 has 0, process 1 has 1, process 2 has 2"
         )
+
+
+WAITING = """
+import json, os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+from torch import distributed
+
+from zorl import processes
+
+distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+processes.PULSE, mine = 0.3, processes.index()
+found = {"answer": processes.first(lambda: time.sleep(5) or "at last")}
+found["again"] = processes.first(lambda: "at once")
+if mine == 1:
+    Path(sys.argv[1], "1.json").write_text(json.dumps(found))
+    os.kill(os.getpid(), signal.SIGKILL)
+begin = time.monotonic()
+try:
+    processes.first(lambda: time.sleep(60))
+except processes.ProcessError as error:
+    found["gone"] = str(error)
+found["seconds"] = time.monotonic() - begin
+Path(sys.argv[1], "0.json").write_text(json.dumps(found))
+os._exit(0)
+"""
+
+
+def test_the_first_process_may_wait_for_people_longer_than_an_exchange_may_take(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Not by torchrun, which would end the first process when the other is gone.
+    where = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(tmp_path / "waiting.py"), str(tmp_path)]
+    both = [subprocess.Popen(command, env={**where, "RANK": str(rank)}, stderr=subprocess.DEVNULL) for rank in range(2)]
+    for process in both:
+        process.wait(timeout=120)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["answer"] == second["answer"] == "at last"
+    assert first["again"] == second["again"] == "at once"
+    assert "process 0 of 2 lost contact with the others" in first["gone"]
+    assert first["seconds"] < 30
 
 
 @pytest.fixture(scope="module")

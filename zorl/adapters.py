@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zorl.directions import derive_seed
+from zorl.offload import computing_device, is_away
 from zorl.quantization import is_quantized
 
 if TYPE_CHECKING:
@@ -118,11 +119,28 @@ def add_lora(model: Any, rank: int, alpha: int, targets: list[str] | None, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         adapted = adapt(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type=task))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        _bring_adapters_in(adapted)
     if is_quantized(model):
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name or ".lora_embedding_A." in name:
                 parameter.requires_grad_(False)
     return adapted
+
+
+def _bring_adapters_in(adapted: Any) -> None:
+    """peft sends an adapter where its layer is. Beside one that is offloaded, it would be a shell: it stays where inputs are."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_A:
+                halves = module.lora_A[name], module.lora_B[name]
+                if any(is_away(parameter) for half in halves for parameter in half.parameters()):
+                    for half in halves:
+                        half.to_empty(device=computing_device(adapted))
+                    module.reset_lora_parameters(name, init_lora_weights=True)
 
 
 @torch.no_grad()
@@ -165,13 +183,12 @@ def _activations(model: Any, ids: Tensor) -> Tensor:
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
+    ids = ids.to(computing_device(model))
     was_training = model.training
     model.eval()
     try:
         # Masked models are asked for no cache, and fill one that they are given.
-        model(
-            input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device), past_key_values=cache
-        )
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
     finally:
         model.train(was_training)
     cached: Any = cache.layers

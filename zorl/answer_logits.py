@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zorl.offload import computing_device
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Evaluator
 from zorl.probe import CENTRE, Point
@@ -107,7 +108,7 @@ class AnswerLogits:
     def _full(self, answers: Sequence[TokenAnswer], point: Point) -> tuple[Tensor | None, Tensor]:
         """What the output embedding was given and the logits, at the places of the answers, by a whole forward."""
         module = self.evaluator.module
-        device = next(module.parameters()).device
+        device = computing_device(module)
         inputs = [[*answer.prompt_ids, *answer.ids[:-1]] for answer in answers]
         width = max(map(len, inputs))
         tokens = torch.tensor([ids + [self._pad_id] * (width - len(ids)) for ids in inputs], device=device)

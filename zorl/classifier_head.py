@@ -18,6 +18,7 @@ from zorl import processes
 from zorl.directions import canonical_name
 from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
 from zorl.fitting_forwards import FittingForwards
+from zorl.offload import computing_device
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt, Rendered
 from zorl.scoring import best_answers
@@ -138,7 +139,7 @@ class ClassifierHead:
 
     def _logits(self, encoded: Sequence[Encoded], points: Sequence[Point]) -> tuple[Tensor, Tensor | None]:
         """Logits `(points, rows, classes)`, and the states that they are made of, `(points, rows, width)`."""
-        device = next(self.evaluator.module.parameters()).device
+        device = computing_device(self.evaluator.module)
         if not encoded or not points:
             return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device), None
 

@@ -206,6 +206,13 @@ class MeZOConfig(TrainingArguments):
         default="float32",
         metadata={"help": "For a model given by name: float32, bfloat16, float16, or auto (as it was saved)."},
     )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "For a model given by name that is larger than a device: auto spreads it over the GPUs, and what they do not "
+            "hold over CPU and disk (see accelerate); weights on disk are read and not tuned. Default: one device."
+        },
+    )
     label_column: str = field(
         default="label",
         metadata={
@@ -226,9 +233,9 @@ class MeZOConfig(TrainingArguments):
         metadata={
             "help": "Where tuning starts. Label words: 'head': a linear head on the model's last state, tuned by MeZO before the "
             "model is, on the likelihood of the labels that the reward favours (a reward of a whole set is called for each label "
-            "of each row); 'bias': one fitted bias a label, a threshold (about 100 calls a label). Classifiers: 'probe': logistic "
-            "regression on the true labels writes the head's last layer. 'none': neither. 'auto': 'head', and 'probe' for a "
-            "classifier whose head is new."
+            "of each row); 'bias': one fitted bias a label, a threshold (about 100 calls a label). Classifiers: 'probe': "
+            "logistic regression on the true labels writes the head's last layer. 'none': neither. 'auto': 'head', and 'probe' "
+            "for a classifier whose head is new."
         },
     )
     calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})

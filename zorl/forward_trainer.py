@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from zorl import processes
 from zorl.config import MeZOConfig
 from zorl.mezo import MeZO
+from zorl.offload import is_away
 from zorl.parameters import ParameterSet
 from zorl.replay import replay
 from zorl.run_folder import RunFolder
@@ -39,6 +40,10 @@ class ForwardTrainer(Trainer):
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         return model  # neither DataParallel nor DistributedDataParallel: there are no gradients to reduce
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        if not any(map(is_away, model.parameters())):  # else accelerate moves it, module by module
+            super()._move_model_to_device(model, device)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
         """The minibatches of one step. There are no tokens to count, because no loss is averaged over them."""

@@ -37,6 +37,7 @@ from zorl.encoding import (
     padded,
 )
 from zorl.fitting_forwards import FittingForwards
+from zorl.offload import computing_device
 from zorl.prompts import Answer, Prompt, Rendered
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class Generation:
     def _generate(self, prompts: Sequence[Encoded], noise_seed: int) -> list[list[int]]:
         """Token ids of the answers, each up to and with its end-of-sequence token."""
         module = self.evaluator.module
-        device = next(module.parameters()).device
+        device = computing_device(module)
         tokens, mask = padded([one.ids for one in prompts], self._pad_id, "left", device)
         check = _NanCheck(device)
         processors: list[LogitsProcessor] = [check, *self._warpers]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zorl.encoding import Encoded, Options, length_buckets, padded
 from zorl.fitting_forwards import FittingForwards
+from zorl.offload import computing_device
 from zorl.position_logits import PositionLogits, is_masked
 from zorl.probe import Point
 from zorl.shared_prefix import SharedPrefix, can_share
@@ -82,7 +83,7 @@ class Likelihood:
             where they are asked for the states that these logits are made of, `(points, prompts, width)`; None where options
             have several tokens, or the model's head does not call its output embedding.
         """
-        device = next(self.forwards.evaluator.module.parameters()).device
+        device = computing_device(self.forwards.evaluator.module)
         width = max((len(one.choices.tokens) for one in encoded), default=0)
         if not encoded or not points:
             return torch.empty(len(points), len(encoded), width, device=device), None

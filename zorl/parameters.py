@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zorl.directions import Distribution, Key, Step, canonical_name, canonical_names, key
 from zorl.kernels import kernel_for
 from zorl.kernels.reference import add_dense
+from zorl.offload import can_be_written, named_stored
 from zorl.quantization import is_plain
 
 
@@ -70,6 +71,11 @@ class ParameterSet(Mapping[str, Tensor]):
         """Adds a tensor to a parameter, rounded as `add` rounds; half precision takes its random bits from the stream."""
         add_dense(self._tensors[name], amount, stream)
 
+    def names(self) -> dict[int, str]:
+        """Canonical names by the identity of tensors, and by the address of their first element."""
+        by_address = {tensor.data_ptr(): name for name, tensor in self._tensors.items() if tensor.numel()}
+        return by_address | {id(tensor): name for name, tensor in self._tensors.items()}
+
     def describe(self) -> list[tuple[str, list[int], str]]:
         """(canonical name, shape, dtype) of each, sorted by name."""
         return [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()]
@@ -85,7 +91,7 @@ def base_sha256(model: nn.Module) -> str:
     Quantised weights are left out: their bits are the quantiser's own on each device, and what stands beside them
     (embeddings, norms, biases, the adapter) tells the checkpoint.
     """
-    plain = [(name, p) for name, p in model.named_parameters() if is_plain(p)]
+    plain = [(name, values) for name, p, values in named_stored(model) if is_plain(p)]
     names = canonical_names(name for name, _ in plain)
     return tensors_sha256(dict(zip(names, (p for _, p in plain), strict=True)))
 
@@ -101,20 +107,23 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def select(model: nn.Module, patterns: Sequence[str] | str | None = None) -> list[tuple[str, nn.Parameter]]:
+def select(model: nn.Module, patterns: Sequence[str] | str | None = None) -> list[tuple[str, Tensor]]:
     """The parameters with `requires_grad`, or those of them whose canonical name matches a shell-style pattern.
 
     Args:
         patterns: such as `"*.bias"` or `["*norm*", "lm_head.*"]`; None selects all.
 
+    Returns:
+        (name, tensor) pairs. Of parameters that are offloaded, the tensors that they are brought in from.
+
     Raises:
-        ValueError: nothing requires a gradient, or a pattern matches nothing.
+        ValueError: nothing requires a gradient, a pattern matches nothing, or a parameter lies on disk.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, values) for name, p, values in named_stored(model) if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter of the model has requires_grad=True, so there is nothing to tune")
     if patterns is None:
-        return trainable
+        return _writable(model, trainable)
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = {name for name, _ in trainable if fnmatch.fnmatchcase(canonical_name(name), pattern)}
@@ -124,4 +133,15 @@ def select(model: nn.Module, patterns: Sequence[str] | str | None = None) -> lis
                 f"the pattern {pattern!r} matches none of the {len(trainable)} parameters (such as {some})"
             )
         chosen |= matches
-    return [(name, p) for name, p in trainable if name in chosen]
+    return _writable(model, [(name, values) for name, values in trainable if name in chosen])
+
+
+def _writable(model: nn.Module, chosen: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    for name, _ in chosen:
+        path, _, attribute = name.rpartition(".")
+        if not can_be_written(model.get_submodule(path), attribute):
+            raise ValueError(
+                f"{name!r} is offloaded to disk, where it is only read: tune an adapter on the model (tune='lora' or 'prefix'), "
+                "or offload to the CPU"
+            )
+    return chosen

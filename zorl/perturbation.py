@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from zorl.directions import Distribution, key
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
+from zorl.offload import is_away, move_when_brought_in, stored, what_hooks_share
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
 from zorl.quantization import is_plain
@@ -114,20 +116,26 @@ class Scratch:
         self.parameters = parameters
         self.distribution = distribution
         self.module: Any = replica(model)
-        names = {id(tensor): name for name, tensor in parameters.items()}
         self._slots: dict[nn.Module, list[_Slot]] = {}
+        self._away: dict[nn.Module, list[_Slot]] = {}  # of weights that are brought in when their module runs
+        names = parameters.names()
         for module in self.module.modules():
-            slots = [
-                _Slot(module, attribute, names[id(p)], p)
-                for attribute, p in module._parameters.items()
-                if p is not None and id(p) in names
-            ]
+            slots = []
+            for attribute, p in module._parameters.items():
+                if p is None or (name := names.get(address(module, attribute))) is None:
+                    continue
+                if is_away(p):
+                    self._away.setdefault(module, []).append(_Slot(module, attribute, name, p))
+                else:
+                    slots.append(_Slot(module, attribute, name, p))
             if slots and isinstance(module, nn.RNNBase):
                 raise TypeError(
                     f"{type(module).__name__} cannot be perturbed module by module; use zorl.MeZO with a closure"
                 )
             if slots:
                 self._slots[module] = slots
+        for module, away in self._away.items():
+            move_when_brought_in(module, partial(self._enter_away, away), partial(self._leave_away, away))
         self._held = self._small_parameters()
         self._head = output_embedding(self.module)
         self._rows_first = self._head is not None and gives_rows(self._head)  # else they are taken from its output
@@ -139,6 +147,7 @@ class Scratch:
         self._reached: set[str] | None = set(self._held)  # None once a forward has shown that hooks reach the rest
         self._read: set[str] = set()  # parameters that something else than their own module has read
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._brought: dict[tuple[nn.Module, str], Tensor] = {}  # what lies under the moved weights of modules that run
         self._replaced: list[list[tuple[nn.Module, str, Any]]] = []  # a frame for each module being run, innermost last
 
     def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
@@ -184,6 +193,9 @@ class Scratch:
         finally:
             while self._replaced:
                 self._restore()
+            for slot in (slot for slots in self._away.values() for slot in slots):
+                slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+            self._brought.clear()
             self._point = self._head_rows = None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -232,6 +244,28 @@ class Scratch:
         for attribute, parameter in list(module._parameters.items()):
             if parameter is not None and all(slot.attribute != attribute for slot in moved):
                 self._replace(module, attribute, parameter[rows])
+
+    def _enter_away(self, slots: list[_Slot]) -> None:
+        """The weights of a module have been brought in: moves them, out of place, since they may be the stored ones."""
+        if self._reached is not None:
+            self._reached.update(slot.name for slot in slots)
+        if self._point is None or self._point.offset == 0.0:
+            return
+        for slot in slots:
+            brought = slot.module._parameters[slot.attribute]
+            assert brought is not None
+            self._brought[slot.module, slot.attribute] = brought
+            moved = torch.empty_like(brought, memory_format=torch.contiguous_format)
+            kernel_for(brought).perturb(
+                brought, key(self._point.seed, slot.name), self._point.offset_of(slot.name), self.distribution, moved
+            )
+            slot.module._parameters[slot.attribute] = moved  # type: ignore[assignment]
+
+    def _leave_away(self, slots: list[_Slot]) -> None:
+        for slot in slots:
+            brought = self._brought.pop((slot.module, slot.attribute), None)
+            if brought is not None:
+                slot.module._parameters[slot.attribute] = brought  # type: ignore[assignment]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._point is None or len(self._replaced) < 2:
@@ -293,7 +327,10 @@ class Scratch:
     def _small_parameters(self) -> set[str]:
         """The smallest parameters, as many as fit `HELD_BYTES`."""
         held, budget = set(), HELD_BYTES
+        here = {slot.name for slots in self._slots.values() for slot in slots}
         for name, tensor in sorted(self.parameters.items(), key=lambda item: item[1].numel()):
+            if name not in here:
+                continue
             budget -= tensor.numel() * tensor.element_size()
             if budget < 0:
                 break
@@ -303,8 +340,15 @@ class Scratch:
 
 def replica(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the model, in eval mode."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=shared).eval()
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared | what_hooks_share(model)).eval()
+
+
+def address(module: nn.Module, attribute: str) -> int:
+    """What `ParameterSet.names` knows a module's parameter by."""
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    return stored(module, attribute).data_ptr() if is_away(parameter) else id(parameter)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -326,8 +370,9 @@ def output_embedding(module: nn.Module) -> nn.Module | None:
 
 
 def gives_rows(head: nn.Module) -> bool:
-    """Whether an output embedding can compute single rows: it is a linear layer, and its weights are not quantised."""
-    return type(head).forward is nn.Linear.forward and all(map(is_plain, head.parameters()))
+    """Whether an output embedding can compute single rows: it is a linear layer whose weights are here and not quantised."""
+    plain = all(is_plain(p) and not is_away(p) for p in head.parameters())
+    return type(head).forward is nn.Linear.forward and plain
 
 
 def _gathers_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

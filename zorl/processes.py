@@ -11,7 +11,9 @@ process is data, never code.
 
 from __future__ import annotations
 
+import _thread
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,6 +24,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+
+PULSE = 60.0  # seconds after which the first process says that it is still at work, well within any backend's patience
+_STILL_AT_WORK = -1  # in the place of a length
 
 exchanged_bytes = 0  # that this process has sent to the others so far
 _alone = 0  # > 0: inside work that one process does for all
@@ -77,6 +82,8 @@ def share(items: Sequence[T], work: Callable[[Sequence[T]], Mapping[str, Tensor]
 def first(work: Callable[[], Any]) -> Any:
     """What the first process makes of `work`, for all of them; the others do not call it.
 
+    It may take any time, such as that of people who judge: the others are told every minute that it is still at work.
+
     Args:
         work: returns JSON values. What it calls of this module is done by the first process alone.
 
@@ -91,11 +98,14 @@ def first(work: Callable[[], Any]) -> Any:
     if index() == 0:
         _alone += 1
         try:
-            payload = json.dumps({"value": work()}).encode()
+            with _pulse():
+                payload = json.dumps({"value": work()}).encode()
         except Exception as error:
             failure, payload = error, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
         finally:
             _alone -= 1
+    if isinstance(failure, ProcessError):
+        raise failure  # nobody is left to be told
     answer = json.loads(_broadcast(payload))
     if failure is not None:
         raise failure
@@ -173,11 +183,49 @@ def _broadcast(payload: bytes) -> bytes:
     with _lost_contact():
         size = torch.tensor([len(payload)], dtype=torch.int64, device=device)
         dist.broadcast(size, src=0)
+        while int(size) == _STILL_AT_WORK:
+            dist.broadcast(size, src=0)
         data = _bytes(payload).to(device) if index() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
         dist.broadcast(data, src=0)
     if index() == 0:
         exchanged_bytes += 8 + len(payload)
     return data.cpu().numpy().tobytes()
+
+
+@contextmanager
+def _pulse() -> Iterator[None]:
+    """Tells the others again and again that this process is at work in the block.
+
+    Raises:
+        ProcessError: they are gone. The block is interrupted, as by Ctrl-C.
+    """
+    done, lost, device = threading.Event(), list[ProcessError](), _device()
+
+    def beat() -> None:
+        global exchanged_bytes
+        while not done.wait(PULSE):
+            try:
+                with _lost_contact():
+                    dist.broadcast(torch.tensor([_STILL_AT_WORK], dtype=torch.int64, device=device), src=0)
+                exchanged_bytes += 8
+            except ProcessError as error:
+                lost.append(error)
+                _thread.interrupt_main()
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if lost:
+            raise lost[0] from None
+        raise
+    finally:
+        done.set()
+        thread.join()
+    if lost:
+        raise lost[0]
 
 
 def _device() -> torch.device:
@@ -191,8 +239,8 @@ def _lost_contact() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ProcessError(
-            f"process {index()} of {count()} lost contact with the others: one of them has ended, and its own message says why. "
-            f"The run can be continued, with any number of processes ({str(error).splitlines()[0]})"
+            f"process {index()} of {dist.get_world_size()} lost contact with the others: one of them has ended, and its own "
+            f"message says why. The run can be continued, with any number of processes ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from zorl import processes
+from zorl import offload, processes
 from zorl.adapters import adapt, is_peft, prepare
 from zorl.classifier_head import (
     ClassifierHead,
@@ -52,6 +52,7 @@ from zorl.objectives import (
     RewardObjective,
     make_objective,
 )
+from zorl.offload import is_away, named_stored
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Evaluator, Scratch
 from zorl.policies import make_policy
@@ -158,7 +159,8 @@ class MeZOTrainer(ForwardTrainer):
             )
         network: Any = model
         if isinstance(model, str):
-            network = load_model(model, args.dtype, classes=prompt.classes, quantize=args.quantize)
+            placed = {} if args.device_map is None else {"device_map": args.device_map}
+            network = load_model(model, args.dtype, classes=prompt.classes, quantize=args.quantize, **placed)
         in_base = {id(parameter) for parameter in network.parameters()}
         if peft_config is not None:
             if is_peft(network):
@@ -424,7 +426,7 @@ class MeZOTrainer(ForwardTrainer):
     def _header(self) -> dict[str, Any]:
         """What else decides where a run goes, or how its base is rebuilt."""
         args = self.args
-        named = {canonical_name(name): p for name, p in self.model.named_parameters()}  # type: ignore[union-attr]
+        named = {canonical_name(name): values for name, _, values in named_stored(self.model)}  # type: ignore[arg-type]
         first = self._not_in_base()
         init = (
             self.folder.keep_init({name: named[name] for name in first}, writes=processes.index() == 0)
@@ -465,6 +467,8 @@ class MeZOTrainer(ForwardTrainer):
         """Model, tokenizer and prompt; no pickled arguments."""
         target = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         assert self.model is not None
+        if state_dict is None and any(map(is_away, self.model.parameters())):
+            state_dict = offload.state_dict(self.model)
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]

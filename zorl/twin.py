@@ -12,6 +12,7 @@ parameter is refused, so that nothing is ever computed with unmoved weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel
 from zorl.directions import Distribution, key, matrix_width, rank
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
+from zorl.offload import computing_device, is_away, move_when_brought_in
 from zorl.parameters import ParameterSet
-from zorl.perturbation import Scratch, output_embedding, replica
+from zorl.perturbation import Scratch, address, output_embedding, replica
 from zorl.probe import Point
 from zorl.quantization import is_plain
 
@@ -69,24 +71,32 @@ class Twin:
         self.parameters = parameters
         self.distribution = distribution
         self.module: Any = replica(model)
-        names = {id(tensor): name for name, tensor in parameters.items()}
+        names = parameters.names()
         head = output_embedding(self.module)
-        if head is not None and not all(map(is_plain, head.parameters())):  # quantised: called as it is
+        if head is not None and not all(is_plain(p) and not is_away(p) for p in head.parameters()):  # called as it is
             head.register_forward_hook(self._take_rows)
             head = None
         self._slots: list[_Slot] = []
+        self._away: list[_Slot] = []  # of weights that are brought in when their module runs
         for module in self.module.modules():
-            if isinstance(module, nn.RNNBase) and any(id(p) in names for p in module.parameters(recurse=False)):
-                raise TypeError(f"{type(module).__name__} computes out of sight; use zorl.MeZO with a closure")
+            away: list[_Slot] = []
             for attribute, parameter in module._parameters.items():
-                if parameter is not None and (id(parameter) in names or module is head):
-                    moved = _Moved.of(self, parameter, names.get(id(parameter)), is_head=module is head)
-                    self._slots.append(_Slot(module, attribute, parameter, moved))
+                name = None if parameter is None else names.get(address(module, attribute))
+                if parameter is None or (name is None and module is not head):
+                    continue
+                if isinstance(module, nn.RNNBase):
+                    raise TypeError(f"{type(module).__name__} computes out of sight; use zorl.MeZO with a closure")
+                moved = _Moved.of(self, parameter, name, is_head=module is head)
+                (away if is_away(parameter) else self._slots).append(_Slot(module, attribute, parameter, moved))
+            if away:
+                move_when_brought_in(module, partial(self._enter_away, away), partial(self._leave_away, away))
+                self._away += away
         self.points: tuple[Point, ...] = ()
         self.head_rows: Tensor | None = None
         self._batch = 0  # rows of the outer forward, all points together
         self._makers: dict[Any, Callable[[], Any]] = {}  # of what the operations asked for so far
         self._cache: dict[Any, Any] = {}  # the same, made for these points
+        self._brought: dict[tuple[nn.Module, str], Tensor] = {}  # the weights of modules that are running
         self._depth = 0  # of models that are running, one inside the other
         # peft calls the model that it wraps past its hooks; what is inside that one notes the batch as well.
         for inner in {self.module, *(m for m in self.module.modules() if isinstance(m, PreTrainedModel))}:
@@ -124,7 +134,32 @@ class Twin:
             finally:
                 for slot in self._slots:
                     slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+                for slot in self._away:
+                    slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+                self._brought.clear()
                 self.points, self.head_rows, self._cache = (), None, {}
+
+    def _enter_away(self, slots: list[_Slot]) -> None:
+        """The weights of a module have been brought in: they answer at all points until they go."""
+        if not any(point.offset != 0.0 for point in self.points):
+            return
+        for slot in slots:
+            brought = slot.module._parameters[slot.attribute]
+            assert brought is not None
+            self._brought[slot.module, slot.attribute] = brought
+            moved = _Moved.of(self, brought, slot.moved.zorl_name, is_head=False)
+            slot.module._parameters[slot.attribute] = moved  # type: ignore[assignment]
+
+    def _leave_away(self, slots: list[_Slot]) -> None:
+        for slot in slots:
+            moved = slot.module._parameters[slot.attribute]
+            brought = self._brought.pop((slot.module, slot.attribute), None)
+            if brought is None:
+                continue
+            slot.module._parameters[slot.attribute] = brought  # type: ignore[assignment]
+            # Nothing of it stays behind on the device that computes, nor is made before the next forward.
+            for made in [name for name in self._cache if id(moved) in name]:
+                del self._cache[made], self._makers[made]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
@@ -283,7 +318,7 @@ def twin_or_scratch(model: nn.Module, parameters: ParameterSet, distribution: Di
         return Scratch(model, parameters, distribution)
     try:
         twin = Twin(model, parameters, distribution)
-        tokens = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
+        tokens = torch.zeros(2, 4, dtype=torch.long, device=computing_device(model))
         points = [Point(0, 1e-3), Point(0, -1e-3)]
 
         def forward(copies: int) -> list[None]:

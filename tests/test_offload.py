@@ -1,0 +1,160 @@
+"""Models that accelerate keeps elsewhere and brings in module by module: tuned to the same bits, and never held twice."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from transformers import AutoModelForCausalLM
+
+from zorl import MeZOConfig, MeZOTrainer, Prompt
+from zorl.offload import computing_device, is_away, named_stored
+from zorl.parameters import ParameterSet, base_sha256, select
+from zorl.perturbation import Scratch
+from zorl.probe import Point
+from zorl.rewards import accuracy
+from zorl.twin import Twin
+
+CPU = torch.device("cpu")
+ROWS = [
+    {"text": f"the film {'was great' if i % 2 else 'had a terrible plot'} {i}", "label": str(i % 2)} for i in range(24)
+]
+WORDS = {"0": "terrible", "1": "great"}
+
+
+@pytest.fixture
+def make(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTrainer]:
+    """A trainer on a model of its own, offloaded by a function or not."""
+    number = itertools.count()
+
+    def trainer(kind: str, offload: Callable[[Any], None] | None = None, **settings: Any) -> MeZOTrainer:
+        model = copy.deepcopy(parts(kind).model)
+        if offload is not None:
+            offload(model)
+        prompt = Prompt("{text} it was {mask}" if kind != "bert" else "{text} it was {mask} .", WORDS)
+        config = {"max_steps": 3, "per_device_train_batch_size": 8, "calibration": "none", "save_strategy": "no"}
+        return MeZOTrainer(
+            model, reward_funcs=accuracy(), prompt=settings.pop("prompt", prompt), processing_class=parts(kind).tokenizer,
+            train_dataset=ROWS, args=MeZOConfig(
+                output_dir=str(tmp_path / f"out{next(number)}"), disable_tqdm=True, use_cpu=True, **{**config, **settings}
+            ),
+        )  # fmt: skip
+
+    return trainer
+
+
+def to_cpu(model: Any) -> None:
+    cpu_offload(model, execution_device=CPU)
+    assert all(map(is_away, model.parameters()))
+
+
+@pytest.fixture
+def to_disk(tmp_path: Path) -> Callable[[Any], None]:
+    return lambda model: disk_offload(model, str(tmp_path / "offloaded"), execution_device=CPU)
+
+
+@pytest.mark.parametrize("evaluation", ["twin", "scratch"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "opt", "llama"])
+def test_what_is_away_is_tuned_to_the_same_bits(make: Callable[..., MeZOTrainer], kind: str, evaluation: str) -> None:
+    here, away = make(kind, evaluation=evaluation), make(kind, to_cpu, evaluation=evaluation)
+    before = away.tuned.sha256()
+    assert before == here.tuned.sha256()
+    for trainer in (here, away):
+        trainer.train()
+    assert here.tuned.sha256() == away.tuned.sha256() != before
+    assert all(map(is_away, away.model.parameters()))
+    assert here.predict(ROWS).predictions == away.predict(ROWS).predictions
+
+
+@pytest.mark.parametrize("evaluator", [Twin, Scratch])
+def test_weights_are_loaded_once_for_all_points_and_none_stay(parts: Callable[[str], Any], evaluator: Any) -> None:
+    model = copy.deepcopy(parts("llama").model)
+    to_cpu(model)
+    loads: list[str] = []
+    hook = model.model.layers[0].mlp.up_proj._hf_hook
+    read = type(hook.weights_map).__getitem__
+
+    class Counted(type(hook.weights_map)):  # type: ignore[misc]
+        def __getitem__(self, name: str) -> Any:
+            loads.append(name)
+            return read(self, name)
+
+    hook.weights_map.__class__ = Counted
+    at = evaluator(model, ParameterSet(select(model)), "rank1")
+    loads.clear()
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    points = [Point(seed, 0.1) for seed in range(4)]
+
+    def forward(copies: int) -> list[Any]:
+        return list(at.module(input_ids=tokens.repeat(copies, 1)).logits.chunk(copies))
+
+    logits = at.evaluate_all(points, forward)
+    assert len(loads) == (1 if evaluator is Twin else len(points))
+    assert not torch.allclose(logits[0], logits[1])
+    assert all(map(is_away, at.module.parameters()))
+
+
+def test_a_forward_that_fails_leaves_no_moved_weight_behind(parts: Callable[[str], Any]) -> None:
+    for evaluator in (Twin, Scratch):
+        model = copy.deepcopy(parts("llama").model)
+        to_cpu(model)
+        at: Any = evaluator(model, ParameterSet(select(model)), "rank1")
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("halfway")
+
+        at.module.model.layers[1].mlp.up_proj._old_forward = fail
+        with pytest.raises(RuntimeError, match="halfway"):
+            at.evaluate(Point(1, 0.1), lambda at=at: at.module(input_ids=torch.zeros(2, 3, dtype=torch.long)))
+        assert all(type(p) is torch.nn.Parameter for p in at.module.parameters())
+
+
+@pytest.mark.parametrize("evaluation", ["twin", "scratch"])
+def test_an_adapter_is_tuned_on_weights_that_lie_on_disk(
+    make: Callable[..., MeZOTrainer], to_disk: Callable[[Any], None], evaluation: str
+) -> None:
+    with pytest.raises(ValueError, match=r"'.*' is offloaded to disk, where it is only read: tune an adapter"):
+        make("llama", to_disk)
+    trainer = make("llama", to_disk, tune="lora", evaluation=evaluation, max_steps=8)
+    before = trainer.tuned.sha256()
+    base = {name: values.clone() for name, p, values in named_stored(trainer.model) if is_away(p)}
+    trainer.train()
+    assert trainer.tuned.sha256() != before
+    assert base
+    assert all(torch.equal(values, base[name]) for name, p, values in named_stored(trainer.model) if is_away(p))
+    again = make("llama", to_disk, tune="lora", evaluation=evaluation, max_steps=8)
+    again.train()
+    assert again.tuned.sha256() == trainer.tuned.sha256(), "an adapter beside a shell starts from the seed as well"
+
+
+def test_answers_are_generated_at_points_around_what_is_away(make: Callable[..., MeZOTrainer]) -> None:
+    settings = {"prompt": Prompt("{text}"), "max_completion_length": 4, "temperature": 0.0}
+    here, away = make("llama", **settings), make("llama", to_cpu, **settings)
+    points = [Point(1, 0.3), Point(2, 0.3)]
+    texts = [[[a.completion for a in of] for of in trainer.policy.answers(ROWS, points)] for trainer in (here, away)]
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_what_was_tuned_away_is_saved_and_resumed(
+    make: Callable[..., MeZOTrainer], parts: Callable[[str], Any], tmp_path: Path
+) -> None:
+    trainer = make("llama", to_cpu, max_steps=4)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert ParameterSet(select(loaded)).sha256() == trainer.tuned.sha256()
+    assert base_sha256(parts("llama").model) == base_sha256(make("llama", to_cpu).model)
+
+
+def test_shells_that_nobody_fills_are_told(parts: Callable[[str], Any]) -> None:
+    empty = copy.deepcopy(parts("llama").model).to("meta")
+    with pytest.raises(TypeError, match="is on the meta device, and accelerate does not bring it in"):
+        select(empty)
+    assert computing_device(parts("llama").model) == CPU
