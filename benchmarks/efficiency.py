@@ -33,7 +33,11 @@ CELLS = ROOT / "benchmarks" / "results" / "efficiency"
 SEEDS = (0, 1, 2)
 FORWARDS, BATCH, LOOKS = 600, 16, 6  # of a run: what it may spend, of how many rows each, and how often it is scored
 TRAIN_ROWS, TEST_ROWS = 1024, 400  # at most
-GRID = (1e-4, 1e-5, 1e-3)  # of the published recipe; searched with the first seed
+GRID = (
+    1e-4,
+    1e-5,
+    1e-3,
+)  # of the published recipe; searched with the first seed, and farther where the best is on its edge
 TWO_SIDED = {"estimator": "spsa", "n_spsa": "1"}
 PUBLISHED: dict[str, Any] = {
     "distribution": "gaussian", "epsilon": "1e-3", "update": "sgd", "calibration": "none", "label_reward": "best",
@@ -79,7 +83,7 @@ TITLES = {
 class Cell(NamedTuple):
     problem: str
     objective: str
-    method: str  # "default", "published", or one of the ablations
+    method: str  # "default", "published", "threshold" (fitted biases alone), or one of the ablations
     seed: int
     rate: float | None = None  # of the published recipe
 
@@ -161,10 +165,12 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         looks = [trainer.evaluate()]  # before anything is fitted
         began = time.perf_counter()
-        trainer.calibrate()
+        trainer.calibrate("bias" if cell.method == "threshold" else None)
         calibrated = time.perf_counter() - began
         if trainer.calibration_forwards:
             looks.append(trainer.evaluate())
+        if cell.method == "threshold":
+            return {**cell._asdict(), "machine": machine(), "looks": [_figures(look) for look in looks]}
         began = time.perf_counter()
         trainer.train()
         seconds = (
@@ -176,12 +182,16 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         looks += [look for look in trainer.state.log_history if "eval_reward" in look and look.get("step")]
         mezo = trainer.mezo
         assert mezo is not None
-        figures = ("forwards", "accuracy", "macro_f1", "brevity", "reward")
         return {
             **cell._asdict(), "machine": machine(), "learning_rate": trainer.args.learning_rate, "seconds": round(seconds, 1),
             "informative_share": mezo.informative_share, "test_rows": len(test), "train_rows": len(train),
-            "looks": [{n: round(look[f"eval_{n}"], 5) for n in figures if f"eval_{n}" in look} for look in looks],
+            "looks": [_figures(look) for look in looks],
         }  # fmt: skip
+
+
+def _figures(look: dict[str, float]) -> dict[str, float]:
+    names = ("forwards", "accuracy", "macro_f1", "brevity", "reward")
+    return {name: round(look[f"eval_{name}"], 5) for name in names if f"eval_{name}" in look}
 
 
 def machine() -> str:
@@ -200,32 +210,41 @@ def stages(only: Iterable[str]) -> Iterator[list[Cell]]:
         for name in only:
             for objective in PROBLEMS[name].objectives[i : i + 1]:
                 pair = name, objective
-                yield [Cell(*pair, "default", seed) for seed in SEEDS] + [
-                    Cell(*pair, "published", first, r) for r in GRID
-                ]
+                ours = [Cell(*pair, "default", seed) for seed in SEEDS]
+                yield ours + [Cell(*pair, "published", first, rate) for rate in GRID]
+                if objective in LABELS:
+                    yield [Cell(*pair, "threshold", seed) for seed in SEEDS]
+                while (beyond := farther(*pair)) is not None:
+                    yield [Cell(*pair, "published", first, beyond)]
                 yield [Cell(*pair, "published", seed, best_rate(*pair)) for seed in later]
     for name in only:
         for method in PROBLEMS[name].ablations:
             yield [Cell(name, PROBLEMS[name].objectives[0], method, seed) for seed in SEEDS]
 
 
-def searched(problem: str, objective: str) -> bool:
-    return all(Cell(problem, objective, "published", SEEDS[0], rate).path.exists() for rate in GRID)
+def tried(problem: str, objective: str) -> list[float]:
+    """The published recipe's learning rates that were run with the first seed, in order."""
+    paths = CELLS.glob(f"{problem}-{objective}-published-*-{SEEDS[0]}.json")
+    return sorted(json.loads(path.read_text(encoding="utf-8"))["rate"] for path in paths)
 
 
 def best_rate(problem: str, objective: str) -> float:
     """The published recipe's, by the last look at the very rows that are reported: it flatters the recipe."""
-    return max(GRID, key=lambda rate: final(Cell(problem, objective, "published", SEEDS[0], rate).read()))
+    cells = {rate: Cell(problem, objective, "published", SEEDS[0], rate) for rate in tried(problem, objective)}
+    return max(cells, key=lambda rate: final(cells[rate].read()))
+
+
+def farther(problem: str, objective: str) -> float | None:
+    """The next rate to try where the best one so far is the smallest or the largest; None where it lies inside."""
+    rates, best = tried(problem, objective), best_rate(problem, objective)
+    if best == rates[0] and best > 1e-8:
+        return float(f"{best / 10:.0e}")
+    return float(f"{best * 10:.0e}") if best == rates[-1] and best < 1.0 else None
 
 
 def figure_of(objective: str) -> str:
     """What is reported of an objective."""
     return "accuracy" if objective == "cross_entropy" else objective
-
-
-def on_edge(problem: str, objective: str) -> bool:
-    """The best rate is the smallest or the largest that was run, so there may be a better one."""
-    return best_rate(problem, objective) in (min(GRID), max(GRID))
 
 
 def final(cell: dict[str, Any]) -> float:
@@ -255,7 +274,7 @@ def run_all(options: argparse.Namespace) -> None:
 
 def found(problem: str, objective: str, method: str) -> list[dict[str, Any]]:
     """The cells of all seeds that are done; of the published recipe those with its best learning rate."""
-    if method == "published" and not searched(problem, objective):
+    if method == "published" and len(tried(problem, objective)) < len(GRID):
         return []
     rate = best_rate(problem, objective) if method == "published" else None
     paths = [Cell(problem, objective, method, seed, rate).path for seed in SEEDS]
@@ -298,13 +317,12 @@ def report() -> str:
             share = None if needed is None else needed / theirs_in_all
             shares.append(math.inf if share is None else share)
             seconds = [statistics.median(run["seconds"] for run in runs) for runs in (theirs, ours)]
-            fitted = found(name, objective, "bias")
-            threshold = [run["looks"][1][figure_of(objective)] for run in fitted]
+            threshold = list(map(final, found(name, objective, "threshold")))
             rows.append(
                 f"| {problem.title}, {TITLES[objective]} | {TITLES[figure_of(objective)]} "
                 f"| {spread([run['looks'][0][figure_of(objective)] for run in ours])} | {spread(threshold)} "
-                f"| {spread(list(map(final, theirs)))} ({theirs[0]['learning_rate']:g}"
-                f"{'*' if on_edge(name, objective) else ''}) | {spread(list(map(final, ours)))} "
+                f"| {spread(list(map(final, theirs)))} ({theirs[0]['learning_rate']:g}) "
+                f"| {spread(list(map(final, ours)))} "
                 f"| {'never' if share is None else f'{needed:.0f} ({share:.0%})'} "
                 f"| {statistics.fmean(run['informative_share'] for run in ours):.0%} "
                 f"| {seconds[0] / seconds[1]:.1f} "
@@ -319,9 +337,9 @@ def report() -> str:
         f"A run has {FORWARDS} forwards of {BATCH} rows, those of its start included, and at most {TRAIN_ROWS} rows to "
         f"learn from; figures are of at most {TEST_ROWS} test rows, the same for all runs. Masked language model of 22.7M "
         "parameters, in the paper's prompts; stories are told by a causal one of 260,032. *Published* is the paper's "
-        f"recipe, with the best of the learning rates {', '.join(f'{rate:g}' for rate in sorted(GRID))}: all were run in full "
-        "with the first seed, and the best was taken by the test rows themselves, which flatters it. That search cost "
-        f"{len(GRID) - 1} further runs, which are not counted against it; a star marks a rate on the edge of the grid. *Zorl* is "
+        f"recipe, with the best of the learning rates {', '.join(f'{rate:g}' for rate in sorted(GRID))}, and of more where the "
+        "best was the smallest or the largest: all were run in full with the first seed, and the best was taken by the test rows "
+        "themselves, which flatters it. These runs are not counted against it. *Zorl* is "
         "the default, the same for all, with no "
         "learning rate or ε given. Mean ± standard deviation over the seeds; three seeds tell large differences from noise, "
         "and no small ones.",
@@ -339,10 +357,11 @@ def report() -> str:
     if shares:
         lines += [f"The median share is {statistics.median(shares):.0%}.", ""]
     lines += gap_to_cross_entropy() + ablations()
+    lines += ["What else was tried, and what became of it: [what_pays.md](what_pays.md).", ""]
     plots = [name for name in PROBLEMS if plot(name, ROOT / "docs" / f"efficiency_{name}.png")]
     for name in plots:
         lines += [f"![{PROBLEMS[name].title}: quality against forwards](efficiency_{name}.png)", ""]
-    return "\n".join(lines).rstrip() + "\n" + (ROOT / "docs" / "efficiency_findings.md").read_text(encoding="utf-8")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def gap_to_cross_entropy() -> list[str]:
@@ -352,7 +371,8 @@ def gap_to_cross_entropy() -> list[str]:
             ours, other = found(name, objective, "default"), found(name, "cross_entropy", "default")
             if ours and other:
                 figure = figure_of(objective)
-                values = [[run["looks"][-1][figure] for run in runs] for runs in (ours, other)]
+                both = {run["seed"] for run in ours} & {run["seed"] for run in other}
+                values = [[run["looks"][-1][figure] for run in runs if run["seed"] in both] for runs in (ours, other)]
                 gap = statistics.fmean(values[0]) - statistics.fmean(values[1])
                 rows.append(
                     f"| {problem.title}, {TITLES[objective]} | {spread(values[0])} | {spread(values[1])} | {gap:+.3f} |"
@@ -414,8 +434,10 @@ def plot(name: str, target: Path) -> bool:
             axis.plot(forwards, means, marker="o", markersize=3, label=title, color=colour)
             low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
             axis.fill_between(forwards, low, high, color=colour, alpha=0.2, linewidth=0)
-        if threshold := [run["looks"][1][figure_of(objective)] for run in found(name, objective, "bias")]:
-            axis.axhline(statistics.fmean(threshold), color="#666666", linestyle="--", label="one fitted threshold")
+        if threshold := found(name, objective, "threshold"):
+            axis.axhline(
+                statistics.fmean(map(final, threshold)), color="#666666", linestyle="--", label="one fitted threshold"
+            )
         axis.set_title(f"{PROBLEMS[name].title}, tuned on {TITLES[objective]}", fontsize=10)
         axis.set_xlabel(f"forwards of {BATCH} rows")
         axis.set_ylabel(TITLES[figure_of(objective)] + ", test")

@@ -153,7 +153,7 @@ def report() -> str:
         "fixed, so there a seed is only the method's own. The forwards of a grid of learning rates are in the row of the "
         "published recipe; those of fine-tuning's grid are beside it (`search_forwards` in its cells). "
         f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
-        "Accuracy and F1 at a larger budget are in [accuracy_f1.md](accuracy_f1.md).",
+        "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
         "",
         *claims(found),
     ]
