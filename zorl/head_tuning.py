@@ -59,9 +59,9 @@ def fit_bias(goal: LabelGoal) -> LabelHead:
 def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lambda steps: None) -> LabelHead:
     """W and b by MeZO on the likelihood of the labels that the objective favours, from the fitted biases on.
 
-    How many steps do good is found on rows that were held out: each half of the rows judges a head that is fitted to the
-    other, until its likelihood has not grown for a while. Where the objective itself is lower there than with biases
-    that were fitted likewise, the biases stay alone. Then a head is fitted to all rows in as many steps.
+    How many steps do good is found on rows that were held out: each half of the rows judges, by the objective itself, a head
+    that is fitted to the other, until that has not helped for a while. Where it never did better than biases that were fitted
+    likewise, the biases stay alone. Then a head is fitted to all rows in as many steps.
 
     A reward of single answers is asked once for each label of each row. A reward of a set of answers is called as often, each
     time with one answer of the set changed.
@@ -90,20 +90,20 @@ def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lam
         bias = _bias(goal, half).to(biased.dtype)
         biased[other] += bias
         fits.append(_tuned(goal.scores[half] + bias, targets[half], standard.states[half], seed))
-    best, best_step, held_out_then = -math.inf, 0, biased
+    best, best_step = goal.best(biased, rows), 0
     for step, weights in enumerate(zip(*fits, strict=True)):
         progress(min(step, 1))
-        if step % LOOK:
+        if not step or step % LOOK:
             continue
         held_out = biased.clone()
         for other, weight in zip(halves[::-1], weights, strict=True):
             held_out[other] += standard.states[other] @ weight.T
-        value = (held_out.double().log_softmax(dim=1) * targets).sum().item()
+        value = goal.best(held_out, rows)
         if value > best:
-            best, best_step, held_out_then = value, step, held_out
+            best, best_step = value, step
         elif step - best_step >= PATIENCE:
             break
-    if not best_step or goal.best(held_out_then, rows) < goal.best(biased, rows):
+    if not best_step:
         return start
     for step, weight in enumerate(_tuned(scores, targets, standard.states, seed)):
         progress(min(step, 1))
