@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 
 
@@ -43,17 +44,28 @@ def stored(module: nn.Module, attribute: str) -> Tensor:
 
 def named_stored(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
     """(name, parameter, its values) of all parameters, in the model's order. Tied weights appear once, under their first name."""
+    tied = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "all_tied_weights_keys", None) or ()
+    }
     seen: set[Any] = set()
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            seen.add(id(parameter))
+            if is_away(parameter) and not can_be_written(module, attribute):
+                if name not in tied:  # each time they are read they have another address
+                    yield name, parameter, stored(module, attribute)
+                continue
             values = stored(module, attribute)
             # Tied weights are several shells of the same values.
-            place = (values.data_ptr(), values.shape) if is_away(parameter) else id(parameter)
-            if place not in seen:
-                yield f"{prefix}.{attribute}" if prefix else attribute, parameter, values
-            seen |= {id(parameter), place}
+            place = (values.data_ptr(), values.shape) if is_away(parameter) else id(values)
+            if not is_away(parameter) or place not in seen:
+                yield name, parameter, values
+            seen.add(place)
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -68,7 +80,11 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def can_be_written(module: nn.Module, attribute: str) -> bool:
     """Whether what is written into `stored` stays: not of weights that lie on disk, which are read anew each time."""
-    return stored(module, attribute) is stored(module, attribute)
+    parameter, hook = module._parameters[attribute], _mover(module)
+    if parameter is None or not is_away(parameter) or hook is None or not isinstance(hook.weights_map, PrefixedDataset):
+        return True
+    source = hook.weights_map.dataset
+    return not isinstance(source, OffloadedWeightsLoader) or hook.weights_map.prefix + attribute in source.state_dict
 
 
 def computing_device(model: nn.Module) -> torch.device:

@@ -11,8 +11,9 @@ process is data, never code.
 
 from __future__ import annotations
 
-import _thread
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,7 +198,7 @@ def _pulse() -> Iterator[None]:
     """Tells the others again and again that this process is at work in the block.
 
     Raises:
-        ProcessError: they are gone. The block is interrupted, as by Ctrl-C.
+        ProcessError: they are gone. The block is interrupted, as by Ctrl-C; where that is ignored, it is told at its end.
     """
     done, lost, device = threading.Event(), list[ProcessError](), _device()
 
@@ -210,7 +211,7 @@ def _pulse() -> Iterator[None]:
                 exchanged_bytes += 8
             except ProcessError as error:
                 lost.append(error)
-                _thread.interrupt_main()
+                os.kill(os.getpid(), signal.SIGINT)  # wakes what sleeps, which _thread.interrupt_main does not
                 return
 
     thread = threading.Thread(target=beat, daemon=True)
