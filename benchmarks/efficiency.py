@@ -316,7 +316,6 @@ def report() -> str:
             needed = reached(ours, statistics.fmean(map(final, theirs)))
             share = None if needed is None else needed / theirs_in_all
             shares.append(math.inf if share is None else share)
-            seconds = [statistics.median(run["seconds"] for run in runs) for runs in (theirs, ours)]
             threshold = list(map(final, found(name, objective, "threshold")))
             rows.append(
                 f"| {problem.title}, {TITLES[objective]} | {TITLES[figure_of(objective)]} "
@@ -325,7 +324,6 @@ def report() -> str:
                 f"| {spread(list(map(final, ours)))} "
                 f"| {'never' if share is None else f'{needed:.0f} ({share:.0%})'} "
                 f"| {statistics.fmean(run['informative_share'] for run in ours):.0%} "
-                f"| {seconds[0] / seconds[1]:.1f} "
                 f"| {min(len(ours), len(theirs))} |"
             )
     lines = [
@@ -345,13 +343,13 @@ def report() -> str:
         "and no small ones.",
         "",
         "| task, objective | figure | before | fitted threshold | published (its rate) | zorl | forwards to reach it | "
-        "informative | times as fast | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "informative | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",
         "*Forwards to reach it*: after how many zorl is, in the mean, as good as the published recipe is at its end, and what "
-        f"share of its {FORWARDS} that is. *Times as fast*: seconds of the published run over zorl's, with another "
-        "run beside it.",
+        f"share of its {FORWARDS} that is. Seconds are in the cells; runs were beside other work, so they are no benchmark: what a "
+        "forward takes is in [speed.md](speed.md).",
         "",
     ]  # fmt: skip
     if shares:
