@@ -348,8 +348,8 @@ def report() -> str:
         *rows,
         "",
         "*Forwards to reach it*: after how many zorl is, in the mean, as good as the published recipe is at its end, and what "
-        f"share of its {FORWARDS} that is. Seconds are in the cells; runs were beside other work, so they are no benchmark: what a "
-        "forward takes is in [speed.md](speed.md).",
+        f"share of its {FORWARDS} that is. Seconds are in the cells; runs were beside other work, so they are no benchmark: "
+        "what a forward takes is in [speed.md](speed.md).",
         "",
     ]  # fmt: skip
     if shares:
