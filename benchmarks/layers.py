@@ -93,7 +93,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def report(found: Sequence[dict[str, Any]], machine: str) -> str:
     lines = [
-        "# No layer is worth more than another",
+        "# Gradient and curvature, layer by layer",
         "",
         f"Written by `benchmarks/layers.py` ({machine}): a masked language model of 22.7M parameters with a logistic regression "
         f"on the mask's state, as where tuning starts. ‖∇L‖² on {MEASURED} rows that the regression has not seen, tr H "
