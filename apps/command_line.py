@@ -71,11 +71,23 @@ class _Parser(HfArgumentParser):
         raise ValueError(re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message))
 
 
+class _Texts(yaml.BaseLoader):
+    """Texts alone: YAML's own types turn the label "no" into False, and leave 1e-3 a text. A key that comes twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, parser: _Parser, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML file, but for those in `given`."""
     try:
-        # Texts alone: YAML's own types turn the label "no" into False, and leave 1e-3 a text.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Texts) or {}
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]

@@ -744,6 +744,17 @@ def test_an_unknown_key_of_a_yaml_file_is_told_what_it_resembles(zorl: Callable[
     assert "type.yaml: --max_steps: invalid int value: 'many'" in outcome.err
 
 
+@pytest.mark.parametrize("text", ["seed: 1\nmax_steps: 3\nseed: 2\n", "label_words:\n  seed: bad\n  seed: good\n"])
+def test_a_key_that_is_there_twice_is_refused_with_its_line(
+    zorl: Callable[..., Outcome], files: Files, text: str
+) -> None:
+    outcome = zorl("train", "--config", files.write("twice.yaml", text))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "twice.yaml" in outcome.err
+    assert "'seed' is there twice" in outcome.err
+    assert "line 3" in outcome.err
+
+
 def test_a_model_whose_weights_are_nan_is_refused(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(files.bert)
     with torch.no_grad():
