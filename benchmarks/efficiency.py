@@ -33,11 +33,8 @@ CELLS = ROOT / "benchmarks" / "results" / "efficiency"
 SEEDS = (0, 1, 2)
 FORWARDS, BATCH, LOOKS = 600, 16, 6  # of a run: what it may spend, of how many rows each, and how often it is scored
 TRAIN_ROWS, TEST_ROWS = 1024, 400  # at most
-GRID = (
-    1e-4,
-    1e-5,
-    1e-3,
-)  # of the published recipe; searched with the first seed, and farther where the best is on its edge
+# Of the published recipe's learning rate: run with the first seed, and farther where the best one is on its edge.
+GRID = (1e-4, 1e-5, 1e-3)
 TWO_SIDED = {"estimator": "spsa", "n_spsa": "1"}
 PUBLISHED: dict[str, Any] = {
     "distribution": "gaussian", "epsilon": "1e-3", "update": "sgd", "calibration": "none", "label_reward": "best",
@@ -57,19 +54,21 @@ class Problem:
     """Attributes:
     title: what tables call it.
     objectives: that are tuned, by name.
-    ablated: whether the ablations run on it.
+    ablations: that run on it.
+    max_length: in tokens, to which its inputs are cut.
     """
 
     title: str
     objectives: tuple[str, ...]
     ablations: tuple[str, ...] = ()
+    max_length: int | None = None
 
 
 LABELS = ("accuracy", "cross_entropy", "macro_f1")
 PROBLEMS = {
     "sst2": Problem("SST-2", LABELS, tuple(ABLATIONS)),
     "trec": Problem("TREC", LABELS, tuple(ABLATIONS)),
-    "rte": Problem("RTE", LABELS),
+    "rte": Problem("RTE", LABELS, max_length=64),
     "stories": Problem("Stories", ("brevity",), ("two_sided",)),
 }
 TITLES = {
@@ -160,7 +159,8 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             args=MeZOConfig(
                 output_dir=folder, seed=cell.seed, per_device_train_batch_size=BATCH, save_strategy="no", use_cpu=True,
                 max_steps=steps, eval_strategy="steps", eval_steps=every, disable_tqdm=True,
-                report_to="none", logging_steps=steps, max_completion_length=32, **recipe,
+                report_to="none", logging_steps=steps, max_completion_length=32,
+                max_length=PROBLEMS[cell.problem].max_length, **recipe,
             ),
         )  # fmt: skip
         looks = [trainer.evaluate()]  # before anything is fitted
@@ -289,13 +289,20 @@ def spread(values: Sequence[float]) -> str:
 
 
 def curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
-    """Forwards, mean and standard error over the seeds, look by look."""
-    figure, points = figure_of(runs[0]["objective"]), []
+    """Forwards, mean, and half of the mean's 95% confidence interval over the seeds (Student's t), look by look."""
+    from scipy.stats import t
+
+    figure, points, n = figure_of(runs[0]["objective"]), [], len(runs)
     for looks in zip(*(run["looks"] for run in runs), strict=True):
         values = [look[figure] for look in looks]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        points.append((looks[0]["forwards"], statistics.fmean(values), error))
+        half = t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+        points.append((looks[0]["forwards"], statistics.fmean(values), half))
     return points
+
+
+def seconds(runs: Sequence[dict[str, Any]]) -> float:
+    """Of a run's tuning, its start included and its looks left out: the median over the seeds."""
+    return statistics.median(run["seconds"] for run in runs)
 
 
 def reached(runs: Sequence[dict[str, Any]], quality: float) -> float | None:
@@ -320,12 +327,14 @@ def report() -> str:
             rows.append(
                 f"| {problem.title}, {TITLES[objective]} | {TITLES[figure_of(objective)]} "
                 f"| {spread([run['looks'][0][figure_of(objective)] for run in ours])} | {spread(threshold)} "
-                f"| {spread(list(map(final, theirs)))} ({theirs[0]['learning_rate']:g}) "
+                f"| {spread(list(map(final, theirs)))} ({theirs[0]['learning_rate']:g} of {len(tried(name, objective))}) "
                 f"| {spread(list(map(final, ours)))} "
                 f"| {'never' if share is None else f'{needed:.0f} ({share:.0%})'} "
+                f"| {seconds(theirs):.0f} | {seconds(ours):.0f} "
                 f"| {statistics.fmean(run['informative_share'] for run in ours):.0%} "
                 f"| {min(len(ours), len(theirs))} |"
             )
+    cut = [f"those of {problem.title} to {problem.max_length}" for problem in PROBLEMS.values() if problem.max_length]
     lines = [
         "# What a forward buys",
         "",
@@ -334,22 +343,22 @@ def report() -> str:
         "",
         f"A run has {FORWARDS} forwards of {BATCH} rows, those of its start included, and at most {TRAIN_ROWS} rows to "
         f"learn from; figures are of at most {TEST_ROWS} test rows, the same for all runs. Masked language model of 22.7M "
-        "parameters, in the paper's prompts; stories are told by a causal one of 260,032. *Published* is the paper's "
-        f"recipe, with the best of the learning rates {', '.join(f'{rate:g}' for rate in sorted(GRID))}, and of more where the "
-        "best was the smallest or the largest: all were run in full with the first seed, and the best was taken by the test rows "
-        "themselves, which flatters it. These runs are not counted against it. *Zorl* is "
-        "the default, the same for all, with no "
-        "learning rate or ε given. Mean ± standard deviation over the seeds; three seeds tell large differences from noise, "
-        "and no small ones.",
+        "parameters, in the paper's prompts; stories are told by a causal one of 260,032. Long inputs are cut to what the "
+        f"model takes, {', '.join(cut)} tokens. *Published* is the paper's recipe, with the best of the learning rates "
+        f"{', '.join(f'{rate:g}' for rate in sorted(GRID))}, and of more where the best was the smallest or the largest: all "
+        "were run in full with the first seed, and the best was taken by the test rows themselves, which flatters it. *Zorl* "
+        "is the default, the same for all, with no learning rate or ε given. Mean ± standard deviation over the seeds; three "
+        "seeds tell large differences from noise, and no small ones.",
         "",
-        "| task, objective | figure | before | fitted threshold | published (its rate) | zorl | forwards to reach it | "
-        "informative | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task, objective | figure | before | fitted threshold | published (its rate, of how many) | zorl "
+        "| forwards to reach it | seconds, published | seconds, zorl | informative | seeds |",
+        f"|{'---|' * 11}",
         *rows,
         "",
         "*Forwards to reach it*: after how many zorl is, in the mean, as good as the published recipe is at its end, and what "
-        f"share of its {FORWARDS} that is. Seconds are in the cells; runs were beside other work, so they are no benchmark: "
-        "what a forward takes is in [speed.md](speed.md).",
+        f"share of its {FORWARDS} that is. The search is not counted against the published recipe; with it, every rate that "
+        f"was tried is another {FORWARDS} forwards. *Seconds* are a run's own, the median over the seeds, two runs at a time "
+        "on two cores and now and then beside other work: what a forward takes is measured in [speed.md](speed.md).",
         "",
     ]  # fmt: skip
     if shares:
@@ -411,7 +420,7 @@ def ablations() -> list[str]:
 
 
 def plot(name: str, target: Path) -> bool:
-    """A panel an objective: means and standard errors against forwards."""
+    """A column an objective: means and their 95% confidence bands against forwards, and below them against seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -421,25 +430,33 @@ def plot(name: str, target: Path) -> bool:
     if not objectives:
         return False
     figure, axes = plt.subplots(
-        1, len(objectives), figsize=(4.2 * len(objectives), 3.4), layout="constrained", squeeze=False
+        2, len(objectives), figsize=(4.2 * len(objectives), 6.4), layout="constrained", squeeze=False, sharey="col"
     )
-    for axis, objective in zip(axes[0], objectives, strict=True):
+    for column, objective in enumerate(objectives):
+        shown: list[float] = []
         for method, title, colour in (
             ("published", "published, best of its grid", "#b3541e"),
             ("default", "zorl", "#1f5aa6"),
         ):
-            forwards, means, errors = zip(*curve(found(name, objective, method)), strict=True)
-            axis.plot(forwards, means, marker="o", markersize=3, label=title, color=colour)
-            low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-            axis.fill_between(forwards, low, high, color=colour, alpha=0.2, linewidth=0)
-        if threshold := found(name, objective, "threshold"):
-            axis.axhline(
-                statistics.fmean(map(final, threshold)), color="#666666", linestyle="--", label="one fitted threshold"
-            )
-        axis.set_title(f"{PROBLEMS[name].title}, tuned on {TITLES[objective]}", fontsize=10)
-        axis.set_xlabel(f"forwards of {BATCH} rows")
-        axis.set_ylabel(TITLES[figure_of(objective)] + ", test")
-        axis.grid(alpha=0.3)
+            runs = found(name, objective, method)
+            forwards, means, halves = zip(*curve(runs), strict=True)
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            shown += means
+            a_forward = seconds(runs) / forwards[-1]
+            for axis, spent in ((axes[0][column], forwards), (axes[1][column], [n * a_forward for n in forwards])):
+                axis.plot(spent, means, marker="o", markersize=3, label=title, color=colour)
+                axis.fill_between(spent, low, high, color=colour, alpha=0.2, linewidth=0)
+        for axis, spent in ((axes[0][column], f"forwards of {BATCH} rows"), (axes[1][column], "seconds")):
+            if threshold := found(name, objective, "threshold"):
+                height = statistics.fmean(map(final, threshold))
+                axis.axhline(height, color="#666666", linestyle="--", label="one fitted threshold")
+            axis.set_ylim(
+                min(shown) - 0.05, max(shown) + 0.05
+            )  # a band of two or three seeds may be wider than the figure
+            axis.set_xlabel(spent)
+            axis.set_ylabel(TITLES[figure_of(objective)] + ", test")
+            axis.grid(alpha=0.3)
+        axes[0][column].set_title(f"{PROBLEMS[name].title}, tuned on {TITLES[objective]}", fontsize=10)
     axes[0][0].legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
