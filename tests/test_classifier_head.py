@@ -13,11 +13,11 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
+from zorl.choosing import Choosing
 from zorl.classifier_head import ClassifierHead, class_names, has_new_head, prepare_classifier, sorted_labels
 from zorl.models import load_model, trained_classes
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
-from zorl.policies import Choosing
 from zorl.probe import CENTRE, Point
 from zorl.prompts import Prompt
 from zorl.twin import Twin

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from zorl import processes
+from zorl.choosing import Choosing
 from zorl.directions import canonical_name
 from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
 from zorl.fitting_forwards import FittingForwards
 from zorl.offload import computing_device
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt, Rendered
-from zorl.scoring import best_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from zorl.probe import Point
 
 
-class ClassifierHead:
+class ClassifierHead(Choosing):
     """Answers rows with the class that the head of a sequence-classification model finds likeliest.
 
     A text is tokenised with the tokenizer's own special tokens, a pair (`{sep}` in the template) by its pair encoding, and both
@@ -104,19 +104,6 @@ class ClassifierHead:
         """
         parts = processes.share(rows, lambda mine: {"logits": self._logits(self._encode(mine), points)[0]})
         return torch.cat([part["logits"] for part in parts], dim=1).log_softmax(dim=-1)
-
-    def answers(
-        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], *, noise_seed: int = 0
-    ) -> list[list[Answer]]:
-        """The likeliest class of each row at each point, as `[point][row]`; of equals the first. No tokens are written.
-
-        Args:
-            noise_seed: unused, since nothing is sampled.
-
-        Raises:
-            FloatingPointError: the model's scores are NaN.
-        """
-        return best_answers(self.every_answer(rows), self.scores(rows, points), points)
 
     def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
         """Each class as the answer to each row, as `[row][class]`."""

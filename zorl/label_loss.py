@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zorl.choosing import Choosing
 from zorl.head_tuning import LabelGoal
-from zorl.policies import Choosing, Row
+from zorl.policies import Row
 from zorl.probe import Point
 from zorl.scoring import LabelWords
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from zorl import processes
+from zorl.choosing import Choosing
 from zorl.directions import derive_seed
 from zorl.expected_reward import DRAWS, LabelReward, expected_reward, rectangle, sample_labels
 from zorl.generation import Generation
 from zorl.head_tuning import LabelGoal
 from zorl.label_loss import LabelLoss
 from zorl.perturbation import Evaluator
-from zorl.policies import Choosing, Policy, Row
+from zorl.policies import Policy, Row
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
 from zorl.prompts import Answer
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zorl.choosing import Choosing
 from zorl.classifier_head import ClassifierHead
 from zorl.generation import Generation
 from zorl.perturbation import Evaluator
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from zorl.config import MeZOConfig
 
 Row = Mapping[str, Any]
-Choosing = ClassifierHead | LabelWords | RowOptions  # policies that score the answers they choose from
 
 
 class Policy(Protocol):
@@ -28,9 +28,7 @@ class Policy(Protocol):
         """`[point][row]`; the same `noise_seed` gives all points the same sampling noise."""
 
 
-def make_policy(
-    evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig
-) -> ClassifierHead | LabelWords | RowOptions | Generation:
+def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig) -> Choosing | Generation:
     """The policy for a prompt: with classes, with label words, with options, or with none of these.
 
     Raises:
@@ -42,7 +40,9 @@ def make_policy(
             f"{type(evaluator.module).__name__} is none"
         )
     if prompt.chooses:
-        kind = ClassifierHead if prompt.classes is not None else LabelWords if prompt.labels else RowOptions
+        kind: type[ClassifierHead | LabelWords | RowOptions] = (
+            ClassifierHead if prompt.classes is not None else LabelWords if prompt.labels else RowOptions
+        )
         return kind(evaluator, processing_class, prompt, batch_size=args.forward_batch_size, max_length=args.max_length)
     return Generation(
         evaluator,

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zorl import processes
+from zorl.choosing import Choosing
 from zorl.encoding import PromptEncoder, longest_input, pad_token_id
 from zorl.fitting_forwards import FittingForwards
 from zorl.likelihood import Likelihood
 from zorl.position_logits import is_masked
 from zorl.prompts import Answer, Prompt
-from zorl.scoring import best_answers
 from zorl.verbalizer import Verbalizer
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zorl.probe import Point
 
 
-class RowOptions:
+class RowOptions(Choosing):
     """Answers rows with the likeliest of the texts in their own list of options.
 
     An option is read behind the text before `{mask}`, and its score is the mean of its tokens' log-likelihoods (Malladi et al.
@@ -93,19 +93,6 @@ class RowOptions:
         )
         # A row of NaN would spread it to options that are not there.
         return likelihood.log_softmax(dim=-1).masked_fill(likelihood == -torch.inf, -torch.inf)
-
-    def answers(
-        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], *, noise_seed: int = 0
-    ) -> list[list[Answer]]:
-        """The best option of each row at each point, as `[point][row]`; of equals the first in the row's list.
-
-        Args:
-            noise_seed: unused, since nothing is sampled.
-
-        Raises:
-            FloatingPointError: the model's scores are NaN.
-        """
-        return best_answers(self.every_answer(rows), self.scores(rows, points), points)
 
     def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
         """Each option as the answer to its row, as `[row][option]`."""

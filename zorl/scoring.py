@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zorl import processes
+from zorl.choosing import Choosing
 from zorl.encoding import Encoded, PromptEncoder, longest_input, pad_token_id
 from zorl.fitting_forwards import FittingForwards
 from zorl.likelihood import Likelihood
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from zorl.probe import Point
 
 
-class LabelWords:
+class LabelWords(Choosing):
     """Answers rows with the label whose word is most likely at the prompt's `{mask}`.
 
     A masked language model is read at its mask token, a causal one at the end of the text before `{mask}`. Words of one
@@ -110,19 +111,6 @@ class LabelWords:
             words = words + states @ self._weight.to(words.device).T
         return words if self._bias is None else (words + self._bias.to(words.device)).log_softmax(dim=-1)
 
-    def answers(
-        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], *, noise_seed: int = 0
-    ) -> list[list[Answer]]:
-        """The best label of each row at each point, as `[point][row]`; of equals the first in `label_words`.
-
-        Args:
-            noise_seed: unused, since nothing is sampled.
-
-        Raises:
-            FloatingPointError: the model's scores are NaN.
-        """
-        return best_answers(self.every_answer(rows), self.scores(rows, points), points)
-
     def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:
         """Each label as the answer to each row, as `[row][label]`."""
         names = self.prompt.labels
@@ -164,23 +152,3 @@ class LabelWords:
             raise ValueError(
                 f"the prompt's label_head is for states of width {weight.shape[1]}, and this model's have {width}"
             )
-
-
-def best_answers(every: Sequence[Sequence[Answer]], scores: Tensor, points: Sequence[Point]) -> list[list[Answer]]:
-    """The likeliest of the answers to each row at each point, as `[point][row]`; of equals the first.
-
-    Args:
-        every: the answers to choose from, as `[row][answer]`.
-        scores: of each, shape `(points, rows, answers)`; −inf where a row has fewer answers than others.
-
-    Raises:
-        FloatingPointError: a score is NaN.
-    """
-    for point, broken in zip(points, scores.isnan().flatten(1).any(1).tolist(), strict=True):
-        if broken:
-            raise FloatingPointError(
-                f"the model's label scores are NaN at the point with offset {point.offset} along seed {point.seed}:"
-                " its weights, or what it makes of them, are out of range"
-            )
-    best = scores.argmax(dim=-1).tolist() if every else [[]] * len(points)
-    return [[answers[i] for i, answers in zip(chosen, every, strict=True)] for chosen in best]

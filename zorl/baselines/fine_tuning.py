@@ -22,10 +22,11 @@ from zorl.baselines.problem import (
     target_text,
 )
 from zorl.baselines.selection import Selection, look_at
+from zorl.choosing import Choosing
 from zorl.encoding import ContextTokenizer, pad_token_id
 from zorl.generation import Generation
 from zorl.parameters import ParameterSet
-from zorl.policies import Choosing, Policy
+from zorl.policies import Policy
 from zorl.probe import CENTRE
 
 FORWARDS_A_STEP = 3  # one, and two for the backward pass
