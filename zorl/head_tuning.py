@@ -117,7 +117,7 @@ def favoured(objective: Tensor) -> Tensor:
 
     A row's weight is what choosing badly costs it, and lies on its best label; several that are as good share it. With accuracy
     all weights are one, and the likelihood is that of the truth. A likelihood is concave in a head's weights and the expected
-    reward is not: tuned on it, heads know more of rows that they have not seen (docs/efficiency.md).
+    reward is not: tuned on it, heads know more of rows that they have not seen (docs/label_heads.md).
 
     Args:
         objective: of each label, shape `(rows, labels)`; NaN where it cannot be judged.
