@@ -49,6 +49,7 @@ def make_trainer(model: str, objective: str, data: Path, template: str, folder: 
         metrics=[accuracy(column="label")],
         args=MeZOConfig(
             output_dir=folder, seed=0, per_device_train_batch_size=BATCH, max_steps=FORWARDS // 2, calibration="none",
+            estimator="spsa", n_spsa="1",
             save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, **settings,
         ),
     )  # fmt: skip
@@ -117,8 +118,8 @@ def report() -> str:
         "# The learning rate and ε of `zorl diagnose`, against a grid",
         "",
         f"Written by `benchmarks/diagnose.py --report` ({'; '.join(machines)}). SST-2, {TRAIN_ROWS} training sentences, batches "
-        f"of {BATCH}, directions of rank one, update=normalized with a linear schedule, no label head. Every run has {FORWARDS} "
-        f"forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has {BUDGET} forwards at most. "
+        f"of {BATCH}, SPSA along one direction of rank one a step, update=normalized with a linear schedule, no label head. "
+        f"Every run has {FORWARDS} forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has {BUDGET} forwards at most. "
         "One seed, so small differences are noise: the standard error of an accuracy here is 0.025.",
         "",
         "| model | objective | suggested lr, ε | start | suggested | default (3e-4, auto) | best of the grid | at | median "
