@@ -119,7 +119,8 @@ def report() -> str:
         "",
         f"Written by `benchmarks/diagnose.py --report` ({'; '.join(machines)}). SST-2, {TRAIN_ROWS} training sentences, batches "
         f"of {BATCH}, SPSA along one direction of rank one a step, update=normalized with a linear schedule, no label head. "
-        f"Every run has {FORWARDS} forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has {BUDGET} forwards at most. "
+        f"Every run has {FORWARDS} forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has "
+        f"{BUDGET} forwards at most. "
         "One seed, so small differences are noise: the standard error of an accuracy here is 0.025.",
         "",
         "| model | objective | suggested lr, ε | start | suggested | default (3e-4, auto) | best of the grid | at | median "

@@ -58,7 +58,7 @@ def bare() -> float:
         rows = list(trainer.train_dataset)  # type: ignore[arg-type]
         mezo = MeZO(
             trainer.tuned.items(), lr=5e-4, epsilon=1e-3, update="normalized", distribution=trainer.args.distribution,
-            trajectory=Path(folder) / "t.zorl",
+            estimator=trainer.args.estimator, n_spsa=trainer.args.n_spsa, trajectory=Path(folder) / "t.zorl",
         )  # fmt: skip
         times = []
         for i in range(STEPS):
