@@ -172,7 +172,11 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         if cell.method == "threshold":
             return {**cell._asdict(), "machine": machine(), "looks": [_figures(look) for look in looks]}
         began = time.perf_counter()
-        trainer.train()
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            return {**cell._asdict(), "machine": machine(), "learning_rate": cell.rate, "diverged": str(error),
+                    "looks": [_figures(look) for look in looks]}  # fmt: skip
         seconds = (
             calibrated
             + time.perf_counter()
@@ -230,8 +234,8 @@ def tried(problem: str, objective: str) -> list[float]:
 
 def best_rate(problem: str, objective: str) -> float:
     """The published recipe's, by the last look at the very rows that are reported: it flatters the recipe."""
-    cells = {rate: Cell(problem, objective, "published", SEEDS[0], rate) for rate in tried(problem, objective)}
-    return max(cells, key=lambda rate: final(cells[rate].read()))
+    cells = {rate: Cell(problem, objective, "published", SEEDS[0], rate).read() for rate in tried(problem, objective)}
+    return max((rate for rate, cell in cells.items() if "diverged" not in cell), key=lambda rate: final(cells[rate]))
 
 
 def farther(problem: str, objective: str) -> float | None:
@@ -267,6 +271,8 @@ def run_all(options: argparse.Namespace) -> None:
             running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
         for process in running:
             process.wait()
+        if missing := [cell.path.stem for cell in stage if not cell.path.exists()]:
+            raise SystemExit(f"these runs failed, see above: {', '.join(missing)}")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
