@@ -49,6 +49,7 @@ def work(model: str, where: Path) -> None:
     args = MeZOConfig(
         output_dir=str(where.parent / "run"), max_steps=STEPS, per_device_train_batch_size=ROWS, use_cpu=True,
         disable_tqdm=True, report_to="none", calibration="none", save_strategy="no", logging_steps=STEPS,
+        estimator="spsa", n_spsa="1",
     )  # fmt: skip
     trainer = MeZOTrainer(
         model, accuracy(), args=args, train_dataset=rows, callbacks=[clock],
@@ -145,7 +146,7 @@ def report(result: dict[str, Any]) -> str:
         "## Measured",
         "",
         f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows a process, "
-        f"one thread a process, {result['rounds']} rounds in turns). Where there are more processes than cores their step "
+        f"SPSA along one direction, one thread a process, {result['rounds']} rounds in turns). Where there are more processes than cores their step "
         "takes as many times longer as they share a core; efficiency is against that.",
         "",
         "| processes | rows a step | seconds a step | range | efficiency | bytes that the first process sends, a step |",
