@@ -146,8 +146,8 @@ def report(result: dict[str, Any]) -> str:
         "## Measured",
         "",
         f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows a process, "
-        f"SPSA along one direction, one thread a process, {result['rounds']} rounds in turns). Where there are more processes than cores their step "
-        "takes as many times longer as they share a core; efficiency is against that.",
+        f"SPSA along one direction, one thread a process, {result['rounds']} rounds in turns). Where there are more "
+        "processes than cores their step takes as many times longer as they share a core; efficiency is against that.",
         "",
         "| processes | rows a step | seconds a step | range | efficiency | bytes that the first process sends, a step |",
         "|---|---|---|---|---|---|",
