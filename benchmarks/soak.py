@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from zorl.config import DIRECTIONS
+
 RESULT = Path(__file__).parent / "results" / "soak.json"
 processes = multiprocessing.get_context(
     "forkserver"
@@ -154,7 +156,7 @@ def advance(bar: tqdm, done: int) -> None:
 
 
 def steps_in(folder: Path) -> int:
-    """The steps that a trajectory of one direction a step holds, from its size alone: it is being written."""
+    """The steps that a trajectory of the default's directions holds, from its size alone: it is being written."""
     path = folder / "trajectory.zorl"
     try:
         with path.open("rb") as file:
@@ -162,8 +164,9 @@ def steps_in(folder: Path) -> int:
         body = path.stat().st_size - head
     except FileNotFoundError:
         return 0
-    blocks, rest = divmod(max(body, 0), 16 * 4 + 4)
-    return 16 * blocks + max(rest - 4, 0) // 4
+    a_step = 4 * DIRECTIONS
+    blocks, rest = divmod(max(body, 0), 16 * a_step + 4)
+    return 16 * blocks + max(rest - 4, 0) // a_step
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from transformers import TrainingArguments
 
-from zorl.adapters import SCALES
+from zorl.adapters import SCALES, default_learning_rate
 from zorl.block_scales import check_block_scales
 from zorl.comparisons import COMPARISONS
 from zorl.directions import DISTRIBUTIONS, rank
@@ -43,7 +43,7 @@ _REAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "stop_below_gain": ("positive", lambda x: 0 < x < _INFINITE),
 }
-_OPTIONAL = ("max_length", "top_k", "top_p", "eval_steps", "early_stopping_patience", "stop_below_gain")
+_OPTIONAL = ("learning_rate", "max_length", "top_k", "top_p", "eval_steps", "early_stopping_patience", "stop_below_gain")
 
 
 @dataclass
@@ -58,12 +58,13 @@ class MeZOConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(  # type: ignore[assignment]  # None until __post_init__ has seen what is tuned
+    learning_rate: float = field(  # type: ignore[assignment]  # None until the trainer has seen what is tuned
         default=None,
         metadata={
-            "help": "Typical change of a weight in one step of one direction (update=normalized). Default: "
+            "help": "Typical change of a weight in one step of one direction (update=normalized). Default, by what is tuned: "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
-            + ", by what is tuned, times the directions that a step averages over."
+            + "; full is less above 0.2M parameters, by the root of their number: 3e-4 for 23M, 3e-5 for 2.3B. Times the "
+            "directions that a step averages over."
         },
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
@@ -264,7 +265,7 @@ class MeZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_backpropagation()  # before transformers asks a device for it
         self._check_what_is_tuned()
-        self._left_open = [n for n in ("estimator", "n_spsa", "learning_rate") if getattr(self, n) in ("auto", None)]
+        self._left_open = [name for name in ("estimator", "n_spsa") if getattr(self, name) == "auto"]
         self._decide(judged=False)
         self._check_numbers()  # before transformers computes with them
         super().__post_init__()
@@ -333,23 +334,29 @@ class MeZOConfig(TrainingArguments):
         """The same for a judge, who compares two sides of a direction: what was left open is decided for him."""
         args = copy.copy(self)
         for name in self._left_open:
-            setattr(args, name, None if name == "learning_rate" else "auto")
+            setattr(args, name, "auto")
         args._decide(judged=True)
         return args
 
+    def sized(self, parameters: int) -> MeZOConfig:
+        """The same for so many tuned parameters: a learning rate that was left open is the one that suits them."""
+        if self.learning_rate is not None:
+            return self
+        args = copy.copy(self)
+        # As far as one direction after the other would go: the rule averages over directions.
+        times = Directions.parse(self.n_spsa).start if self.update == "normalized" else 1
+        args.learning_rate = default_learning_rate(self.tune, parameters) * times
+        return args
+
     def _decide(self, judged: bool) -> None:
-        """What was left open: the estimator, the directions a step, and the learning rate that suits them."""
+        """What was left open: the estimator, and the directions a step."""
         if self.n_spsa == "auto":
             alone = judged or self.estimator not in ("auto", "one_sided")
             self.n_spsa = "1" if alone else str(DIRECTIONS)
-        directions = Directions.parse(self.n_spsa)
         if self.estimator == "auto":
+            directions = Directions.parse(self.n_spsa)
             several = min(directions.start, directions.end) > 1
             self.estimator = "one_sided" if several and not judged else "spsa"
-        if self.learning_rate is None:
-            # As far as one direction after the other would go: the rule averages over directions.
-            times = directions.start if self.update == "normalized" else 1
-            self.learning_rate = SCALES[self.tune].learning_rate * times
 
     def _check_what_is_tuned(self) -> None:
         if self.tune not in SCALES:

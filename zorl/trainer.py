@@ -184,6 +184,7 @@ class MeZOTrainer(ForwardTrainer):
             self._new_head, self._not_in_checkpoint = has_new_head(network), parameters_not_in_checkpoint(network)
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(network, args.parameters))
+        args = args.sized(self.tuned.numel)
         if args.should_save:  # Trainer makes the folder, and says less where it cannot
             with writing(Path(str(args.output_dir))):
                 Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
