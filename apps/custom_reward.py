@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=MeZOConfig(
             output_dir=str(options.output_dir),
             max_steps=options.steps,
-            learning_rate=8e-3,
-            lr_scheduler_type="constant",
         ),
     )
     before = trainer.evaluate()["eval_profit"]

@@ -53,8 +53,6 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
             # From a fitted threshold, so that all that is gained beyond it is the model's own. The default tunes a head on the
             # model's last state first.
             calibration="bias",
-            learning_rate=8e-3,  # a weight's typical change by one of a step's eight directions, which are averaged
-            lr_scheduler_type="constant",
             per_device_train_batch_size=options.batch_size,
             seed=options.seed,
             eval_strategy="steps",

@@ -43,7 +43,15 @@ _REAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "stop_below_gain": ("positive", lambda x: 0 < x < _INFINITE),
 }
-_OPTIONAL = ("learning_rate", "max_length", "top_k", "top_p", "eval_steps", "early_stopping_patience", "stop_below_gain")
+_OPTIONAL = (
+    "learning_rate",
+    "max_length",
+    "top_k",
+    "top_p",
+    "eval_steps",
+    "early_stopping_patience",
+    "stop_below_gain",
+)
 
 
 @dataclass
