@@ -79,7 +79,7 @@ LABELS = ("accuracy", "cross_entropy", "macro_f1")
 RATES = ("slower", "faster")
 PARTS = ("two_sided", "bias", "none", "dense", *RATES)
 PROBLEMS = {
-    "sst2": Problem("SST-2", LABELS, PARTS),
+    "sst2": Problem("SST-2", LABELS),
     "trec": Problem("TREC", LABELS, PARTS),
     "rte": Problem("RTE", LABELS, max_length=64),
     "stories": Problem("Stories", ("brevity",), ("two_sided", *RATES)),

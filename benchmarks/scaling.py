@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zorl.config import DIRECTIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 PROCESSES = (1, 2, 4)
@@ -49,7 +51,6 @@ def work(model: str, where: Path) -> None:
     args = MeZOConfig(
         output_dir=str(where.parent / "run"), max_steps=STEPS, per_device_train_batch_size=ROWS, use_cpu=True,
         disable_tqdm=True, report_to="none", calibration="none", save_strategy="no", logging_steps=STEPS,
-        estimator="spsa", n_spsa="1",
     )  # fmt: skip
     trainer = MeZOTrainer(
         model, accuracy(), args=args, train_dataset=rows, callbacks=[clock],
@@ -98,7 +99,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 # --- on paper ---------------------------------------------------------------------------------------------------------
 
-GPU = {"parameters": 7e9, "bytes a weight": 2, "rows a GPU": 16, "tokens a row": 256, "points": 2, "labels": 2,
+GPU = {"parameters": 7e9, "bytes a weight": 2, "rows a GPU": 16, "tokens a row": 256, "points": DIRECTIONS, "labels": 2,
        "useful FLOP/s": 4e14, "memory, bytes/s": 3e12, "latency of a message, s": 1e-5, "network, bytes/s": 2.5e10,
        "a reward, s": 2e-6}  # fmt: skip
 
@@ -146,8 +147,9 @@ def report(result: dict[str, Any]) -> str:
         "## Measured",
         "",
         f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows a process, "
-        f"SPSA along one direction, one thread a process, {result['rounds']} rounds in turns). Where there are more "
-        "processes than cores their step takes as many times longer as they share a core; efficiency is against that.",
+        f"{DIRECTIONS} one-sided directions a step, as is the default, one thread a process, {result['rounds']} rounds in "
+        "turns). Where there are more processes than cores their step takes as many times longer as they share a core; "
+        "efficiency is against that.",
         "",
         "| processes | rows a step | seconds a step | range | efficiency | bytes that the first process sends, a step |",
         "|---|---|---|---|---|---|",
