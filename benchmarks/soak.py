@@ -114,12 +114,12 @@ def run(folder: Path, steps: int, seed: int) -> None:
             str(REVIEWER), accuracy(), prompt=Prompt(reviews.PROMPT, reviews.LABEL_WORDS), train_dataset=train, eval_dataset=test,
             args=MeZOConfig(
                 output_dir=str(folder), max_steps=steps, seed=seed, per_device_train_batch_size=4, calibration="none",
-                eval_strategy="steps", eval_steps=50, save_steps=50, load_best_model_at_end=True, logging_steps=50,
+                eval_strategy="steps", eval_steps=50, save_steps=50, logging_steps=50,
                 disable_tqdm=True, use_cpu=True, report_to="none",
             ),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
-    end = {"weights_sha256": trainer.tuned.sha256(), "best_step": trainer.step}
+    end = {"weights_sha256": trainer.tuned.sha256(), "last_step": trainer.step}
     (folder / "end.json").write_text(json.dumps(end), encoding="utf-8")
 
 
