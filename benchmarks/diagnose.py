@@ -123,7 +123,7 @@ def report() -> str:
         f"{BUDGET} forwards at most. "
         "One seed, so small differences are noise: the standard error of an accuracy here is 0.025.",
         "",
-        "| model | objective | suggested lr, ε | start | suggested | default (3e-4 and 2.8e-3, auto) | best of the grid | at | median "
+        "| model | objective | suggested lr, ε | start | suggested | default (3e-4; 2.8e-3) | best of the grid | at | median "
         "| worst | suggestion beats |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
