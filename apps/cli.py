@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("ZORL_TRACEBACK"):
             raise
         hint = "" if error.__cause__ is None else " (ZORL_TRACEBACK=1 shows where)"
-        said = " ".join(str(error).split()) or "memory does not suffice: take smaller batches, or a smaller model"
+        said = " ".join(str(error).split())
+        if not said or type(error) is RuntimeError:
+            said = f"memory does not suffice: take smaller batches, or a smaller model{said and f' ({said})'}"
         print(f"zorl: error: {said}{hint}", file=sys.stderr)
         return 2
     return 0
@@ -68,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     torch = sys.modules.get("torch")  # which raised it, if it is
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is None:
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    # On a CPU torch raises a RuntimeError like any other.
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _run(words: list[str]) -> str:

@@ -35,6 +35,7 @@ from zorl.apps.launcher import is_first
 from zorl.apps.report import Begin, peak_memory_mb
 from zorl.classifier_head import sorted_labels
 from zorl.data import Split, hold_out
+from zorl.interrupts import terminated_as_interrupted
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
 from zorl.stopping import CONFIDENCE, looks_of, outlook
@@ -203,7 +204,8 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
         say(f"{folder} holds a run already: the same settings continue it, another --output_dir starts a new one")
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=resuming)
+        with terminated_as_interrupted():
+            trainer.train(resume_from_checkpoint=resuming)
     except KeyboardInterrupt:
         if trainer.mezo is None or not trainer.mezo.steps:
             raise KeyboardInterrupt("stopped before the first step; nothing was changed") from None

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,24 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def run(name: str, folder: Path, *, steps: int = 4, resume: bool = False) -> dict[str, Any]:
-    """Trains; the figures of this process."""
+def run(
+    name: str, folder: Path, *, steps: int = 4, resume: bool = False, wider: int = 1, check: int = 1
+) -> dict[str, Any]:
+    """Trains; the figures of this process.
+
+    Args:
+        wider: so many times the usual width of the model.
+        check: steps between two looks at whether all processes hold the same weights.
+    """
     global asked
     asked = 0
     kind, goal, settings = SCENARIOS[name]
     make_parts.cache_clear()
     parts = make_parts(kind)
+    if wider > 1:
+        config = parts.model.config
+        config.hidden_size, config.intermediate_size = wider * config.hidden_size, wider * config.intermediate_size
+        parts = replace(parts, model=type(parts.model)(config))
     rows = [{**row, "label": row["choices"][int(row["label"])]} for row in ROWS] if name == "options" else ROWS
     trainer = MeZOTrainer(
         parts.model, **goal, processing_class=parts.tokenizer, train_dataset=rows, eval_dataset=rows[:10],
@@ -78,7 +90,7 @@ def run(name: str, folder: Path, *, steps: int = 4, resume: bool = False) -> dic
         args=MeZOConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=GLOBAL_BATCH // processes.count(),
             use_cpu=True, logging_steps=2, eval_strategy="steps", eval_steps=2, save_steps=2, report_to="none", seed=3,
-            check_weights_steps=1, max_completion_length=4, disable_tqdm=True, **settings,
+            check_weights_steps=check, max_completion_length=4, disable_tqdm=True, **settings,
         ),
     )  # fmt: skip
     before = processes.exchanged_bytes
@@ -92,6 +104,7 @@ def run(name: str, folder: Path, *, steps: int = 4, resume: bool = False) -> dic
         "evaluations": [e["eval_reward"] for e in trainer.state.log_history if "eval_reward" in e],
         "logged": [e["exchanged_bytes"] for e in trainer.state.log_history if "exchanged_bytes" in e],
         "processes": processes.count(),
+        "parameters": trainer.tuned.numel,
     }
 
 
@@ -118,6 +131,24 @@ def main() -> None:
             run(name, folder / "run", steps=8)
         except processes.ProcessError as error:
             found["error"] = str(error)
+    elif what == "widths":
+        for wider in (1, 4):
+            found[str(wider)] = run("label words, accuracy, no head", folder / f"wide{wider}", wider=wider)
+    elif what == "diverge":
+        step = MeZOTrainer.training_step
+
+        def until_hit(self: MeZOTrainer, *args: Any) -> Any:
+            if self.mezo is not None and self.mezo.steps == 2 and mine == 1:
+                with torch.no_grad():  # as a failing memory would
+                    next(iter(self.tuned.values())).view(-1)[0] += 1e-6
+            return step(self, *args)
+
+        MeZOTrainer.training_step = until_hit  # type: ignore[method-assign]
+        for check in (1, 1000):
+            try:
+                run("label words, accuracy, no head", folder / f"check{check}", check=check)
+            except processes.ProcessError as error:
+                found[str(check)] = str(error)
     elif what == "resume":
         found = run("label words, accuracy, no head", folder / "run", steps=8, resume=True)
         parts = make_parts.__wrapped__("bert")

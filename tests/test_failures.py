@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.apps import cli
+from zorl.parameters import ParameterSet
 from zorl.reward_functions import RewardError
 from zorl.rewards import accuracy
 from zorl.trajectory import read
@@ -246,7 +247,31 @@ def test_a_forward_that_runs_out_of_memory_in_mid_step_says_what_to_do_and_the_r
     assert end_of(make(), resume=True) == expected
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("memory does not suffice for a forward")])
+def test_an_update_that_runs_out_of_memory_halfway_loses_nothing(
+    make: Callable[..., MeZOTrainer], monkeypatch: pytest.MonkeyPatch
+):
+    expected, calls, write = end_of(make("straight")), itertools.count(), ParameterSet.add
+
+    def exhaust(self: ParameterSet, *args: Any) -> None:
+        write(self, *args)
+        if next(calls) == 5:
+            torch.empty(1 << 50)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ParameterSet, "add", exhaust)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            make().train()
+    assert end_of(make(), resume=True) == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("memory does not suffice for a forward"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
 def test_the_command_line_says_that_memory_ran_out(monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception):
     def fail(words: list[str]) -> str:
         raise error

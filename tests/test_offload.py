@@ -14,6 +14,7 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
+from zorl.models import load_model
 from zorl.offload import computing_device, is_away, named_stored
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
@@ -40,8 +41,10 @@ def make(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTrain
         prompt = Prompt("{text} it was {mask}" if kind != "bert" else "{text} it was {mask} .", WORDS)
         config = {"max_steps": 3, "per_device_train_batch_size": 8, "calibration": "none", "save_strategy": "no"}
         return MeZOTrainer(
-            model, reward_funcs=accuracy(), prompt=settings.pop("prompt", prompt), processing_class=parts(kind).tokenizer,
-            train_dataset=ROWS, args=MeZOConfig(
+            model, reward_funcs=settings.pop("reward_funcs", accuracy()), prompt=settings.pop("prompt", prompt),
+            processing_class=parts(kind).tokenizer, train_dataset=ROWS, eval_dataset=settings.pop("eval_dataset", None),
+            metrics=settings.pop("metrics", None),
+            args=MeZOConfig(
                 output_dir=str(tmp_path / f"out{next(number)}"), disable_tqdm=True, use_cpu=True, **{**config, **settings}
             ),
         )  # fmt: skip
@@ -70,6 +73,57 @@ def test_what_is_away_is_tuned_to_the_same_bits(make: Callable[..., MeZOTrainer]
     assert here.tuned.sha256() == away.tuned.sha256() != before
     assert all(map(is_away, away.model.parameters()))
     assert here.predict(ROWS).predictions == away.predict(ROWS).predictions
+
+
+def test_the_best_step_is_gone_back_to_where_weights_are_away(make: Callable[..., MeZOTrainer]) -> None:
+    def run(offload: Callable[[Any], None] | None) -> MeZOTrainer:
+        looks = itertools.count()
+
+        def rise_and_fall(completions: list[str], **columns: Any) -> list[float]:
+            return [-abs(next(looks) - 1.0)] * len(completions)
+
+        trainer = make(
+            "llama", offload, max_steps=4, eval_dataset=ROWS, metrics=rise_and_fall, metric_for_best_model="rise_and_fall",
+            eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.step == 2
+        return trainer
+
+    here, away = run(None), run(to_cpu)
+    assert here.tuned.sha256() == away.tuned.sha256()
+    again = away.tuned.sha256()
+    away.train(resume_from_checkpoint=True)  # from its own base weights, once more
+    assert away.tuned.sha256() == again
+
+
+@pytest.mark.parametrize("evaluation", ["twin", "scratch"])
+@pytest.mark.parametrize(
+    "where", ["auto", {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}]
+)
+def test_a_model_that_a_device_map_places_is_tuned(
+    parts: Callable[[str], Any], tmp_path: Path, where: Any, evaluation: str
+) -> None:
+    """Without a GPU "auto" puts all of it on the CPU."""
+    folder = tmp_path / "saved"
+    parts("llama").model.save_pretrained(folder)
+    parts("llama").tokenizer.save_pretrained(folder)
+    tuned = []
+    for placed in (None, where):
+        options = {} if placed is None else {"device_map": placed, "offload_folder": str(tmp_path / "disk")}
+        trainer = MeZOTrainer(
+            load_model(str(folder), **options), accuracy(), prompt=Prompt("{text} it was {mask}", WORDS),
+            processing_class=parts("llama").tokenizer, train_dataset=ROWS, args=MeZOConfig(
+                output_dir=str(tmp_path / f"run{len(tuned)}"), max_steps=3, per_device_train_batch_size=8, use_cpu=True,
+                calibration="none", evaluation=evaluation, tune="full" if where == "auto" else "lora", disable_tqdm=True,
+            ),
+        )  # fmt: skip
+        start = trainer.tuned.sha256()
+        trainer.train()
+        tuned.append(trainer.tuned.sha256())
+        assert tuned[-1] != start
+        assert any(map(is_away, trainer.model.parameters())) == isinstance(placed, dict)
+    assert where != "auto" or tuned[0] == tuned[1]
 
 
 @pytest.mark.parametrize("evaluator", [Twin, Scratch])

@@ -25,6 +25,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from zorl.apps import judge
 from zorl.apps.cli import main
@@ -38,7 +39,7 @@ from zorl.apps.page.difference import difference
 from zorl.apps.page.figures import decided_share, win_rate
 from zorl.apps.page.judge_tab import guidelines_html, pair_html, status_html
 from zorl.apps.page.markup import answers_html, prompt_html
-from zorl.apps.page.security import is_local, read_users, sign_in
+from zorl.apps.page.security import is_foreign, is_local, read_users, sign_in
 from zorl.apps.supervisor import Supervisor
 from zorl.probe import Choice
 from zorl.rewards import HumanJudge
@@ -301,6 +302,53 @@ def test_where_there_are_passwords_nobody_gets_in_without_one(tmp_path: Path, pr
         with pytest.raises(AppError, match="signed in as ada"):
             client.predict("bob", api_name="/next_pair")
         assert {record.rater for record in store.showings()} == {"ada"}
+
+
+def test_another_site_cannot_vote_with_the_cookie_of_somebody_who_has_signed_in(
+    tmp_path: Path, pretend_tuner: Any
+) -> None:
+    with _page(tmp_path, pretend_tuner, auth=sign_in(None, {"ada": "secret"})) as (address, store):
+        own = address.rstrip("/")
+        with httpx.Client(base_url=address, trust_env=False) as browser:
+            assert browser.post("login", data={"username": "ada", "password": "secret"}).status_code == 200
+            pair = browser.post("gradio_api/run/next_pair", json={"data": ["ada"]}, headers={"Origin": own})
+            vote = {"data": ["ada", pair.json()["data"][0]["showing"], "first"]}
+            for origin in ("https://evil.example", "http://127.0.0.1:1", "null"):
+                foreign = {"Origin": origin}
+                answer = browser.post("gradio_api/run/vote", json=vote, headers=foreign)
+                assert answer.status_code == 403, origin
+                named = {**foreign, "X-Forwarded-Host": "evil.example", "Content-Type": "text/plain"}
+                assert browser.post("gradio_api/run/vote", content=json.dumps(vote), headers=named).status_code == 403
+            assert all(record.choice is None for record in store.showings())
+            assert browser.post("gradio_api/run/vote", json=vote, headers={"Origin": own}).status_code == 200
+            assert [str(record.choice) for record in store.showings() if record.choice is not None] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "foreign"),
+    [
+        ("POST", {"host": "judge.example"}, False),  # no browser
+        ("POST", {"host": "judge.example", "origin": "https://judge.example"}, False),
+        (
+            "POST",
+            {"host": "judge.example", "origin": "https://judge.example:8443"},
+            False,
+        ),  # a proxy that drops the port
+        ("POST", {"host": "judge.example:7860", "origin": "http://judge.example:7860"}, False),
+        ("POST", {"host": "localhost:7860", "origin": "http://localhost:3000"}, True),
+        ("POST", {"host": "judge.example", "origin": "https://evil.example"}, True),
+        ("POST", {"host": "judge.example", "origin": "null"}, True),
+        # A proxy that knows the page by another name.
+        ("POST", {"host": "10.0.0.7", "origin": "https://judge.example", "sec-fetch-site": "same-origin"}, False),
+        ("POST", {"host": "judge.example", "origin": "https://judge.example", "sec-fetch-site": "cross-site"}, True),
+        ("GET", {"host": "judge.example", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, False),
+        ("POST", {"host": "judge.example", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, True),
+        ("GET", {"host": "judge.example", "sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"}, True),
+        ("GET", {"host": "judge.example", "sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, False),
+    ],
+)
+def test_who_is_another_site(method: str, headers: dict[str, str], foreign: bool) -> None:
+    assert is_foreign(method, Headers(headers)) == foreign
 
 
 def test_with_one_password_for_all_a_rater_chooses_a_name() -> None:

@@ -9,10 +9,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+from zorl.apps.embedded import REVIEWER
+from zorl.trajectory import read
 
 SCRIPT = Path(__file__).parent / "several_processes.py"
 
@@ -194,3 +199,52 @@ def test_a_run_whose_process_died_goes_on_with_another_number_of_processes(
     for of in resumed:
         assert len(of["projected"]) == 8 * 8, "eight steps of eight directions"
         assert of["weights"] == of["replayed"] == resumed[0]["weights"]
+
+
+def test_what_is_exchanged_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    for of in launch("widths", tmp_path, 2)[0]:
+        narrow, wide = of["1"], of["4"]
+        assert wide["parameters"] > 4 * narrow["parameters"]
+        assert wide["bytes"] == pytest.approx(
+            narrow["bytes"], rel=0.05
+        )  # numbers are sent in as many digits as they have
+
+
+def test_weights_that_differ_by_one_bit_end_the_run(tmp_path: Path) -> None:
+    """At the next look, or without one at the end of the run."""
+    for of in launch("diverge", tmp_path, 2)[0]:
+        for check in ("1", "1000"):
+            assert "the processes differ in their weights" in of[check], check
+
+
+def test_a_killed_process_ends_the_command_line_with_a_word_on_how_to_go_on(tmp_path: Path) -> None:
+    """`torchrun … zorl train`, as a user starts it."""
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(json.dumps({"text": f"a {word} film", "label": label}) + "\n"
+                            for word, label in (("great", 1), ("terrible", 0), ("good", 1), ("bad", 0))))  # fmt: skip
+    zorl = Path(sys.executable).parent / "zorl"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no_python", str(zorl), "train",
+        "--model", str(REVIEWER), "--dataset", str(rows), "--prompt", "{text} It was {mask}", "--label_words", "0=terrible",
+        "1=great", "--reward", "accuracy", "--calibration", "none", "--per_device_train_batch_size", "2", "--use_cpu",
+        "--max_steps", "100000", "--output_dir", str(run),
+    ]  # fmt: skip
+    with (tmp_path / "said.txt").open("w+") as said:
+        started = subprocess.Popen(command, stdout=said, stderr=said)
+        try:
+            trajectory, patience = run / "trajectory.zorl", time.monotonic() + 120
+            while not (trajectory.exists() and len(read(trajectory)[1]) > 20):
+                assert started.poll() is None
+                assert time.monotonic() < patience
+                time.sleep(0.2)
+            (second,) = [
+                of for of in psutil.Process(started.pid).children(recursive=True) if of.environ().get("RANK") == "1"
+            ]
+            second.kill()
+            assert started.wait(timeout=60) != 0
+        finally:
+            started.kill()
+        said.seek(0)
+        text = said.read()
+    assert "nothing is lost: the same command continues" in text or "lost contact with the others" in text, text
+    assert len(read(trajectory)[1]) > 20

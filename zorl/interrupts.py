@@ -1,4 +1,4 @@
-"""Ctrl-C never leaves θ half written: it waits for the few milliseconds in which θ moves."""
+"""Ctrl-C, or a scheduler's SIGTERM, never leaves θ half written: it waits for the few milliseconds in which θ moves."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ def uninterrupted() -> Iterator[Interruptible]:
         signal.signal(signal.SIGINT, handler)
         if pending:
             _deliver(handler, pending)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within the block SIGTERM is a Ctrl-C: schedulers end a run by it, and torchrun the processes that another one has left."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell starts in the background
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is None:
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _deliver(handler: Any, pending: list[FrameType | None]) -> None:

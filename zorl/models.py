@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def load_model(
         options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: the dtype is none of these, the model is a classifier of another number of classes, quantize is neither, or
-            nothing in the model can be quantised.
+        ValueError: the dtype is none of these, the model is a classifier of another number of classes or needs code of its
+            own, quantize is neither, or nothing in the model can be quantised.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -55,7 +56,7 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if (Path(name) / ADAPTER).is_file():
         return _load_adapter(name, dtype, classes, quantize)
-    config = AutoConfig.from_pretrained(name, **options)
+    config = _config(name, **options)
     if quantize is not None:
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{name} was saved quantised and is used as it is: leave quantize={quantize!r} out")
@@ -63,7 +64,9 @@ def load_model(
     if classes is not None or _architecture(config).endswith(_CLASSIFIER):
         return _load_classifier(name, dtype, config, classes, options)
     loader: Any = AutoModelForMaskedLM if _reads_masks(config) else AutoModelForCausalLM
-    model: PreTrainedModel = loader.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **options)
+    model: PreTrainedModel = loader.from_pretrained(
+        name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
+    )
     if quantize is not None and all(map(is_plain, model.parameters())):
         raise ValueError(
             f"{quantize} quantises linear layers, and {name} has none that it knows ({type(model).__name__}): leave it out"
@@ -81,12 +84,12 @@ def is_masked(name: str, **options: Any) -> bool:
     Raises:
         OSError: there is no such model.
     """
-    return _reads_masks(AutoConfig.from_pretrained(name, **options))
+    return _reads_masks(_config(name, **options))
 
 
 def trained_classes(name: str) -> tuple[str, ...] | None:
     """The classes of a checkpoint with a sequence-classification head (see `class_names`); None for other models."""
-    config = AutoConfig.from_pretrained(name)
+    config = _config(name)
     return class_names(config) if _architecture(config).endswith(_CLASSIFIER) else None
 
 
@@ -116,9 +119,29 @@ def _load_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=DTYPES[dtype], use_safetensors=True, **options
+            name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
         )
     return model
+
+
+def _config(name: str, **options: Any) -> PreTrainedConfig:
+    """A model's configuration. transformers asks at the terminal whether to run a checkpoint's own code; here it is never run."""
+    with _no_code_of(name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    return config
+
+
+@contextmanager
+def _no_code_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} needs code of its own (auto_map in its configuration), and code from a checkpoint is never run here: choose "
+            "a model of a kind that transformers has"
+        ) from None
 
 
 def _architecture(config: PreTrainedConfig) -> str:
@@ -134,6 +157,11 @@ def _reads_masks(config: PreTrainedConfig) -> bool:
 
 
 def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: it needs code of its own, which is not run.
+    """
+    with _no_code_of(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     return tokenizer

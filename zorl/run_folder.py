@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from zorl.adapters import adapt, untie_output_embedding
 from zorl.directions import canonical_name
 from zorl.models import load_model
+from zorl.offload import named_stored
 from zorl.output_bias import add_output_bias
 from zorl.parameters import ParameterSet, base_sha256, select, tensors_sha256
 from zorl.trajectory import TrajectoryError, read
@@ -110,7 +111,7 @@ class RunFolder:
             loaded = load_model(header["model"], dtype, classes=header["prompt"].get("classes"))
             found = {canonical_name(name): tensor for name, tensor in loaded.named_parameters()}
             base = {name: found[name] for name in parameters} | base
-        named = {canonical_name(name): tensor for name, tensor in model.named_parameters()}
+        named = {canonical_name(name): values for name, _, values in named_stored(model)}
         for name, tensor in base.items():
             named[name].copy_(tensor)
         check_base(header, model)

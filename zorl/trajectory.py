@@ -255,6 +255,8 @@ def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> No
     different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
     if different:
         found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
+        if "batch" in different and recorded.get("batch"):
+            found += f" (per_device_train_batch_size times the number of processes has to be {recorded['batch'][0]})"
         raise TrajectoryError(f"the trajectory was recorded with other settings: {found}")
 
 

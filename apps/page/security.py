@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -29,10 +30,12 @@ CLOSED = (
 
 
 class Guard:
-    """ASGI middleware: a strict Content-Security-Policy, no unused routes, and on this machine's own address no other name.
+    """ASGI middleware: a strict Content-Security-Policy, no unused routes, no requests from other sites, and on this machine's
+    own address no other name.
 
     The name is checked because a foreign site can point its own name at 127.0.0.1 (DNS rebinding), and would then be
-    read by the browser as the same site.
+    read by the browser as the same site. Other sites are refused because a browser sends the cookie of somebody who has
+    signed in along with whatever they ask for.
     """
 
     def __init__(self, app: ASGIApp, local: bool) -> None:
@@ -45,6 +48,11 @@ class Guard:
             return
         if self.local and not is_local(_host(Headers(scope=scope).get("host", ""))):
             await PlainTextResponse("This page answers to the name localhost alone.", 403)(scope, receive, send)
+            return
+        if is_foreign(scope["method"], Headers(scope=scope)):
+            await PlainTextResponse("This page answers to itself alone, and to no other site.", 403)(
+                scope, receive, send
+            )
             return
         if scope["path"].startswith(CLOSED):
             await PlainTextResponse("Not found", 404)(scope, receive, send)
@@ -59,6 +67,23 @@ class Guard:
             await send(message)
 
         await self.app(scope, receive, send_guarded)
+
+
+def is_foreign(method: str, headers: Headers) -> bool:
+    """Whether a browser says that another site's page makes the request; a link to this one may be followed from anywhere.
+
+    What a browser says of it in `Sec-Fetch-Site` no script can change, and no proxy that knows the page by another name. Where
+    the connection is not encrypted browsers leave it out, and the request's origin has to be the host that is asked.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        follows_a_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        return site not in ("same-origin", "none") and not follows_a_link
+    origin = headers.get("origin")
+    if origin is None:
+        return False
+    asking = urlsplit(origin)
+    return headers.get("host", "").lower() not in (asking.netloc.lower(), asking.hostname)
 
 
 def is_local(host: str) -> bool:

@@ -1,0 +1,99 @@
+"""Loading models: nothing that lies in a checkpoint is executed."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zorl.apps.cli import main
+from zorl.models import is_masked, load_model, load_processing_class, trained_classes
+
+CODE = """from pathlib import Path
+Path({trace!r}).write_text("executed")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class Config(LlamaConfig):
+    model_type = "own"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def own_code(parts: Callable[[str], Any], tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint with code for its configuration, model and tokenizer, and the file that appears when the code is run."""
+    llama, folder, trace = parts("llama"), tmp_path / "model", tmp_path / "trace"
+    llama.model.save_pretrained(folder)
+    llama.tokenizer.save_pretrained(folder)
+    (folder / "own.py").write_text(CODE.format(trace=str(trace)))
+    _edit(
+        folder / "config.json",
+        model_type="own",
+        auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    )
+    tokenizer = {"AutoTokenizer": [None, "own.Tokenizer"]}
+    _edit(folder / "tokenizer_config.json", tokenizer_class="Tokenizer", auto_map=tokenizer)
+    return folder, trace
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("load", [load_model, load_processing_class, is_masked, trained_classes])
+def test_code_in_a_checkpoint_is_never_run_whatever_is_answered(
+    own_code: tuple[Path, Path], load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, trace = own_code
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to the question that transformers asks
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ValueError, match=r"needs code of its own .* never run here"):
+        load(str(folder))
+    assert not trace.exists()
+
+
+def test_the_command_line_does_not_run_it_either(
+    own_code: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, trace = own_code
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the film", "label": "was great"}\n')
+    assert (
+        main(["predict", "--model", str(folder), "--dataset", str(rows), "--output", str(tmp_path / "out.jsonl")]) != 0
+    )
+    assert "never run here" in capsys.readouterr().err
+    assert not trace.exists()
+
+
+def test_a_model_that_transformers_knows_is_loaded_without_the_code_beside_it(own_code: tuple[Path, Path]) -> None:
+    folder, trace = own_code
+    _edit(folder / "config.json", model_type="llama")
+    assert type(load_model(str(folder))).__module__.startswith("transformers.")
+    assert not trace.exists()
+
+
+def test_pickled_weights_are_not_opened(parts: Callable[[str], Any], tmp_path: Path) -> None:
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    parts("llama").model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.write_text, (trace, "executed")
+
+    torch.save(Trap(), folder / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(folder))
+    assert not trace.exists()
