@@ -215,7 +215,7 @@ zorl profile --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --json""",
 
 DIAGNOSE = Command(
     name="diagnose",
-    usage="--model M --dataset FILE --prompt TEMPLATE --label_words LABEL=WORD … --reward R",
+    usage="--model M (--task TASK | --dataset FILE --prompt TEMPLATE --label_words LABEL=WORD … --reward R)",
     about="""\
 Suggests a learning rate and an epsilon for zorl train, without a grid search, from a bounded number of forwards: how steep and
 how curved the objective is where tuning would start, its effective rank, how much of a step another batch confirms, and how
@@ -226,13 +226,14 @@ far a few real steps get. Takes the flags of zorl train and changes nothing; pri
         "The question that a row becomes": _QUESTION,
         "What is to be maximised": "reward reward_weights loss",
         "What it may cost, and what comes out": "budget plot json",
-        "As in training": "per_device_train_batch_size gradient_accumulation_steps update n_spsa distribution evaluation "
-        "informative_target label_reward calibration parameters dtype seed",
+        "As in training": "per_device_train_batch_size gradient_accumulation_steps estimator update n_spsa distribution "
+        "evaluation informative_target label_reward calibration tune parameters dtype seed",
         "Memory and text": "forward_batch_size max_length max_completion_length temperature top_k top_p",
     },
     examples="""\
 zorl diagnose --model facebook/opt-125m --dataset train.tsv --text_column text --label_column label \\
   --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1
+zorl diagnose --model facebook/opt-125m --task sst2
 zorl diagnose … --loss cross_entropy --update sgd --distribution gaussian      # the paper's own recipe
 zorl diagnose … --budget 250 --json""",
     words={
@@ -246,9 +247,10 @@ COMPARE = Command(
     name="compare",
     usage="--model M --task TASK [--methods METHOD …]",
     about="""\
-Runs methods side by side on the same rows, each within the same budget of forward passes, over several seeds: one table with
-means and standard deviations, forwards, seconds and memory, and a plot. A cell that is done is kept, so the same command goes
-on where it was stopped, and another with more --methods or --seeds adds to the table.
+Runs methods side by side on the same rows, each run within the same budget of forward passes, over several seeds: one table
+with means and standard deviations, forwards, seconds and memory, and a plot. Where a method tries several learning rates, the
+forwards of all of them are counted. A cell that is done is kept, so the same command goes on where it was stopped, and another
+with more --methods or --seeds adds to the table.
 
 Without a gradient: zero_shot, threshold (one fitted bias a label), in_context (32 demonstrations), label_head (what mezo
 starts from), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric), mezo_f1, mezo_cross_entropy, mezo_lora,

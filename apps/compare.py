@@ -40,8 +40,9 @@ from zorl.tasks.few_shot import k_shot
 
 # What two comparisons must have in common for their cells to stand in one table.
 SAME = (
-    "model", "task", "dataset", "eval_dataset", "test_dataset", "prompt", "label_words", "options", "chat", "system",
-    "label_column", "k_shot", "test_rows", "budget", "batch_size", "metrics", "max_length", "max_completion_length",
+    "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
+    "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "test_rows", "budget", "batch_size",
+    "metrics", "max_length", "max_completion_length",
 )  # fmt: skip
 
 
@@ -138,22 +139,19 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
     train = load(arguments, prompt, wished, task=task)
     label_column = label_of(train, prompt, source, needed=True) or "label"
     classes = label_column if prompt.labels else None
-    test = (
-        load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=arguments.test_split, task_split="test")
-        if task is not None or arguments.test_dataset is not None or arguments.test_split is not None
-        else None
-    )  # fmt: skip
     train_rows = train.dataset
-    if test is None:
+    if _tests_on_other_rows(arguments, task):
+        split = arguments.test_split or (None if task is None else "test")
+        tested = load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=split).dataset
+    else:
         train_rows, tested = hold_out(train_rows, classes)
         say(f"no --test_dataset: {len(tested)} of {len(train.dataset)} rows are held out to report on")
-    else:
-        tested = test.dataset
     if arguments.k_shot is not None and arguments.eval_dataset is None:
         shots = k_shot(train_rows.to_list(), arguments.k_shot, seed=seed, label_column=classes)
         drawn = shots.train, shots.validation
     elif arguments.eval_dataset is not None:
-        dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, task_split="validation")
+        split = None if task is None else "validation"
+        dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, split=split)
         drawn = train_rows.to_list(), dev.dataset.to_list()
     else:
         kept, held = hold_out(train_rows, classes)
@@ -164,6 +162,16 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
     return Rows(*drawn, rows), label_column
 
 
+def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool:
+    """Whether there are rows to report on beside those to learn from: a file is all one split."""
+    if arguments.test_dataset is not None:
+        return arguments.test_dataset != arguments.dataset
+    learnt = arguments.dataset_split or "train"
+    tested = arguments.test_split or ("test" if task is not None else learnt)
+    a_file = task is not None and arguments.dataset is not None and Path(arguments.dataset).is_file()
+    return tested != learnt and not a_file
+
+
 def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, Any]], metrics: Sequence[str]) -> None:
     """Runs a method and writes its figures."""
     method = METHODS[name]
@@ -171,7 +179,7 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
     cell: dict[str, Any] = {"method": name, "title": method.title, "seed": problem.seed}
     start = time.perf_counter()
     try:
-        with peak_memory() as peak:
+        with peak_memory(problem.device) as peak:
             fitted = method.fit(problem, work)
             learning = time.perf_counter() - start
             answers = fitted.answers(test)

@@ -14,16 +14,17 @@ Cell = Mapping[str, Any]
 def summary(cells: Sequence[Cell], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """One row a method, in the order of the cells: each figure's mean and sample standard deviation over the seeds.
 
-    A method that does not apply has its reason under `not_applicable`.
+    A method that applies with no seed has its reason under `not_applicable`. Forwards are all that were spent in learning, those
+    of a search for settings included.
     """
     methods = dict.fromkeys(cell["method"] for cell in cells)
     rows = []
     for method in methods:
-        mine = [cell for cell in cells if cell["method"] == method]
-        row: dict[str, Any] = {"method": method, "title": mine[0]["title"], "seeds": len(mine)}
-        reason = next((cell["not_applicable"] for cell in mine if "not_applicable" in cell), None)
-        if reason is not None:
-            rows.append({**row, "seeds": 0, "not_applicable": reason})
+        every = [cell for cell in cells if cell["method"] == method]
+        mine = [{**cell, "forwards": _spent(cell)} for cell in every if "not_applicable" not in cell]
+        row: dict[str, Any] = {"method": method, "title": every[0]["title"], "seeds": len(mine)}
+        if not mine:
+            rows.append({**row, "not_applicable": every[0]["not_applicable"]})
             continue
         for figure in (*metrics, "forwards", "seconds", "peak_memory_mb"):
             values = [cell[figure] for cell in mine if cell.get(figure) is not None]
@@ -95,6 +96,11 @@ def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, p
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _spent(cell: Cell) -> int:
+    chosen: Mapping[str, Any] = cell.get("chosen") or {}
+    return int(chosen.get("search_forwards", cell["forwards"]))
 
 
 def _spread(mean: float | None, deviation: float | None) -> str:

@@ -16,9 +16,19 @@ from zorl import MeZOConfig, MeZOTrainer
 from zorl.apps.arguments import DiagnoseArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import DIAGNOSE
-from zorl.apps.inputs import check_model_folder, label_of, load, load_rewards, make_prompt, number, require
+from zorl.apps.inputs import (
+    check_model_folder,
+    check_source,
+    label_of,
+    load,
+    load_rewards,
+    load_task,
+    make_prompt,
+    number,
+    source_of,
+)
 from zorl.curvature import Estimate
-from zorl.diagnosis import Diagnosis, choose_try, diagnose
+from zorl.diagnosis import Diagnosis, choose_try, diagnose, measured_in_weights
 from zorl.slopes import SLOPE_ERROR
 
 _OWN = (
@@ -39,17 +49,21 @@ def run(argv: Sequence[str]) -> str:
     """
     given = parse(DIAGNOSE, argv)
     arguments = build(DiagnoseArguments, given)
-    require(arguments, "model", "dataset")
+    task = load_task(arguments.task)
+    check_source(arguments, task)
     assert arguments.model is not None
+    if task is not None and arguments.reward is None and arguments.loss is None:
+        arguments.reward = [task.metric]
     if (arguments.reward is None) == (arguments.loss is None):
         goals = "neither" if arguments.loss is None else "both"
         raise ValueError(f"give exactly one of --reward and --loss, such as --reward f1; got {goals}")
     check_model_folder(arguments.model)
-    prompt = make_prompt(arguments)
+    prompt = make_prompt(arguments, task=task)
     asked_label = given.get("label_column")
-    loaded = load(arguments, prompt, asked_label)
-    label_column = label_of(loaded, prompt, str(arguments.dataset), needed=arguments.loss is not None)
-    rewards = load_rewards(arguments.reward, label_column if asked_label is not None or prompt.labels else None)
+    loaded = load(arguments, prompt, asked_label, task=task)
+    label_column = label_of(loaded, prompt, source_of(arguments, task), needed=arguments.loss is not None)
+    known = asked_label is not None or prompt.labels or task is not None
+    rewards = load_rewards(arguments.reward, label_column if known else None)
     settings = given if label_column is None else {**given, "label_column": label_column}
     with tempfile.TemporaryDirectory() as folder:  # transformers' Trainer makes its folder, though nothing is written
         trainer = MeZOTrainer(
@@ -98,8 +112,6 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
         "lemma_2": {
             "n_spsa": found.n_spsa,
             "expected": found.lemma_2,
-            "measured": found.lemma_2_measured[0],
-            "expected_of_measured": found.lemma_2_measured[1],
         },
         "confirmed_by_another_batch": _triple(found.confirmed),
         "epsilons": [
@@ -143,7 +155,7 @@ def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
             value = [f"{label}={word}" for label, word in value.items()]
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name}", *map(str, values)]
-    rate = found.lr_normalized if update == "normalized" else found.lr_sgd
+    rate = found.lr_normalized if measured_in_weights(update) else found.lr_sgd
     epsilon = "auto" if found.epsilon is None else f"{_rounded(found.epsilon):g}"
     return shlex.join([*words, "--learning_rate", f"{_rounded(rate):g}", "--epsilon", epsilon])
 
@@ -151,9 +163,8 @@ def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
 def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
     of, d, m = found.curvature, found.parameters, len(found.curvature.slopes)
     size = f"{d:,} parameters, batches of {result['batch']} rows, {result['distribution']} directions"
-    rate = found.corollary_1 * (found.gradient if result["update"] == "normalized" else 1.0)
+    rate = found.corollary_1 * (found.gradient if measured_in_weights(result["update"]) else 1.0)
     best = choose_try(found.tries)
-    measured, expected = found.lemma_2_measured
     rows = [
         ("gradient, squared norm", _shown(of.gradient_squared), "How steep the loss is at θ, on one batch."),
         ("trace of the Hessian", _shown(of.trace), "What a random direction of length √d meets of curvature."),
@@ -162,7 +173,6 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
         ("effective rank r", _shown(of.effective_rank), f"Trace over eigenvalue: what slows MeZO down, not d = {d:,}."),
         ("r is at most", _shown(of.effective_rank_bound), "Trace squared over Frobenius norm squared, if H ⪰ 0."),
         (f"Lemma 2, n = {found.n_spsa}", f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one's."),
-        (f"Lemma 2, n = {m}", f"{measured:.4g}", f"The same of the estimate made here; {expected:.4g} expected."),
         ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch finds too."),
         ("Corollary 1", f"{rate:.1e}", f"The learning rate that this adds up to, update={result['update']}."),
     ]  # fmt: skip

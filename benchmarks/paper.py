@@ -150,8 +150,8 @@ def report() -> str:
         "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
         f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
         "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
-        "fixed, so there a seed is only the method's own. The forwards of a grid of learning rates are in the row of the "
-        "published recipe; those of fine-tuning's grid are beside it (`search_forwards` in its cells). "
+        "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning: where a method "
+        "tries several learning rates, those of each are among them. "
         f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
         "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
         "",

@@ -343,6 +343,8 @@ def test_the_text_of_an_answer_continues_the_prompt() -> None:
     assert target_text(TEXT, row, "label") == " good"
     assert target_text(Prompt("{text}\n"), row, "label") == "good"
     assert target_text(replace(LABELS, template="{text}?{mask}", chat=True), row, "label") == " great"
+    assert target_text(TEXT, {**row, "label": ["5 mm", "5"]}, "label") == " 5 mm"
+    assert target_text(TEXT, {**row, "label": 5}, "label") == " 5"
 
 
 def test_a_bar_is_shown_where_nobody_else_is_told(capsys) -> None:

@@ -815,7 +815,8 @@ def test_diagnose_suggests_a_command_that_trains(zorl: Callable[..., Outcome], f
     outcome = zorl("diagnose", *flags, "--plot", str(plot), "--json")
     result = outcome.json
     assert result["forwards"] <= 300
-    assert result["lemma_2"]["expected"] == (result["parameters"] + 7) / 8, "n = 8 and rank one: (d + n − 1)/n"
+    d = result["parameters"]
+    assert result["lemma_2"]["expected"] == pytest.approx(d / 7 + 50 / 56), "n = 8 one-sided, and rank one"
     for name in ("gradient_norm_squared", "trace", "frobenius_norm", "operator_norm"):
         value, low, high = result[name]
         assert low <= value <= high
@@ -826,6 +827,35 @@ def test_diagnose_suggests_a_command_that_trains(zorl: Callable[..., Outcome], f
     assert not {"--budget", "--plot", "--json"} & set(words)
     trained = zorl(*words, "--max_steps", "2", "--output_dir", str(out), "--json").json
     assert trained["steps"] == 2
+
+
+def test_diagnose_takes_a_task_and_suggests_a_rate_in_the_units_of_the_update(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    rows = [f"the film was {word}\t{label}" for word, label in (("great", 1), ("odd", 0), ("good", 1), ("bad", 0)) * 8]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n", encoding="utf-8")
+    rates = {}
+    for update in ("normalized", "adam", "sgd"):
+        flags = [
+            "--model",
+            files.bert,
+            "--task",
+            "sst2",
+            "--dataset",
+            str(tmp_path),
+            "--update",
+            update,
+            "--budget",
+            "300",
+        ]
+        size = ["--calibration", "none", "--per_device_train_batch_size", "8", "--plot", str(tmp_path / "plot.png")]
+        result = zorl("diagnose", *flags, *size, "--json").json
+        assert result["objective"] == "accuracy"
+        words = shlex.split(result["command"])
+        assert words[words.index("--task") + 1] == "sst2"
+        rates[update] = float(words[words.index("--learning_rate") + 1])
+        unit = "sgd" if update == "sgd" else "normalized"
+        assert rates[update] == pytest.approx(result["suggested"][f"learning_rate_{unit}"])
 
 
 def test_diagnose_explains_what_it_found(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from zorl.apps.arguments import CompareArguments
 from zorl.apps.cli import main
+from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
+from zorl.apps.compare import _draw
 from zorl.apps.compare_methods import METHODS, STANDARD
 from zorl.apps.compare_report import markdown, summary, text
+from zorl.apps.inputs import load_task, make_prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,6 +175,33 @@ def test_cells_of_other_settings_are_not_put_in_one_table(
     assert main(words(files, out, "--methods", "zero_shot", "--seeds", "1", "--test_rows", "7")) == 2
     assert "holds a comparison with --test_rows" in capsys.readouterr().err
 
+    assert main(words(files, out, "--methods", "zero_shot", "--seeds", "1", "--text_column", "0")) == 2
+    assert "holds a comparison with --text_column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["--dataset", "{folder}/train.tsv"],  # a file is one split, whatever a task calls for
+        ["--dataset", "{folder}/train.tsv", "--test_dataset", "{folder}/train.tsv"],
+        ["--dataset", "{folder}", "--dataset_split", "test"],
+        ["--dataset", "{folder}"],
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--k_shot", "4"]])
+def test_no_row_is_reported_on_that_was_learnt_from(tmp_path: Path, files: Path, data: list[str], more: list[str]):
+    for split in ("train", "test"):
+        rows = [f"the {split} film number {i} was fine\t{i % 2}" for i in range(40)]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n", encoding="utf-8")
+    given = ["--model", str(files / "bert"), "--task", "sst2", *(word.format(folder=tmp_path) for word in data), *more]
+    arguments = build(CompareArguments, parse(COMPARE, given))
+    task = load_task("sst2")
+    drawn, _ = _draw(arguments, make_prompt(arguments, task=task), task, seed=13)
+    parts = [{row["text"] for row in part} for part in drawn]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set().union(*parts)), "a row is in two of them"
+    assert ("test film" in next(iter(parts[2]))) == (data[-1] in ("{folder}", "test"))
+
 
 def test_the_summary_is_mean_and_sample_deviation_over_the_seeds():
     made = [
@@ -186,13 +217,16 @@ def test_the_summary_is_mean_and_sample_deviation_over_the_seeds():
         for seed, value in ((1, 0.5), (2, 0.7), (3, 0.9))
     ]
     refused = {"method": "b", "title": "B", "seed": 1, "not_applicable": "B needs a causal model"}
-    a, b = summary([*made, refused], ["accuracy"])
+    once = {"method": "a", "title": "A", "seed": 4, "not_applicable": "A does not fit these rows"}
+    a, b = summary([*made, once, refused], ["accuracy"])
     assert a["accuracy"] == pytest.approx(0.7)
     assert a["accuracy_std"] == pytest.approx(math.sqrt(2 * 0.2**2 / 2))
     assert a["seeds"] == 3
     assert "0.700 ± 0.200" in text([a, b], ["accuracy"])
     assert "B: B needs a causal model" in text([a, b], ["accuracy"])
     assert "| A | 0.700 ± 0.200 | 10 | 2 | — | 3 |" in markdown([a, b], ["accuracy"])
+    (searched,) = summary([{**made[0], "chosen": {"search_forwards": 30}}], ["accuracy"])
+    assert searched["forwards"] == 30
 
 
 def test_help_names_every_method():

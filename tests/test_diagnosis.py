@@ -72,7 +72,6 @@ def test_a_diagnosis_keeps_to_its_budget_and_leaves_the_model_alone(
     assert not any((tmp_path / "out").iterdir())
     assert 0 < found.lr_sgd < math.inf
     assert found.epsilon is None or found.epsilon in [entry.epsilon for entry in found.looks]
-    assert found.lemma_2_measured[0] == pytest.approx(found.lemma_2_measured[1], rel=0.2)
     assert [t.learning_rate / found.tries[0].learning_rate for t in found.tries] == pytest.approx([1.0, 4.0, 16.0])
     again = diagnose(trainer(goal, **settings), 300)
     assert (again.lr_sgd, again.epsilon, again.tries) == (found.lr_sgd, found.epsilon, found.tries)
@@ -81,6 +80,8 @@ def test_a_diagnosis_keeps_to_its_budget_and_leaves_the_model_alone(
 def test_what_cannot_be_diagnosed_is_told(trainer: Callable[..., MeZOTrainer]) -> None:
     with pytest.raises(ValueError, match=r"a budget of 50 forwards is too small: \d+ are needed, 0 to calibrate"):
         diagnose(trainer({"loss": "cross_entropy"}), 50)
+    with pytest.raises(ValueError, match="estimator='forward_gradient' has them without"):
+        diagnose(trainer({"loss": "cross_entropy"}, estimator="forward_gradient"))
     with pytest.raises(ValueError, match="a judge only compares"):
         diagnose(trainer({"judge": lambda prompts, **columns: ["tie"] * len(prompts)}))
     flat = trainer({"reward_funcs": lambda completions, **columns: [1.0] * len(completions)}, label_reward="best")

@@ -72,10 +72,12 @@ def test_what_is_recomputed_is_what_is_stored(update: UpdateName, distribution: 
     stored = tuned(12, moments="stored", **options)
     assert distance(stored, dict(network().named_parameters())) > 1e-2
     assert distance(tuned(12, moments="recomputed", moment_window=12, **options), stored) < 1e-5
-    if update == "momentum":
-        # Of m a window leaves out β^window; |m| is at most the largest |Σ c z| over 1 − β, and twelve steps are made.
-        short = distance(tuned(12, moments="recomputed", moment_window=9, **options), stored)
-        assert 1e-5 < short < 12 * 0.8**9 * 0.2
+    # Of an average a window leaves out what is older: the share β^window of it, which is less the longer the window is.
+    errors = [
+        distance(tuned(12, moments="recomputed", moment_window=window, **options), stored) for window in (1, 5, 9)
+    ]
+    assert errors[0] > errors[1] > errors[2] > 1e-5
+    assert errors[2] < 0.8 ** (9 - 1) * errors[0]
 
 
 @each_distribution

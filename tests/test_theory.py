@@ -14,9 +14,8 @@ from torch import Tensor
 from zorl import MeZO
 from zorl.directions import Distribution, key
 from zorl.kernels import kernel_for
-from zorl.parameters import ParameterSet
 from zorl.probe import Point, Scores
-from zorl.theory import corollary_1, estimated_norm, lemma_2
+from zorl.theory import corollary_1, lemma_2
 
 
 def directions(distribution: str, count: int, shape: tuple[int, int]) -> Tensor:
@@ -44,20 +43,29 @@ def test_the_estimate_is_as_long_as_lemma_2_says(distribution: str, n: int) -> N
     assert error < 0.05 * expected, "the comparison means something"
 
 
-@pytest.mark.parametrize("distribution", ["rademacher", "rank1", "rank4", "gaussian"])
-def test_the_estimates_norm_is_that_of_the_sum_of_directions(distribution: Distribution) -> None:
-    shapes = {"w": (4, 6), "b": (5,)}
-    parameters = ParameterSet((name, torch.randn(shape)) for name, shape in shapes.items())
-    slopes = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    total = 0.0
-    for name, shape in shapes.items():
-        zero, one = torch.zeros(shape), torch.empty(shape)
-        estimate = torch.zeros(shape, dtype=torch.float64)
-        for seed, slope in enumerate(slopes.tolist()):
-            kernel_for(zero).perturb(zero, key(seed, name), 1.0, distribution, one)
-            estimate += slope * one.double() / 3
-        total += estimate.square().sum().item()
-    assert estimated_norm(slopes, parameters, distribution, range(3)) == pytest.approx(total, rel=1e-5)
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("distribution", ["rademacher", "rank1", "gaussian"])
+def test_points_that_are_compared_with_each_other_make_a_longer_estimate(distribution: str, n: int) -> None:
+    z = directions(distribution, 3000 * n, (2, 5)).view(-1, n, 10)
+    gradient = torch.tensor([3.0, -1.0, 0.5, 2.0, 0.0, 1.0, -0.2, 0.7, -2.0, 1.5], dtype=torch.float64)
+    values = z @ gradient
+    others = (values.sum(dim=1, keepdim=True) - values) / (n - 1)
+    estimates = ((values - others).unsqueeze(2) * z).mean(dim=1)
+    ratios = estimates.square().sum(dim=1) / gradient.square().sum()
+    error = ratios.std().item() / math.sqrt(len(ratios))
+    kind: Distribution = distribution  # type: ignore[assignment]
+    assert ratios.mean().item() == pytest.approx(lemma_2(10, n, kind, one_sided=True), abs=4 * error)
+    assert abs(lemma_2(10, n, kind, one_sided=True) - lemma_2(10, n, kind)) > 4 * error, (
+        "the comparison means something"
+    )
+    curvature = torch.diag(torch.arange(10, dtype=torch.float64))
+    bent = ((estimates @ curvature) * estimates).sum(dim=1)
+    if distribution == "gaussian":
+        along = gradient @ curvature @ gradient
+        expected = gradient.square().sum() / corollary_1(
+            45.0, (along / gradient.square().sum()).item(), n, one_sided=True
+        )
+        assert bent.mean().item() == pytest.approx(expected.item(), abs=4 * bent.std().item() / math.sqrt(len(bent)))
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -31,7 +31,7 @@ from zorl.mezo import MeZO
 from zorl.probe import CENTRE, Point, Scores
 from zorl.schedules import Directions
 from zorl.slopes import EPSILONS, Look, choose_epsilon, look, rms
-from zorl.theory import corollary_1, estimated_norm, lemma_2
+from zorl.theory import corollary_1, lemma_2
 from zorl.trainer import MeZOTrainer
 
 LOOKS = 4  # directions that ε is chosen by
@@ -68,10 +68,10 @@ class Diagnosis:
         looks: what ε was chosen by, smallest first.
         curvature: along random directions, and with it gradient, trace, norms and effective rank.
         lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions a step.
-        lemma_2_measured: the same with all the directions of `curvature`, and what is expected then.
         confirmed: the share of a squared slope that another batch confirms.
         corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
-        gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"`.
+        gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"` (see
+            `measured_in_weights`).
         tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
             a step where that is less.
         predicted_fall: of the loss, in the first step with the middle rate.
@@ -86,7 +86,6 @@ class Diagnosis:
     looks: tuple[Look, ...]
     curvature: Curvature
     lemma_2: float
-    lemma_2_measured: tuple[float, float]
     confirmed: Estimate
     corollary_1: float
     gradient: float
@@ -106,15 +105,20 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         progress: called with the number of evaluations made.
 
     Raises:
-        ValueError: the budget is too small, no direction finds a difference, or the objective is a judge's, which has no
-            value to measure.
+        ValueError: the budget is too small, no direction finds a difference, the objective is a judge's, which has no
+            value to measure, or the estimator is the forward gradient.
     """
     args, parameters = trainer.args, trainer.tuned
+    if args.estimator == "forward_gradient":
+        raise ValueError(
+            "a diagnosis measures slopes by differences, and estimator='forward_gradient' has them without: leave it out"
+        )
     n = Directions.parse(args.n_spsa).at(0)
+    one_sided = args.estimator == "one_sided"
     distribution: Distribution = args.distribution  # type: ignore[assignment]
     trainer.calibrate()
     calibration = trainer.calibration_forwards
-    a_step = n * (1 if args.estimator == "one_sided" else 2)
+    a_step = n * (1 if one_sided else 2)
     plan = Plan.of(budget - calibration, a_step)
     if plan is None:
         least = next(b for b in itertools.count() if Plan.of(b, a_step)) + calibration
@@ -135,14 +139,14 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
 
     share = min(max(confirmed.value, LEAST_CONFIRMED), 1.0)
     gradient = math.sqrt((curvature.slopes.square().mean() + second.square().mean()).item() / 2.0)
-    theory = share * _corollary_1_of(curvature, n)
+    theory = share * _corollary_1_of(curvature, n, one_sided)
     if gradient == 0.0:
         raise ValueError(
             f"all {plan.directions} directions tie at ε = {at:g}: there is no slope to follow; ask for a reward that moves, "
             "such as label_reward='expected', or for larger batches"
         )
     sgd = min(theory, at / gradient)  # a typical step is no longer than the distance at which slopes were measured
-    unit = gradient if args.update == "normalized" else 1.0  # from `sgd` to the rate of the run's own rule
+    unit = gradient if measured_in_weights(args.update) else 1.0  # from `sgd` to the rate of the run's own rule
     rates = [times * sgd * unit for times in TRIES]
     tries = _descend(trainer, rates, at, plan.steps, a_step, batches, progress)
     best = choose_try(tries).learning_rate / unit
@@ -153,11 +157,7 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         calibration_forwards=calibration,
         looks=tuple(looks),
         curvature=curvature,
-        lemma_2=lemma_2(parameters.numel, n, distribution),
-        lemma_2_measured=(
-            estimated_norm(curvature.slopes, parameters, distribution, seeds) / curvature.gradient_squared.value,
-            lemma_2(parameters.numel, plan.directions, distribution),
-        ),
+        lemma_2=lemma_2(parameters.numel, n, distribution, one_sided=one_sided),
         confirmed=confirmed,
         corollary_1=theory,
         gradient=gradient,
@@ -169,12 +169,17 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     )
 
 
-def _corollary_1_of(curvature: Curvature, n: int) -> float:
+def measured_in_weights(update: str) -> bool:
+    """Whether a rule's learning rate is a change of weights, whatever the slope; else it is times a slope."""
+    return update in ("normalized", "adam")
+
+
+def _corollary_1_of(curvature: Curvature, n: int, one_sided: bool) -> float:
     """With the trace's upper end where it cannot be told from zero; infinite where nothing curves upwards."""
     trace = curvature.trace
     steepest = trace.value if trace.low > 0.0 else trace.high
     norm = max(curvature.norm.value, 0.0)
-    return corollary_1(steepest, norm, n) if steepest > 0.0 else math.inf
+    return corollary_1(steepest, norm, n, one_sided=one_sided) if steepest > 0.0 else math.inf
 
 
 # --- the measurements -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class TeacherForcing:
         limit = self._policy.max_new_tokens
         prompts, contexts, texts = self._policy.prompt_ids(rows), [], []
         for row in rows:
-            rendered, text = self._policy.prompt.render(row), _taught(row, self._column)
+            rendered, text = self._policy.prompt.render(row), taught_text(row, self._column)
             context = self._contexts.text(rendered)[-_NEARBY:]
             joined = rendered.messages or not context or context[-1].isspace() or not text or text[0].isspace()
             contexts.append(context)
@@ -92,8 +92,12 @@ class TeacherForcing:
         ]
 
 
-def _taught(row: Mapping[str, Any], column: str) -> str:
-    """The text to teach, of all that are right."""
+def taught_text(row: Mapping[str, Any], column: str) -> str:
+    """The text to teach, of all that are right: a text, the first of a list or of a mapping's `text`, or a conversation's text.
+
+    Raises:
+        ValueError: the column is missing, or holds something else.
+    """
     if column not in row:
         columns = ", ".join(map(repr, row))
         raise ValueError(

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from zorl.directions import Distribution, key
-from zorl.kernels import kernel_for
-from zorl.parameters import ParameterSet
+from zorl.directions import Distribution
 
 
-def lemma_2(parameters: int, n: int, distribution: Distribution) -> float:
+def lemma_2(parameters: int, n: int, distribution: Distribution, *, one_sided: bool = False) -> float:
     """E‖∇̂L‖² / ‖∇L‖² of n-SPSA (Malladi et al. 2023, Lemma 2): (d + n − 1)/n wherever ‖z‖² = d.
 
     That is so on the paper's sphere of radius √d, and for ±1 and rank-one directions, whose elements are all ±1. A Gaussian z is
     longer where it meets the gradient, E[(z·∇L)²‖z‖²] = (d + 2)‖∇L‖², which makes it (d + n + 1)/n. For rank four the
     length varies too; (d + n − 1)/n is then an approximation.
+
+    Args:
+        one_sided: of n ≥ 2 points that are compared with the mean of the others in place of a second side. That mean has noise of
+            its own: d/(n − 1) + ((n − 1)² + 1)/(n(n − 1)), and 2/n more for a Gaussian.
     """
-    return (parameters + n + (1 if distribution == "gaussian" else -1)) / n
+    longer = 2 / n if distribution == "gaussian" else 0.0
+    if one_sided:
+        return parameters / (n - 1) + ((n - 1) ** 2 + 1) / (n * (n - 1)) + longer
+    return (parameters + n - 1) / n + longer
 
 
-def corollary_1(trace: float, norm: float, n: int) -> float:
+def corollary_1(trace: float, norm: float, n: int, *, one_sided: bool = False) -> float:
     """The learning rate η_SGD/γ that falls the most a step by the descent lemma (Malladi et al. 2023, Corollary 1), η_SGD = 1/ℓ.
 
     For Gaussian z, E[ĝᵀHĝ] = (tr H‖∇L‖² + (n+1)·∇LᵀH∇L)/n, so γ = (r + n + 1)/n with r = tr H/ℓ; for the sphere, ±1 and rank one
@@ -32,16 +32,8 @@ def corollary_1(trace: float, norm: float, n: int) -> float:
         trace: tr H.
         norm: ℓ, H's largest eigenvalue.
         n: directions a step.
+        one_sided: as for `lemma_2`: E[ĝᵀHĝ] = tr H‖∇L‖²/(n − 1) + (n + 1 + 1/(n − 1))/n · ∇LᵀH∇L.
     """
+    if one_sided:
+        return 1 / (trace / (n - 1) + (n + 1 + 1 / (n - 1)) / n * norm)
     return n / (trace + (n + 1) * norm)
-
-
-def estimated_norm(slopes: Tensor, parameters: ParameterSet, distribution: Distribution, seeds: Sequence[int]) -> float:
-    """‖∇̂L‖² of n-SPSA with these seeds and slopes zᵢ·∇L: the estimate is made one parameter at a time, and not kept."""
-    coefficients = (slopes / len(seeds)).tolist()
-    total = 0.0
-    for name, tensor in parameters.items():
-        estimate = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
-        kernel_for(estimate).add(estimate, [key(seed, name) for seed in seeds], coefficients, distribution)
-        total += estimate.double().square().sum().item()
-    return total

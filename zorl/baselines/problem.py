@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +29,7 @@ from zorl.prompts import MASK, Answer, Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions, RewardValues
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
+from zorl.teacher_forcing import taught_text
 
 Rows = Sequence[dict[str, Any]]
 Report = Callable[[int], object]  # called with the forwards that were spent since it was last called
@@ -104,10 +105,15 @@ class Problem:
             temperature=0.0,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where models are loaded: the one that Trainer would choose."""
+        return self._settings.device
+
     def load(self, dtype: str | None = None) -> tuple[Any, Any]:
-        """A copy of the model, on the device that Trainer would choose and in eval mode, and its tokenizer."""
+        """A copy of the model, on `device` and in eval mode, and its tokenizer."""
         model: Any = load_model(self.model, self.dtype if dtype is None else dtype)
-        return model.to(self._settings.device).eval(), load_processing_class(self.model)
+        return model.to(self.device).eval(), load_processing_class(self.model)
 
     def policy(self, model: Any, tokenizer: Any, prompt: Prompt | None = None) -> Policy:
         """Answers of the model as it is at the time of asking."""
@@ -197,12 +203,16 @@ def answers_of(policy: Policy, rows: Rows) -> list[Answer]:
 
 
 def target_text(prompt: Prompt, row: dict[str, Any], label_column: str) -> str:
-    """The answer to a row as it continues the prompt's text: the label's word, or the label itself.
+    """The answer to a row as it continues the prompt's text: the label's word, or the label itself, the first where several are
+    right.
 
     A space comes first where the text ends without one, but not in a template that says where its word goes.
     """
-    label = str(row[label_column])
-    word = label if prompt.label_words is None else prompt.label_words[label]
+    label = row[label_column]
+    if prompt.label_words is not None:
+        word = prompt.label_words[str(label)]
+    else:
+        word = taught_text(row, label_column) if isinstance(label, Mapping | list | tuple) else str(label)
     before = prompt.render(row).before
     placed = f"{{{MASK}}}" in prompt.template and not prompt.chat
     return word if placed or before == "" or before[-1].isspace() else f" {word}"
