@@ -128,14 +128,16 @@ def report(result: dict[str, Any]) -> str:
         "    torchrun --nproc_per_node 8 --no_python zorl train …                        # the same",
         "    torchrun --nproc_per_node 2 --no_python zorl train --use_cpu …              # on CPUs, gloo",
         "",
-        "(`accelerate launch --cpu` starts one process, unless MPI is set up.)",
+        "(Without `--multi_gpu`, `accelerate launch` starts one process, whatever `--num_processes` says; with it, it starts "
+        "several, on CPUs too.)",
         "",
         "Every process holds the model and sees the whole batch, which has `per_device_train_batch_size` rows for each. It runs "
         "its share of the rows at all points of the probe. Then the processes tell each other what came out: for label words "
         "and options the scores of each row, for generation its tokens, for the loss its numbers. A user's own loss, which may "
         "be one number for all rows, is shared by points. Rewards and judges are asked in the first process alone, once, on the "
         "whole batch, so that a metric of a set is that of the set. The first process's numbers are what all of them tell the "
-        "optimizer; each makes the update itself, from the seed. Nothing that is sent grows with the model.",
+        "optimizer; each makes the update itself, from the seed. Nothing that a step sends grows with the model. Before the "
+        "first one, where a label head is tuned, each process sends the last states of its rows: rows times the model's width.",
         "",
         "All need the same `output_dir`; the first process writes the trajectory. The weights are compared by SHA-256 at the end "
         "and every `--check_weights_steps` steps. When a process dies the others end with a message, and the same command goes "
@@ -151,7 +153,7 @@ def report(result: dict[str, Any]) -> str:
         "turns). Where there are more processes than cores their step takes as many times longer as they share a core; "
         "efficiency is against that.",
         "",
-        "| processes | rows a step | seconds a step | range | efficiency | bytes that the first process sends, a step |",
+        "| processes | rows a step | seconds a step | range | efficiency | bytes a step from the first process to each |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

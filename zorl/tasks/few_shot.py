@@ -1,4 +1,7 @@
-"""Few examples of many, as the paper draws them (appendix E.1): the same ones for the same seed, on every machine."""
+"""Few examples of many, in the paper's sizes and with its seeds (appendix E.1): the same for the same seed, on every machine.
+
+They are not the very rows of the paper, whose draws depend on numpy and on the order of its files.
+"""
 
 from __future__ import annotations
 
