@@ -70,9 +70,9 @@ class MeZOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Typical change of a weight in one step of one direction (update=normalized). Default, by what is tuned: "
+            "3e-4·√(23M/parameters), at most "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
-            + "; full is less above 0.2M parameters, by the root of their number: 3e-4 for 23M, 3e-5 for 2.3B. Times the "
-            "directions that a step averages over."
+            + ", times the directions that a step averages over."
         },
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
