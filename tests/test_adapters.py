@@ -100,6 +100,21 @@ def test_a_prefix_starts_as_tokens_that_the_model_has_read(language_model: Any, 
 
 
 @pytest.mark.parametrize("kind", MASKED)
+def test_a_masked_model_s_prefix_starts_from_keys_of_its_own(language_model: Any, kind: str) -> None:
+    model = language_model(kind)
+    read: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    prefix = add_prefix(model, 3, seed=1).prompt_encoder.default.embedding.weight
+    hook.remove()
+    encoder = language_model(kind).base_model
+    with torch.no_grad():
+        states = encoder(read[0], output_hidden_states=True).hidden_states
+        attentions = [layer.attention.self for layer in encoder.encoder.layer]
+        computed = [half(states[i])[0] for i, of in enumerate(attentions) for half in (of.key, of.value)]
+    torch.testing.assert_close(prefix.detach(), torch.cat(computed, dim=1), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MASKED)
 def test_a_masked_model_reads_its_prefix_and_padding_changes_nothing(
     language_model: Any, parts: Any, kind: str
 ) -> None:
