@@ -145,7 +145,7 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
         tested = load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=split).dataset
     else:
         train_rows, tested = hold_out(train_rows, classes)
-        say(f"no --test_dataset: {len(tested)} of {len(train.dataset)} rows are held out to report on")
+        say(f"no other rows to report on (--test_dataset): {len(tested)} of {len(train.dataset)} are held out")
     if arguments.k_shot is not None and arguments.eval_dataset is None:
         shots = k_shot(train_rows.to_list(), arguments.k_shot, seed=seed, label_column=classes)
         drawn = shots.train, shots.validation
@@ -164,8 +164,8 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
 
 def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool:
     """Whether there are rows to report on beside those to learn from: a file is all one split."""
-    if arguments.test_dataset is not None:
-        return arguments.test_dataset != arguments.dataset
+    if arguments.test_dataset is not None and arguments.test_dataset != arguments.dataset:
+        return True
     learnt = arguments.dataset_split or "train"
     tested = arguments.test_split or ("test" if task is not None else learnt)
     a_file = task is not None and arguments.dataset is not None and Path(arguments.dataset).is_file()

@@ -43,10 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         prompt=Prompt(reviews.PROMPT, reviews.LABEL_WORDS),
         train_dataset=train,
         eval_dataset=test,
-        args=MeZOConfig(
-            output_dir=str(options.output_dir),
-            max_steps=options.steps,
-        ),
+        args=MeZOConfig(output_dir=str(options.output_dir), max_steps=options.steps),
     )
     before = trainer.evaluate()["eval_profit"]
     trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())  # a run that was cut short goes on

@@ -121,9 +121,10 @@ def report() -> str:
         f"of {BATCH}, SPSA along one direction of rank one a step, update=normalized with a linear schedule, no label head. "
         f"Every run has {FORWARDS} forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has "
         f"{BUDGET} forwards at most. "
-        "One seed, so small differences are noise: the standard error of an accuracy here is 0.025.",
+        "The default's learning rate is 3e-4 for 22.7M parameters and 2.8e-3 for 0.26M, its ε adapts itself. One seed, so small "
+        "differences are noise: the standard error of an accuracy here is 0.025.",
         "",
-        "| model | objective | suggested lr, ε | start | suggested | default (3e-4; 2.8e-3) | best of the grid | at | median "
+        "| model | objective | suggested lr, ε | start | suggested | the default | best of the grid | at | median "
         "| worst | suggestion beats |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

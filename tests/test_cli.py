@@ -834,28 +834,25 @@ def test_diagnose_takes_a_task_and_suggests_a_rate_in_the_units_of_the_update(
 ) -> None:
     rows = [f"the film was {word}\t{label}" for word, label in (("great", 1), ("odd", 0), ("good", 1), ("bad", 0)) * 8]
     (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n", encoding="utf-8")
-    rates = {}
     for update in ("normalized", "adam", "sgd"):
-        flags = [
-            "--model",
-            files.bert,
-            "--task",
-            "sst2",
-            "--dataset",
-            str(tmp_path),
-            "--update",
-            update,
+        flags = ["--model", files.bert, "--task", "sst2", "--dataset", str(tmp_path), "--update", update]
+        size = [
             "--budget",
             "300",
+            "--calibration",
+            "none",
+            "--per_device_train_batch_size",
+            "8",
+            "--plot",
+            str(tmp_path / "plot.png"),
         ]
-        size = ["--calibration", "none", "--per_device_train_batch_size", "8", "--plot", str(tmp_path / "plot.png")]
         result = zorl("diagnose", *flags, *size, "--json").json
         assert result["objective"] == "accuracy"
         words = shlex.split(result["command"])
         assert words[words.index("--task") + 1] == "sst2"
-        rates[update] = float(words[words.index("--learning_rate") + 1])
+        rate = float(words[words.index("--learning_rate") + 1])
         unit = "sgd" if update == "sgd" else "normalized"
-        assert rates[update] == pytest.approx(result["suggested"][f"learning_rate_{unit}"])
+        assert rate == pytest.approx(result["suggested"][f"learning_rate_{unit}"])
 
 
 def test_diagnose_explains_what_it_found(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:

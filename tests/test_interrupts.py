@@ -15,7 +15,7 @@ import torch
 
 import zorl
 from zorl.in_place import InPlace
-from zorl.interrupts import uninterrupted
+from zorl.interrupts import terminated_as_interrupted, uninterrupted
 from zorl.mezo import MeZO
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
@@ -146,6 +146,27 @@ def test_an_error_in_the_block_is_not_lost_without_an_interrupt():
     with pytest.raises(ZeroDivisionError), uninterrupted():
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_waits_as_ctrl_c_does_and_ends_what_ignores_ctrl_c() -> None:
+    before, done = signal.getsignal(signal.SIGTERM), []
+
+    def block() -> None:
+        with terminated_as_interrupted(), uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("to the end of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done
+    assert signal.getsignal(signal.SIGTERM) is before
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_another_thread_leaves_signals_alone():

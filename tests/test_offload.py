@@ -41,7 +41,7 @@ def make(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTrain
         prompt = Prompt("{text} it was {mask}" if kind != "bert" else "{text} it was {mask} .", WORDS)
         config = {"max_steps": 3, "per_device_train_batch_size": 8, "calibration": "none", "save_strategy": "no"}
         return MeZOTrainer(
-            model, reward_funcs=settings.pop("reward_funcs", accuracy()), prompt=settings.pop("prompt", prompt),
+            model, reward_funcs=accuracy(), prompt=settings.pop("prompt", prompt),
             processing_class=parts(kind).tokenizer, train_dataset=ROWS, eval_dataset=settings.pop("eval_dataset", None),
             metrics=settings.pop("metrics", None),
             args=MeZOConfig(

@@ -329,11 +329,8 @@ def test_another_site_cannot_vote_with_the_cookie_of_somebody_who_has_signed_in(
     [
         ("POST", {"host": "judge.example"}, False),  # no browser
         ("POST", {"host": "judge.example", "origin": "https://judge.example"}, False),
-        (
-            "POST",
-            {"host": "judge.example", "origin": "https://judge.example:8443"},
-            False,
-        ),  # a proxy that drops the port
+        # A proxy that drops the port.
+        ("POST", {"host": "judge.example", "origin": "https://judge.example:8443"}, False),
         ("POST", {"host": "judge.example:7860", "origin": "http://judge.example:7860"}, False),
         ("POST", {"host": "localhost:7860", "origin": "http://localhost:3000"}, True),
         ("POST", {"host": "judge.example", "origin": "https://evil.example"}, True),

@@ -205,12 +205,11 @@ def test_what_is_exchanged_does_not_grow_with_the_model(tmp_path: Path) -> None:
     for of in launch("widths", tmp_path, 2)[0]:
         narrow, wide = of["1"], of["4"]
         assert wide["parameters"] > 4 * narrow["parameters"]
-        assert wide["bytes"] == pytest.approx(
-            narrow["bytes"], rel=0.05
-        )  # numbers are sent in as many digits as they have
+        # Numbers are sent in as many digits as they have.
+        assert wide["bytes"] == pytest.approx(narrow["bytes"], rel=0.05)
 
 
-def test_weights_that_differ_by_one_bit_end_the_run(tmp_path: Path) -> None:
+def test_weights_that_differ_end_the_run(tmp_path: Path) -> None:
     """At the next look, or without one at the end of the run."""
     for of in launch("diverge", tmp_path, 2)[0]:
         for check in ("1", "1000"):

@@ -71,7 +71,7 @@ def prepare(model: Any, args: MeZOConfig) -> Any:
 
 
 def default_learning_rate(tune: str, parameters: int) -> float:
-    """The typical change of a weight in one step of one direction, for so many tuned parameters.
+    """The typical change of a weight in one step of one direction, for so many tuned parameters (`update="normalized"`).
 
     Where the model itself is tuned, all steps have one length, so that the more weights there are, the less each of them
     moves: the rate falls with the root of their number (docs/what_pays.md).
