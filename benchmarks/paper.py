@@ -2,11 +2,12 @@
 
     python benchmarks/paper.py --masked MODEL --causal MODEL --data FOLDER      # runs what is missing; can be stopped at any time
     python benchmarks/paper.py … --only sst2-16 rte-16 --methods mezo threshold   # a part of it
+    python benchmarks/paper.py … --processes 14                                   # on a machine with cores or a GPU to spare
     python benchmarks/paper.py --report                                           # docs/results.md from the cells
 
 `--masked` is a small masked language model, `--causal` a small causal one. FOLDER holds sst2/ (train.tsv, test.tsv), trec/
 (TREC.train.all, TREC.test.all), lmbff_kshot/ (the k-shot splits of LM-BFF), superglue_fewglue/ (FewGLUE and SuperGLUE's
-validation splits) and xquad_en/. Each setting is one call of `zorl compare`; its cells are kept in benchmarks/results/paper/.
+validation splits) and xquad_en/. A job is a call of `zorl compare`; the cells are kept in benchmarks/results/paper/.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import argparse
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from zorl.apps import compare_report
+from zorl.apps import compare, compare_report
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "results" / "paper"
@@ -40,6 +44,7 @@ REST = (
     "mezo_published_metric", "mezo_lora", "mezo_prefix", "mezo_head", "mezo_momentum", "mezo_adam", "mezo_one_point",
     "mezo_two_sided", "bbt", "fine_tuning_sgd", "grpo",
 )  # fmt: skip
+CHEAP = ("zero_shot", "threshold", "label_head", "linear_probing", "in_context")
 
 
 @dataclass(frozen=True)
@@ -94,36 +99,80 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def run(name: str, methods: Sequence[str], seeds: Sequence[int], options: argparse.Namespace) -> None:
-    """`zorl compare` on one setting, with the cells that are there already."""
-    setting, work, kept = SETTINGS[name], WORK / name, CELLS / name
-    (work / "cells").mkdir(parents=True, exist_ok=True)
-    for cell in kept.glob("*.json"):
-        shutil.copy(cell, work / "cells")
+class Job(NamedTuple):
+    """A call of `zorl compare`."""
+
+    name: str
+    seed: int
+    methods: tuple[str, ...]
+
+
+def missing(options: argparse.Namespace) -> list[Job]:
+    """A method a job, and what takes seconds together. A whole row of seeds last: early on there is something of everything."""
+    jobs = []
+    for seed in options.seeds:
+        for name in options.only:
+            todo = [method for method in options.methods if not (CELLS / name / f"{method}-{seed}.json").exists()]
+            jobs += [Job(name, seed, (method,)) for method in todo if method not in CHEAP]
+            if cheap := tuple(method for method in todo if method in CHEAP):
+                jobs.append(Job(name, seed, cheap))
+    return jobs
+
+
+def run(job: Job, options: argparse.Namespace) -> None:
+    """The job's cells, with those of an earlier try that was cut short."""
+    setting, kept = SETTINGS[job.name], CELLS / job.name
+    work = WORK / f"{job.name}-{job.seed}-{job.methods[0]}"
+    work.mkdir(parents=True, exist_ok=True)
     for target, sources in setting.pool:
         parts = [(Path(options.data) / source).read_text(encoding="utf-8").splitlines() for source in sources]
         rows = dict.fromkeys(line for part in parts for line in part[1:])
         (work / target).write_text("\n".join([parts[0][0], *rows]) + "\n", encoding="utf-8")
-    filled = setting.arguments.format(data=Path(options.data).resolve(), pooled=work)
-    command = [
-        sys.executable, "-m", "zorl.apps.cli", "compare", "--model", options.causal if setting.causal else options.masked,
-        "--task", setting.task, *filled.split(), "--budget", str(BUDGET), "--batch_size", str(BATCH),
-        "--test_rows", str(TEST_ROWS),
-        "--output_dir", str(work), "--seeds", *map(str, seeds), "--methods", *methods,
+    arguments = [
+        "--model", options.causal if setting.causal else options.masked, "--task", setting.task,
+        *setting.arguments.format(data=Path(options.data).resolve(), pooled=work).split(),
+        "--budget", str(BUDGET), "--batch_size", str(BATCH), "--test_rows", str(TEST_ROWS),
+        "--output_dir", str(work), "--seeds", str(job.seed), "--methods", *job.methods,
     ]  # fmt: skip
-    print(f"{name}: {', '.join(methods)}", flush=True)
     try:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with redirect_stderr(StringIO()):  # how each goes on, which the bar over the jobs says
+            compare.run(arguments)
     finally:
         kept.mkdir(parents=True, exist_ok=True)
         for path in (work / "cells").glob("*.json"):
-            cell = json.loads(path.read_text(encoding="utf-8"))
-            cell.setdefault("machine", machine())
+            cell = json.loads(path.read_text(encoding="utf-8")) | {"machine": machine()}
             (kept / path.name).write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+    """Several at once in processes of their own; a job that fails is told and does not end the others."""
+    os.environ |= {
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+    }  # one bar is enough
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.processes)))
+    failed = 0
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        todo = {pool.submit(run, job, options): job for job in jobs}
+        try:
+            for done in tqdm(as_completed(todo), total=len(todo), unit="job"):
+                if (error := done.exception()) is not None:
+                    failed += 1
+                    job = todo[done]
+                    tqdm.write(
+                        f"{job.name}, seed {job.seed}, {', '.join(job.methods)}: {type(error).__name__}: {error}"
+                    )
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        print(f"{failed} jobs failed; the same command tries them again", file=sys.stderr)
+
+
 def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
 def cells_of(name: str) -> list[dict[str, Any]]:
@@ -211,14 +260,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to run")
     parser.add_argument("--methods", nargs="+", default=[*MAIN, *REST], help="methods to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=1, help="jobs at once")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md")
     options = parser.parse_args()
     if not options.report:
         if not (options.masked and options.causal and options.data):
             parser.error("--masked, --causal and --data are needed to run; --report alone writes the report")
-        for seed in options.seeds:  # a whole row of seeds last: early on there is something of everything
-            for name in options.only:
-                run(name, options.methods, [seed], options)
+        run_all(missing(options), options)
     (ROOT / "docs" / "results.md").write_text(report(), encoding="utf-8")
 
 

@@ -53,9 +53,10 @@ TARGETS = {("scratch", "8x64"): 1.10, ("scratch", "4x32"): 1.20, ("twin_n1", "8x
            ("twin_n1", "generate"): 0.65}  # fmt: skip
 
 
-def make_model() -> Any:
+def make_model(**shape: int) -> Any:
+    """OPT-125M, or another of its family."""
     torch.manual_seed(0)
-    model = OPTForCausalLM(OPTConfig(dropout=0.0)).eval()
+    model = OPTForCausalLM(OPTConfig(dropout=0.0, **shape)).eval()
     model.generation_config.eos_token_id = None  # every text is as long as asked for
     return model
 
@@ -65,7 +66,8 @@ class Cases:
 
     def __init__(self, model: Any, tokens: Tensor, *, generate: bool) -> None:
         self.model, self.tokens, self.generate = model, tokens, generate
-        self.labels = torch.arange(len(tokens)) % 2
+        self.labels = torch.arange(len(tokens), device=tokens.device) % 2
+        self.label_rows = LABEL_ROWS.to(tokens.device)
         named = list(model.named_parameters())
         self.scratch = MeZO(named, lr=LR, epsilon=EPSILON)
         self.twin = MeZO(named, lr=LR, epsilon=EPSILON, distribution="rank1")
@@ -85,8 +87,8 @@ class Cases:
             )
             return [(part[:, -NEW_TOKENS:] % 7).float().mean().item() for part in text.chunk(copies)]
         logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1]
-        if logits.shape[1] != len(LABEL_ROWS):
-            logits = logits[:, LABEL_ROWS]
+        if logits.shape[1] != len(self.label_rows):
+            logits = logits[:, self.label_rows]
         return [F.cross_entropy(part.float(), self.labels).item() for part in logits.chunk(copies)]
 
     def two_forwards(self) -> None:
@@ -101,7 +103,7 @@ class Cases:
         def perturb(scale: float) -> None:
             torch.manual_seed(1)
             for p in parameters:
-                z = torch.normal(mean=0.0, std=1.0, size=p.shape)
+                z = torch.normal(mean=0.0, std=1.0, size=p.shape, dtype=p.dtype, device=p.device)
                 p.data = p.data + scale * EPSILON * z
 
         perturb(1.0)
@@ -112,12 +114,12 @@ class Cases:
         torch.manual_seed(1)
         projected = (plus - minus) / (2 * EPSILON)
         for p in parameters:
-            z = torch.normal(mean=0.0, std=1.0, size=p.shape)
+            z = torch.normal(mean=0.0, std=1.0, size=p.shape, dtype=p.dtype, device=p.device)
             p.data = p.data - LR * projected * z
 
     def _step(self, mezo: MeZO, evaluator: Scratch | Twin) -> None:
         probe = mezo.ask()
-        rows = None if self.generate else LABEL_ROWS
+        rows = None if self.generate else self.label_rows
         forward = lambda copies: self.forward(evaluator.module, copies)  # noqa: E731
         mezo.tell(probe.id, Scores.of_losses(evaluator.evaluate_all(probe.points, forward, head_rows=rows)))
         mezo.step()
@@ -138,7 +140,7 @@ class Cases:
         logits = self.model(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=1, use_cache=False
         ).logits[:, -1]
-        F.cross_entropy(logits[:, LABEL_ROWS].float(), self.labels[: len(tokens)]).backward()
+        F.cross_entropy(logits[:, self.label_rows].float(), self.labels[: len(tokens)]).backward()
         self.adam.step()
         self.adam.zero_grad()
 
@@ -182,7 +184,7 @@ def measure(model: Any, name: str, tokens: Tensor, rounds: int, *, generate: boo
                 cases.adam_step(tokens[:1, :4])  # makes room for its moments
             for _ in range(1 if quick else rounds):
                 before = statistics.median(plain) if quick else timed(cases.two_forwards)
-                with peak_memory() as peak:
+                with peak_memory(tokens.device) as peak:
                     seconds[case].append(timed(method) / before)
                 peaks[case] = peak.megabytes
     base = statistics.median(plain)
@@ -200,11 +202,14 @@ def measure(model: Any, name: str, tokens: Tensor, rounds: int, *, generate: boo
 
 
 def memory_of(cases: Cases, methods: dict[str, Callable[[], None]]) -> dict[str, float | None]:
-    """Megabytes of the whole process while each method makes a step, and while plain inference has as many rows in a forward."""
+    """Megabytes while each method makes a step, and while plain inference has as many rows in a forward.
+
+    They are of the whole process, or of what torch has allocated on a GPU.
+    """
     found: dict[str, float | None] = {}
 
     def note(name: str, work: Callable[[], Any]) -> None:
-        with peak_memory() as peak:
+        with peak_memory(cases.tokens.device) as peak:
             work()
         found[name] = peak.megabytes
 
@@ -223,6 +228,8 @@ def whole(megabytes: float | None) -> int | None:
 def timed(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

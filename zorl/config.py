@@ -374,11 +374,12 @@ class MeZOConfig(TrainingArguments):
         self.epsilon = SCALES[self.tune].epsilon if self.epsilon is None else self.epsilon
 
     def _refuse_backpropagation(self) -> None:
+        new_name = getattr(self, "activation_checkpointing", False)  # since transformers 5.18
         wrong = {
             "fp16": (self.fp16, "load the model in half precision with dtype='float16' instead"),
             "bf16": (self.bf16, "load the model in half precision with dtype='bfloat16' instead"),
             "gradient_checkpointing": (self.gradient_checkpointing, "no activations are kept that could be spared"),
-            "activation_checkpointing": (self.activation_checkpointing, "no activations are kept that could be spared"),
+            "activation_checkpointing": (new_name, "no activations are kept that could be spared"),
             "max_grad_norm": (self.max_grad_norm, "there is no gradient; update='normalized' bounds each step"),
             "weight_decay": (self.weight_decay, "a decayed weight cannot be replayed from the trajectory bit for bit"),
             "deepspeed": (self.deepspeed, "one process needs no sharded optimizer states: there are none"),

@@ -124,7 +124,7 @@ def _train(
             chat_template_kwargs=dict(problem.prompt.chat_template_kwargs or {}) or None,
             seed=problem.seed,
             bf16=False,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
