@@ -28,8 +28,9 @@ from zorl.apps.inputs import (
     source_of,
 )
 from zorl.curvature import Estimate
-from zorl.diagnosis import Diagnosis, choose_try, diagnose, measured_in_weights
+from zorl.diagnosis import Diagnosis, choose_try, diagnose
 from zorl.slopes import SLOPE_ERROR
+from zorl.updates import measured_in_weights
 
 _OWN = (
     "budget",

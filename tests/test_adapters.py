@@ -189,7 +189,8 @@ def test_steps_and_perturbations_suit_what_is_tuned_unless_given(tmp_path: Path)
         for n in (1, 2, 8):
             config = settings(tmp_path, tune=tune, n_spsa=str(n)).sized(1000)
             assert (config.learning_rate, config.epsilon) == (n * scale.learning_rate, scale.epsilon)
-        assert settings(tmp_path, tune=tune, update="sgd").sized(1000).learning_rate == scale.learning_rate
+        assert settings(tmp_path, tune=tune, update="adam").sized(1000).learning_rate == scale.learning_rate
+        assert settings(tmp_path, tune=tune, update="sgd").sized(1000).learning_rate is None
     left_open = settings(tmp_path, n_spsa="1")
     rates = {size: left_open.sized(size).learning_rate for size in (10**6, 10**8, 10**10)}
     assert [rate * size**0.5 for size, rate in rates.items()] == pytest.approx(

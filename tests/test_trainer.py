@@ -309,7 +309,7 @@ def test_what_is_left_open_suits_the_objective(make: Callable[..., MeZOTrainer])
         ({"reward_funcs": accuracy()}, {"n_spsa": "1-8/100"}, "spsa", "1-8/100", 3e-3),
         ({"reward_funcs": accuracy()}, {"estimator": "spsa"}, "spsa", "1", 3e-3),
         ({"reward_funcs": accuracy()}, {"estimator": "one_point"}, "one_point", "1", 3e-3),
-        ({"loss": "cross_entropy"}, {"update": "sgd"}, "one_sided", "8", 3e-3),
+        ({"loss": "cross_entropy"}, {"update": "adam"}, "one_sided", "8", 3e-3),
         ({"judge": judge}, {}, "spsa", "1", 3e-3),
         ({"judge": judge}, {"n_spsa": "4", "learning_rate": 1e-3}, "spsa", "4", 1e-3),
     ):
@@ -589,7 +589,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(make: Callable[..., M
 @pytest.mark.parametrize(
     "method",
     [
-        {"update": "momentum"},
+        {"update": "momentum", "learning_rate": 1e-4},
         {"update": "adam", "distribution": "gaussian", "moments": "stored"},
         {"estimator": "one_point", "learning_rate": 1e-4},
         {"estimator": "variance_spsa", "block_scales": "gradient_norms", "block_scales_every": 4},
@@ -954,6 +954,15 @@ def test_settings_out_of_range_or_of_backpropagation_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         MeZOConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("update", ["sgd", "momentum"])
+def test_an_update_in_units_of_the_slope_needs_a_learning_rate(make: Callable[..., MeZOTrainer], update: str):
+    trainer = make(settings={"update": update})
+    with pytest.raises(ValueError, match=f"no default suits: give learning_rate .*zorl diagnose … --update {update}"):
+        trainer.train()
+    assert not trainer.folder.trajectory.exists()
+    make("given", settings={"update": update, "learning_rate": 1e-4, "max_steps": 1}).train()
 
 
 def test_an_unknown_update_rule_is_refused(make: Callable[..., MeZOTrainer]):

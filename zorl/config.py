@@ -20,6 +20,7 @@ from zorl.head_tuning import Calibration
 from zorl.moments import Averaging
 from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
+from zorl.updates import measured_in_weights
 
 DIRECTIONS = 8  # a step of estimator="one_sided", of which seven are worth something
 _INFINITE = float("inf")
@@ -69,7 +70,8 @@ class MeZOConfig(TrainingArguments):
     learning_rate: float = field(  # type: ignore[assignment]  # None until the trainer has seen what is tuned
         default=None,
         metadata={
-            "help": "Typical change of a weight in one step of one direction (update=normalized). Default, by what is tuned: "
+            "help": "Typical change of a weight in one step of one direction; with sgd and momentum what the slope is multiplied "
+            "by, which has no default. Default, by what is tuned: "
             "3e-4·√(23M/parameters), at most "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
             + ", times the directions that a step averages over."
@@ -347,14 +349,30 @@ class MeZOConfig(TrainingArguments):
         return args
 
     def sized(self, parameters: int) -> MeZOConfig:
-        """The same for so many tuned parameters: a learning rate that was left open is the one that suits them."""
-        if self.learning_rate is not None:
+        """The same for so many tuned parameters: a learning rate that was left open is the one that suits them.
+
+        Only where steps have a size of their own: SGD's and momentum's have that of the objective's slope.
+        """
+        if self.learning_rate is not None or not measured_in_weights(self.update):
             return self
         args = copy.copy(self)
         # As far as one direction after the other would go: the rule averages over directions.
         times = Directions.parse(self.n_spsa).start if self.update == "normalized" else 1
         args.learning_rate = default_learning_rate(self.tune, parameters) * times
         return args
+
+    def needed_learning_rate(self) -> float:
+        """`learning_rate`, once it is known.
+
+        Raises:
+            ValueError: it was left open, and none suits every objective.
+        """
+        if self.learning_rate is None:
+            raise ValueError(
+                f"update={self.update!r} multiplies the objective's slope by the learning rate, so no default suits: give "
+                f"learning_rate (`zorl diagnose … --update {self.update}` suggests one), or take update='normalized'"
+            )
+        return self.learning_rate
 
     def _decide(self, judged: bool) -> None:
         """What was left open: the estimator, and the directions a step."""

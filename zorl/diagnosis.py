@@ -33,6 +33,7 @@ from zorl.schedules import Directions
 from zorl.slopes import EPSILONS, Look, choose_epsilon, look, rms
 from zorl.theory import corollary_1, lemma_2
 from zorl.trainer import MeZOTrainer
+from zorl.updates import measured_in_weights
 
 LOOKS = 4  # directions that ε is chosen by
 TRIES = (0.25, 1.0, 4.0)  # times the learning rate that the theory gives
@@ -71,7 +72,7 @@ class Diagnosis:
         confirmed: the share of a squared slope that another batch confirms.
         corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
         gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"` (see
-            `measured_in_weights`).
+            `zorl.updates.measured_in_weights`).
         tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
             a step where that is less.
         predicted_fall: of the loss, in the first step with the middle rate.
@@ -167,11 +168,6 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         lr_normalized=best * gradient,
         lr_sgd=best,
     )
-
-
-def measured_in_weights(update: str) -> bool:
-    """Whether a rule's learning rate is a change of weights, whatever the slope; else it is times a slope."""
-    return update in ("normalized", "adam")
 
 
 def _corollary_1_of(curvature: Curvature, n: int, one_sided: bool) -> float:

@@ -246,12 +246,13 @@ class MeZOTrainer(ForwardTrainer):
 
         Raises:
             FileExistsError: `output_dir` holds a run and it was not asked to continue.
-            ValueError: there is nothing to continue.
+            ValueError: there is nothing to continue, or the update needs a learning rate.
             TrajectoryError: the run there is of another model or other settings, its trajectory is damaged, or another
                 process is writing it.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is needed to train")
+        self.args.needed_learning_rate()
         with self.folder.claimed() if processes.index() == 0 else contextlib.nullcontext():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -404,7 +405,7 @@ class MeZOTrainer(ForwardTrainer):
         self.folder.path.mkdir(parents=True, exist_ok=True)
         return MeZO(
             self.tuned.items(),
-            lr=args.learning_rate,
+            lr=args.needed_learning_rate(),
             epsilon=args.epsilon_value,
             n_spsa=args.n_spsa,
             distribution=args.distribution,  # type: ignore[arg-type]

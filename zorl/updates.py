@@ -17,6 +17,11 @@ import torch
 UpdateName = Literal["normalized", "sgd", "momentum", "adam"]
 
 
+def measured_in_weights(update: str) -> bool:
+    """Whether a rule's learning rate is a change of weights, whatever the slope; else it is times a slope."""
+    return update not in ("sgd", "momentum")
+
+
 class UpdateRule(Protocol):
     def coefficients(self, projected: Sequence[float], lr: float) -> list[float]:
         """Coefficients of one step's directions.
