@@ -73,6 +73,13 @@ class TrainArguments(InputArguments):
         "Train on this many rows of each label, drawn by --seed, and evaluate on as many others (paper: 16 and 512, with "
         "the seeds 13 21 42 87 100). Without label words, rows in all."
     )
+    sample: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Train on so many rows, drawn by --seed with the labels in proportion, and evaluate on so many others: "
+            "two numbers (paper: 1000 500)."
+        },
+    )
     reward: list[str] | None = field(
         default=None,
         metadata=_several(
@@ -159,12 +166,20 @@ class CompareArguments(InputArguments):
 
     label_column: str | None = _flag("Column with the true label, by name or position. Default: label.")
     eval_dataset: str | None = _flag(
-        "Held-out rows on which methods choose their settings. Default: as many as --k_shot draws, else a fifth of --dataset."
+        "Held-out rows on which methods choose their settings. Default: what --k_shot or --sample draws, else a fifth of "
+        "--dataset."
     )
     test_dataset: str | None = _flag("Rows to report on. Default: the task's test split, else a fifth of --dataset.")
     test_split: str | None = _flag("Split of --test_dataset, or of --dataset where that is a hub data set.")
     test_rows: int = _flag("Rows to report on, at most; drawn once for all seeds.", 1000)
     k_shot: int | None = _flag("Learn from this many rows of each label, drawn by each seed. Default: from all.")
+    sample: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Learn from so many rows and choose settings by so many others, drawn by each seed with the labels in "
+            "proportion: two numbers (paper: 1000 500)."
+        },
+    )
     methods: list[str] | None = field(
         default=None, metadata=_several("What to compare; see below. Default: what needs no backward pass and no grid.")
     )

@@ -106,7 +106,7 @@ batch: by how much is θ+εz better than θ−εz? Held-out rows are scored ten 
 The same command continues a run that was cut short, to the same bits.""",
     types=_train_types,
     sections={
-        "Model and data": f"{_DATA} label_column eval_dataset eval_split k_shot output_dir",
+        "Model and data": f"{_DATA} label_column eval_dataset eval_split k_shot sample output_dir",
         "The question that a row becomes": f"{_QUESTION} head",
         "What to maximise: a reward, a judge or a loss": "reward reward_weights judge judgments loss metrics",
         "What is tuned": "tune parameters lora_rank lora_alpha lora_targets prefix_tokens quantize dtype",
@@ -122,6 +122,7 @@ The same command continues a run that was cut short, to the same bits.""",
 zorl train --model facebook/opt-125m --dataset train.tsv --eval_dataset dev.tsv --text_column text --label_column label \\
   --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1 --max_steps 150 --output_dir out
 zorl train --task sst2 --model roberta-large --k_shot 16 --seed 13 --output_dir out          # a task of the paper
+zorl train --task boolq --model facebook/opt-1.3b --sample 1000 500 --output_dir out         # the paper's sizes for OPT
 zorl train --config run.yaml --seed 1                      # the same flags in a file, one of them changed
 zorl train … --text_column 0 --label_column 1              # a TSV file without a header
 zorl train … --max_steps 2000 --stop_below_gain 0.005      # or less, where twice as much would not buy half a point
@@ -259,7 +260,7 @@ paper's own recipe with a grid of learning rates: mezo_published, mezo_published
 fine_tuning_sgd, grpo (TRL's).""",
     types=lambda: (CompareArguments,),
     sections={
-        "Model and data": f"{_DATA} label_column k_shot eval_dataset test_dataset test_split test_rows",
+        "Model and data": f"{_DATA} label_column k_shot sample eval_dataset test_dataset test_split test_rows",
         "The question that a row becomes": _QUESTION,
         "What to compare": "methods metrics seeds budget batch_size",
         "Output": "output_dir json",

@@ -21,6 +21,7 @@ from zorl.apps.compare_methods import METHODS, STANDARD
 from zorl.apps.inputs import (
     check_model_folder,
     check_source,
+    draw,
     label_of,
     load,
     load_task,
@@ -36,12 +37,11 @@ from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
 from zorl.tables import did_you_mean
 from zorl.tasks import Task
-from zorl.tasks.few_shot import k_shot
 
 # What two comparisons must have in common for their cells to stand in one table.
 SAME = (
     "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
-    "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "test_rows", "budget", "batch_size",
+    "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "sample", "test_rows", "budget", "batch_size",
     "metrics", "max_length", "max_completion_length",
 )  # fmt: skip
 
@@ -146,20 +146,17 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
     else:
         train_rows, tested = hold_out(train_rows, classes)
         say(f"no other rows to report on (--test_dataset): {len(tested)} of {len(train.dataset)} are held out")
-    if arguments.k_shot is not None and arguments.eval_dataset is None:
-        shots = k_shot(train_rows.to_list(), arguments.k_shot, seed=seed, label_column=classes)
-        drawn = shots.train, shots.validation
-    elif arguments.eval_dataset is not None:
+    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
+    if arguments.eval_dataset is not None:
         split = None if task is None else "validation"
-        dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, split=split)
-        drawn = train_rows.to_list(), dev.dataset.to_list()
+        dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, split=split).dataset
+        learnt = train_rows if shots is None else shots.train
     else:
-        kept, held = hold_out(train_rows, classes)
-        drawn = kept.to_list(), held.to_list()
+        learnt, dev = shots or hold_out(train_rows, classes)
     rows = tested.to_list()
     if len(rows) > arguments.test_rows:
         rows = random.Random(0).sample(rows, arguments.test_rows)  # the same ones for all seeds
-    return Rows(*drawn, rows), label_column
+    return Rows(learnt.to_list(), dev.to_list(), rows), label_column
 
 
 def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from datasets import Dataset
 
 from zorl.apps.arguments import InputArguments
 from zorl.apps.launcher import is_first
-from zorl.data import LABEL, TEXT, Rows, load_rows
+from zorl.data import LABEL, TEXT, Rows, Split, load_rows
 from zorl.models import ADAPTER, is_masked, trained_classes
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction
 from zorl.rewards import load_reward
 from zorl.rewards.loading import load_file
 from zorl.tables import check_columns
-from zorl.tasks import Task
+from zorl.tasks import Task, few_shot
 from zorl.tasks import task as find_task
 
 DEFAULT_TEMPLATE = "{prompt}"  # the column that TRL's data sets have
@@ -193,6 +193,32 @@ def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | 
     if needed:
         check_columns(source, [LABEL], rows.dataset.column_names)
     return LABEL if (needed or prompt.chooses) and LABEL in rows.dataset.column_names else None
+
+
+def draw(
+    rows: Dataset, k_shot: int | None, sizes: Sequence[int] | None, *, seed: int, label_column: str | None
+) -> Split | None:
+    """What `--k_shot` or `--sample` draws to train on and to hold out; None without either.
+
+    Raises:
+        ValueError: both are given, or there are too few rows.
+    """
+    if k_shot is None and sizes is None:
+        return None
+    if k_shot is not None and sizes is not None:
+        raise ValueError("--k_shot and --sample are two ways of drawing rows: give one")
+    if k_shot is not None:
+        shots = few_shot.k_shot(rows.to_list(), k_shot, seed=seed, label_column=label_column)
+        return Split(Dataset.from_list(shots.train), Dataset.from_list(shots.validation))
+    assert sizes is not None
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"--sample takes two numbers, of rows to train on and of rows to hold out, got {list(sizes)}")
+    if sum(sizes) > len(rows):
+        raise ValueError(
+            f"--sample {sizes[0]} {sizes[1]} takes {sum(sizes)} rows, and there are {len(rows)} to draw from"
+        )
+    drawn = few_shot.sample(rows.to_list(), (sizes[0], sizes[1], 0), seed=seed, label_column=label_column)
+    return Split(Dataset.from_list(drawn.train), Dataset.from_list(drawn.validation))
 
 
 def load_rewards(names: list[str] | None, label_column: str | None) -> list[RewardFunction]:

@@ -21,6 +21,7 @@ from zorl.apps.inputs import (
     check_model_folder,
     check_source,
     describe,
+    draw,
     label_of,
     load,
     load_rewards,
@@ -34,13 +35,12 @@ from zorl.apps.inputs import (
 from zorl.apps.launcher import is_first
 from zorl.apps.report import Begin, peak_memory_mb
 from zorl.classifier_head import sorted_labels
-from zorl.data import Split, hold_out
+from zorl.data import hold_out
 from zorl.interrupts import terminated_as_interrupted
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
 from zorl.stopping import CONFIDENCE, looks_of, outlook
 from zorl.tasks import Task
-from zorl.tasks.few_shot import k_shot
 from zorl.whole_files import read_json, write_json
 
 DEFAULT_STEPS = 250
@@ -144,7 +144,8 @@ def _rows(
         prompt = replace(prompt, classes=sorted_labels(loaded.dataset[label_column]))
     train_rows, eval_rows = loaded.dataset, None
     classes = label_column if prompt.labels else None
-    shots = _shots(arguments.k_shot, given, train_rows, classes)
+    seed = int(given.get("seed", MeZOConfig.seed))
+    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
     if shots is not None:
         train_rows = shots.train
     if arguments.eval_dataset is not None or arguments.eval_split is not None:
@@ -167,19 +168,11 @@ def _rows(
         origin = arguments.eval_dataset or f"{source}, {arguments.eval_split}"
         say(f"{origin}: {describe(eval_rows, classes)} to evaluate on")
     elif given.get("eval_strategy") != "no" and (arguments.judge is None or arguments.metrics):
-        train_rows, eval_rows = hold_out(train_rows, classes) if shots is None else shots
+        train_rows, eval_rows = shots or hold_out(train_rows, classes)
         how = "stratified by label" if classes else "drawn at random"
         say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
     say(f"{source}: {describe(train_rows, classes)} to train on")
     return train_rows, eval_rows, label_column, prompt
-
-
-def _shots(k: int | None, given: dict[str, Any], rows: Dataset, label_column: str | None) -> Split | None:
-    """With `--k_shot`, k rows of each label to train on and k to hold out."""
-    if k is None:
-        return None
-    shots = k_shot(rows.to_list(), k, seed=int(given.get("seed", MeZOConfig.seed)), label_column=label_column)
-    return Split(Dataset.from_list(shots.train), Dataset.from_list(shots.validation))
 
 
 def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:

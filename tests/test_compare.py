@@ -203,6 +203,21 @@ def test_no_row_is_reported_on_that_was_learnt_from(tmp_path: Path, files: Path,
     assert ("test film" in next(iter(parts[2]))) == (data[-1] in ("{folder}", "test"))
 
 
+@pytest.mark.parametrize(("drawn", "learnt"), [(["--k_shot", "4"], 8), (["--sample", "10", "6"], 10)])
+def test_rows_are_drawn_beside_development_rows_of_ones_own(tmp_path: Path, files: Path, drawn: list[str], learnt: int):
+    for split in ("train", "dev", "test"):
+        rows = [f"the {split} film number {i} was fine\t{i % 2}" for i in range(40)]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n", encoding="utf-8")
+    given = ["--model", str(files / "bert"), "--task", "sst2", "--dataset", str(tmp_path), *drawn]
+    task = load_task("sst2")
+    for own, dev in (([], learnt if "--k_shot" in drawn else 6), (["--eval_dataset", str(tmp_path / "dev.tsv")], 40)):
+        arguments = build(CompareArguments, parse(COMPARE, [*given, *own]))
+        rows, _ = _draw(arguments, make_prompt(arguments, task=task), task, seed=13)
+        assert (len(rows.train), len(rows.dev), len(rows.test)) == (learnt, dev, 40)
+        assert all("train film" in row["text"] for row in rows.train)
+        assert all(("dev film" in row["text"]) == bool(own) for row in rows.dev)
+
+
 def test_the_summary_is_mean_and_sample_deviation_over_the_seeds():
     made = [
         {

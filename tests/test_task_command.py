@@ -220,6 +220,32 @@ def test_k_shot_needs_no_task_and_draws_by_the_seed(
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_sample_has_its_sizes_and_the_labels_in_proportion(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+
+    def trainer(*_: Any, train_dataset: Any, eval_dataset: Any, **__: Any) -> None:
+        assert (len(train_dataset), len(eval_dataset)) == (12, 6)
+        assert Counter(train_dataset["label"]) == {"negative": 6, "positive": 6}
+        assert not {*train_dataset["text"]} & {*eval_dataset["text"]}
+        drawn.append(train_dataset["text"][:])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("zorl.apps.train.MeZOTrainer", trainer)
+    data = ["--task", "sst2", "--model", folder / "bert", "--dataset", folder / "sst2", "--output_dir", tmp_path / "o"]
+    for seed in ("13", "13", "21"):
+        assert "seen" in error_of(capsys, "train", *data, "--sample", "12", "6", "--seed", seed)
+    assert drawn[0] == drawn[1] != drawn[2]
+    for sizes, message in (
+        (["12"], "--sample takes two numbers, of rows to train on and of rows to hold out, got [12]"),
+        (["12", "0"], "got [12, 0]"),
+        (["1000", "500"], "--sample 1000 500 takes 1500 rows, and there are"),
+        (["12", "6", "--k_shot", "4"], "--k_shot and --sample are two ways of drawing rows: give one"),
+    ):
+        assert message in error_of(capsys, "train", *data, "--sample", *sizes)
+
+
 def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bert, data = ["--model", folder / "bert"], ["--dataset", folder / "sst2"]
     assert "did you mean 'sst2'" in error_of(capsys, "eval", "--task", "sst22", *bert, *data)
