@@ -2,7 +2,7 @@
 
     python benchmarks/paper.py --masked MODEL --causal MODEL --data FOLDER      # runs what is missing; can be stopped at any time
     python benchmarks/paper.py … --only sst2-16 rte-16 --methods mezo threshold   # a part of it
-    python benchmarks/paper.py … --processes 14                                   # on a machine with cores or a GPU to spare
+    python benchmarks/paper.py … --jobs 14                                         # on a machine with cores or a GPU to spare
     python benchmarks/paper.py --report                                           # docs/results.md from the cells
 
 `--masked` is a small masked language model, `--causal` a small causal one. FOLDER holds sst2/ (train.tsv, test.tsv), trec/
@@ -151,9 +151,9 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }  # one bar is enough
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     failed = 0
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         todo = {pool.submit(run, job, options): job for job in jobs}
         try:
             for done in tqdm(as_completed(todo), total=len(todo), unit="job"):
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to run")
     parser.add_argument("--methods", nargs="+", default=[*MAIN, *REST], help="methods to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--processes", type=int, default=1, help="jobs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="jobs at once")
     parser.add_argument("--report", action="store_true", help="only write docs/results.md")
     options = parser.parse_args()
     if not options.report:
