@@ -130,6 +130,36 @@ def test_a_folder_is_loaded_as_datasets_loads_it(tmp_path: Path, monkeypatch: py
     assert "has no column 'lable'; did you mean 'label'?" in message(folder, label_column="lable")
 
 
+def test_a_data_set_that_is_a_script_is_read_from_its_copy_in_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is pretended; its copy has a folder for each configuration, and in it one for each split."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for config in ("boolq", "cb"):
+        for split in ("train", "validation"):
+            folder = tmp_path / "copy" / config / split
+            folder.mkdir(parents=True)
+            pq.write_table(pa.table({"text": [f"{config} {split}"]}), folder / "0000.parquet")
+    real = datasets.load_dataset
+
+    def load_dataset(path: str, name: str | None = None, *, revision: str | None = None, **more: Any) -> Any:
+        assert path == "aps/super_glue"
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")
+        assert (name, revision) == (None, "refs/convert/parquet")
+        return real(str(tmp_path / "copy"), **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows("aps/super_glue", config="boolq", split="validation").dataset["text"] == ["boolq validation"]
+    assert load_rows("aps/super_glue", config="cb").dataset["text"] == ["cb train"]
+
+
+def test_a_script_in_a_folder_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus" / "corpus.py", "raise SystemExit('this ran')\n")
+    assert "scripts are no longer supported, but found corpus.py" in message(tmp_path / "corpus")
+
+
 def test_a_missing_file_is_reported_with_the_closest_name(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "a\tb\n")
     assert message(tmp_path / "trian.tsv", FileNotFoundError).endswith("trian.tsv'; did you mean 'train.tsv'?")

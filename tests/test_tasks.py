@@ -301,8 +301,8 @@ def pretend_hub(monkeypatch: pytest.MonkeyPatch, records: list[dict[str, Any]]) 
     """Answers for the hub with these records; what it was asked for."""
     asked: list[tuple[Any, ...]] = []
 
-    def load_dataset(path: str, config: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((path, config, split, revision))
+    def load_dataset(path: str, config: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((path, config, split))
         return datasets.Dataset.from_list(records)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -322,7 +322,7 @@ def test_hub_file_and_folder_give_the_same_rows(name: str, tmp_path: Path, monke
     asked = pretend_hub(monkeypatch, example.hub)
     assert found.load("train") == example.rows
     assert found.hub is not None
-    assert asked == [(found.hub.path, found.hub.config, "train", found.hub.revision)]
+    assert asked == [(found.hub.path, found.hub.config, "train")]
     again = written(tmp_path, "again.parquet", b"")
     datasets.Dataset.from_list(example.hub).to_parquet(again)
     assert found.load("train", again) == example.rows

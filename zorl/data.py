@@ -20,6 +20,8 @@ from zorl.prompts import Prompt
 from zorl.tables import EXTENSIONS, check_columns, did_you_mean, extension, read_table
 
 TEXT, LABEL = "text", "label"  # what columns are called that are given by position
+_A_SCRIPT = "scripts are no longer supported"  # what datasets says of code that comes in place of rows
+_IN_PARQUET = "refs/convert/parquet"
 
 
 class Rows(NamedTuple):
@@ -192,15 +194,23 @@ def _is_file(source: str | os.PathLike[str]) -> bool:
     return path.exists() or extension(path) in EXTENSIONS or path.suffix == ".gz" or looks_like_a_path
 
 
-def load_from_hub(name: str, split: str | None, config: str | None, revision: str | None = None) -> Dataset:
+def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
     """A data set of the hub, or of a folder; without `split` its rows to train on, or its only ones.
+
+    One that comes as a script, which nobody should have to run, is taken from the hub's own copy of it in Parquet files.
 
     Raises:
         ValueError: it cannot be loaded, or has several splits of which none is `train`.
     """
     try:
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        try:
+            loaded = datasets.load_dataset(name, config, split=split)
+        except RuntimeError as error:
+            if _A_SCRIPT not in str(error):
+                raise
+            # That copy has a folder for each configuration, and does not know them by name.
+            loaded = datasets.load_dataset(name, data_dir=config, split=split, revision=_IN_PARQUET)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         here = did_you_mean(name, sorted(path.name for path in Path().iterdir()))
         raise ValueError(
             f"could not load the data set {name!r}: {error} (no file here has that name either{here})"

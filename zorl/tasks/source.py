@@ -34,7 +34,6 @@ class Hub:
         validation: name of the split to choose settings by; None if there is none.
         test: name of the split to report. Where nobody outside has the labels of the test split, papers report the
             validation split, and so does the task.
-        revision: of the data set. `refs/convert/parquet` is the hub's own copy of one that comes as a script otherwise.
     """
 
     path: str
@@ -42,7 +41,6 @@ class Hub:
     train: str = "train"
     validation: str | None = "validation"
     test: str = "test"
-    revision: str | None = None
 
     @property
     def name(self) -> str:
@@ -60,7 +58,7 @@ class Hub:
             raise ValueError(
                 f"the data set {self.name} has no {split} split; hold out rows of its training split, as --k_shot does"
             )
-        rows: Iterable[Record] = load_from_hub(self.path, called, self.config, self.revision)
+        rows: Iterable[Record] = load_from_hub(self.path, called, self.config)
         return rows
 
 

@@ -44,7 +44,7 @@ TASK = Task(
     rows=rows,
     causal="{text}\nDescription, Entity, Expression, Human, Location, or Number?\n{mask}",
     masked="{mask}: {text}",
-    hub=Hub("CogComp/trec", validation=None, revision="refs/convert/parquet"),
+    hub=Hub("CogComp/trec", validation=None),
     label_words=WORDS,
     bare_columns=("label", "text"),
     readers=dict.fromkeys((".label", ".all", ".train", ".test", ".txt"), read),
