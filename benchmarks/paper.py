@@ -3,7 +3,7 @@
     python benchmarks/paper.py --masked MODEL --causal MODEL --data FOLDER      # runs what is missing; can be stopped at any time
     python benchmarks/paper.py … --only sst2-16 rte-16 --methods mezo threshold   # a part of it
     python benchmarks/paper.py … --jobs 14                                         # on a machine with cores or a GPU to spare
-    python benchmarks/paper.py --report                                           # docs/results.md from the cells
+    python benchmarks/paper_report.py                                             # docs/results.md and its plot
 
 `--masked` is a small masked language model, `--causal` a small causal one. FOLDER holds sst2/ (train.tsv, test.tsv), trec/
 (TREC.train.all, TREC.test.all), lmbff_kshot/ (the k-shot splits of LM-BFF), superglue_fewglue/ (FewGLUE and SuperGLUE's
@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from zorl.apps import compare, compare_report
+from zorl.apps import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "results" / "paper"
@@ -175,99 +175,17 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
-def cells_of(name: str) -> list[dict[str, Any]]:
-    """In the order of the methods above."""
-    order = {method: i for i, method in enumerate((*MAIN, *REST))}
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (CELLS / name).glob("*.json")]
-    return sorted(cells, key=lambda cell: (order.get(cell["method"], len(order)), cell["seed"]))
-
-
-def report() -> str:
-    """docs/results.md: a table a setting, and what they say of the paper's claims."""
-    found = {name: cells_of(name) for name in SETTINGS}
-    found = {name: cells for name, cells in found.items() if cells}
-    machines = sorted({cell["machine"] for cells in found.values() for cell in cells})
-    minutes = sum(cell.get("seconds", 0.0) for cells in found.values() for cell in cells) / 60
-    lines = [
-        "# Results",
-        "",
-        f"Written by `benchmarks/paper.py --report` from the cells in `benchmarks/results/paper/` ({'; '.join(machines)}). The "
-        "masked model has 22.7M parameters (6 layers, width 384), the causal one 260,032: far smaller than the paper's, so "
-        "compare rows here with each other and not with the paper.",
-        "",
-        f"A method may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses settings "
-        "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
-        f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
-        "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
-        "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning: where a method "
-        "tries several learning rates, those of each are among them. "
-        f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
-        "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
-        "",
-        *claims(found),
-    ]
-    for name, cells in found.items():
-        setting = SETTINGS[name]
-        metrics = metrics_of(cells)
-        lines += [f"## {setting.title}", "", compare_report.markdown(compare_report.summary(cells, metrics), metrics)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def metrics_of(cells: Sequence[dict[str, Any]]) -> list[str]:
-    known = {key for cell in cells for key in cell}
-    return [metric for metric in ("accuracy", "f1", "squad_f1", "exact_match") if metric in known]
-
-
-def claims(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Where MeZO beats what the paper says it beats: the difference of means, with its standard error over the seeds."""
-    against = {"zero_shot": "zero-shot", "threshold": "threshold", "in_context": "in-context", "linear_probing": "linear probing",
-               "label_head": "label head alone", "fine_tuning": "fine-tuning"}  # fmt: skip
-    lines = [
-        "## Where MeZO is ahead, and where it is not",
-        "",
-        "Zorl on the metric itself, less each of the others: the mean over the seeds that both have, ± its standard error. The "
-        "paper claims more than zero-shot, in-context and probing, and about as much as fine-tuning.",
-        "",
-        f"| task | {' | '.join(against.values())} |",
-        f"|---|{'---|' * len(against)}",
-    ]
-    for name, cells in found.items():
-        metric = metrics_of(cells)[0]
-        by = {(c["method"], c["seed"]): c[metric] for c in cells if c.get(metric) is not None}
-        row = []
-        for other in against:
-            pairs = [by["mezo", s] - by[other, s] for s in SEEDS if ("mezo", s) in by and (other, s) in by]
-            row.append(_difference(pairs))
-        if any(cell != "—" for cell in row):
-            lines.append(f"| {SETTINGS[name].title} ({metric}) | {' | '.join(row)} |")
-    return [*lines, ""]
-
-
-def _difference(pairs: Sequence[float]) -> str:
-    if not pairs:
-        return "—"
-    values = torch.tensor(pairs, dtype=torch.float64)
-    if len(pairs) == 1:
-        return f"{values.item():+.3f}"
-    return f"{values.mean().item():+.3f} ± {(values.std() / len(pairs) ** 0.5).item():.3f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--masked", help="folder or hub name of a masked language model")
-    parser.add_argument("--causal", help="folder or hub name of a causal language model")
-    parser.add_argument("--data", help="folder with the data sets")
+    parser.add_argument("--masked", required=True, help="folder or hub name of a masked language model")
+    parser.add_argument("--causal", required=True, help="folder or hub name of a causal language model")
+    parser.add_argument("--data", required=True, help="folder with the data sets")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to run")
     parser.add_argument("--methods", nargs="+", default=[*MAIN, *REST], help="methods to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1, help="jobs at once")
-    parser.add_argument("--report", action="store_true", help="only write docs/results.md")
     options = parser.parse_args()
-    if not options.report:
-        if not (options.masked and options.causal and options.data):
-            parser.error("--masked, --causal and --data are needed to run; --report alone writes the report")
-        run_all(missing(options), options)
-    (ROOT / "docs" / "results.md").write_text(report(), encoding="utf-8")
+    run_all(missing(options), options)
 
 
 if __name__ == "__main__":

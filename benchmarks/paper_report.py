@@ -1,0 +1,191 @@
+"""docs/results.md and its plot, from the cells of benchmarks/paper.py.
+
+python benchmarks/paper_report.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paper import BATCH, BUDGET, CELLS, MAIN, REST, ROOT, SEEDS, SETTINGS, TEST_ROWS
+
+from zorl.apps import compare_report
+
+AGAINST = {"zero_shot": "zero-shot", "threshold": "threshold", "in_context": "in-context", "linear_probing": "linear probing",
+           "label_head": "label head alone", "fine_tuning": "fine-tuning"}  # fmt: skip
+
+
+def cells_of(name: str) -> list[dict[str, Any]]:
+    """In the order of the methods above."""
+    order = {method: i for i, method in enumerate((*MAIN, *REST))}
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (CELLS / name).glob("*.json")]
+    return sorted(cells, key=lambda cell: (order.get(cell["method"], len(order)), cell["seed"]))
+
+
+def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
+    """docs/results.md: a table a setting, and what they say of the paper's claims."""
+    machines = sorted({cell["machine"] for cells in found.values() for cell in cells})
+    minutes = sum(cell.get("seconds", 0.0) for cells in found.values() for cell in cells) / 60
+    lines = [
+        "# Results",
+        "",
+        f"Written by `benchmarks/paper_report.py` from the cells in `benchmarks/results/paper/` ({'; '.join(machines)}). The "
+        "masked model has 22.7M parameters (6 layers, width 384), the causal one 260,032: far smaller than the paper's, so "
+        "compare rows here with each other and not with the paper.",
+        "",
+        f"A method may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses settings "
+        "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
+        f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
+        "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
+        "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning: where a method "
+        "tries several learning rates, those of each are among them. "
+        f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
+        "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
+        "",
+        *claims(found),
+        "![test figures of every method, task by task](results.png)",
+        "",
+    ]
+    for name, cells in found.items():
+        setting = SETTINGS[name]
+        metrics = metrics_of(cells)
+        lines += [f"## {setting.title}", "", compare_report.markdown(compare_report.summary(cells, metrics), metrics)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def metrics_of(cells: Sequence[dict[str, Any]]) -> list[str]:
+    known = {key for cell in cells for key in cell}
+    return [metric for metric in ("accuracy", "macro_f1", "squad_f1", "exact_match") if metric in known]
+
+
+class Difference(NamedTuple):
+    """Of the means over the seeds that both have.
+
+    Attributes:
+        error: its standard error: over the seeds, and of so many test rows, the same ones for all seeds, as if the two methods
+            erred independently of each other. With one seed that of the rows alone.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is more than two standard errors. One seed is too few to say."""
+        return self.seeds > 1 and abs(self.mean) > 2 * self.error
+
+
+def difference(cells: Sequence[Mapping[str, Any]], other: str, metric: str) -> Difference | None:
+    """MeZO on the metric, less another method."""
+    by = {(c["method"], c["seed"]): c for c in cells if c.get(metric) is not None}
+    pairs = [(by["mezo", s], by[other, s]) for s in SEEDS if ("mezo", s) in by and (other, s) in by]
+    if not pairs:
+        return None
+    values = [ours[metric] - theirs[metric] for ours, theirs in pairs]
+    rows = pairs[0][0]["test_rows"]
+    # A figure of a row is in [0, 1], so that its variance is p(1 − p) at most.
+    means = [statistics.fmean(pair[i][metric] for pair in pairs) for i in (0, 1)]
+    variance = sum(p * (1 - p) for p in means) / rows
+    if len(values) > 1:
+        variance += statistics.variance(values) / len(values)
+    return Difference(statistics.fmean(values), math.sqrt(variance), len(values))
+
+
+def claims(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Where MeZO beats what the paper says it beats."""
+    lines = [
+        "## Where MeZO is ahead, and where it is not",
+        "",
+        "Zorl on the metric itself, less each of the others: the mean over the seeds that both have, ± its standard error over "
+        "the seeds and of the test rows; bold where it is more than two standard errors. The paper claims more than zero-shot, "
+        "in-context and probing, and about as much as fine-tuning.",
+        "",
+        f"| task | {' | '.join(AGAINST.values())} |",
+        f"|---|{'---|' * len(AGAINST)}",
+    ]
+    ahead: dict[str, list[str]] = {other: [] for other in AGAINST}
+    behind: dict[str, list[str]] = {other: [] for other in AGAINST}
+    judged = dict.fromkeys(AGAINST, 0)
+    for name, cells in found.items():
+        metric, short = metrics_of(cells)[0], SETTINGS[name].title.split(",")[0]
+        row = []
+        for other in AGAINST:
+            found_difference = difference(cells, other, metric)
+            if found_difference is None:
+                row.append("—")
+                continue
+            judged[other] += found_difference.seeds > 1
+            figure = f"{found_difference.mean:+.3f} ± {found_difference.error:.3f}"
+            if found_difference.clear:
+                (ahead if found_difference.mean > 0 else behind)[other].append(short)
+                figure = f"**{figure}**"
+            row.append(figure if found_difference.seeds > 1 else f"{figure} (one seed)")
+        lines.append(f"| {SETTINGS[name].title} ({metric}) | {' | '.join(row)} |")
+    lines.append("")
+    for other, title in AGAINST.items():
+        if not judged[other]:
+            continue
+        lines.append(
+            f"- {title}: of {judged[other]} with more than one seed, clearly ahead on "
+            f"{len(ahead[other])}{_list(ahead[other])}, clearly behind on {len(behind[other])}{_list(behind[other])}."
+        )
+    return [*lines, ""]
+
+
+def _list(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
+
+
+def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
+    """A panel a task, a line a method: the mean over the seeds, and each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    methods = [
+        m
+        for m in (*MAIN, *REST)
+        if any(c["method"] == m and "forwards" in c for cells in found.values() for c in cells)
+    ]
+    titles = {cell["method"]: cell["title"] for cells in found.values() for cell in cells}
+    columns = 5
+    lines = math.ceil(len(found) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3 + 2.2 * columns, (0.9 + 0.22 * len(methods)) * lines), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, (name, cells) in zip(axes.flat, found.items(), strict=False):
+        metric = metrics_of(cells)[0]
+        for y, method in enumerate(methods):
+            values = [c[metric] for c in cells if c["method"] == method and c.get(metric) is not None]
+            if values:
+                colour = "#1f5aa6" if method.startswith(("mezo", "lp_mezo", "label_head")) else "#8a8a8a"
+                axis.plot(values, [y] * len(values), "|", color=colour, markersize=7)
+                axis.plot(statistics.fmean(values), y, "o", color=colour, markersize=5)
+        axis.set_title(SETTINGS[name].title.replace(", the causal model", ""), fontsize=8)
+        axis.set_xlabel(metric, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.set_yticks(range(len(methods)), [titles[method] for method in methods], fontsize=8)
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    found = {name: cells for name in SETTINGS if (cells := cells_of(name))}
+    (ROOT / "docs" / "results.md").write_text(report(found), encoding="utf-8")
+    plot(found, ROOT / "docs" / "results.png")
+
+
+if __name__ == "__main__":
+    main()
