@@ -54,6 +54,8 @@ ABLATIONS = {
     "bias": Ablation("one fitted bias a label, in place of the label head", {"calibration": "bias"}),
     "none": Ablation("from the label words as they are", {"calibration": "none"}),
     "dense": Ablation("dense ±1 directions, in place of rank one", {"distribution": "rademacher"}),
+    "prefix": Ablation("a prefix of five tokens, in place of the whole model", {"tune": "prefix"}),
+    "lora": Ablation("low-rank adapters, in place of the whole model", {"tune": "lora"}),
     "slower": Ablation("a quarter of the learning rate", {}, 1 / 4),
     "faster": Ablation("four times the learning rate", {}, 4.0),
 }
@@ -76,12 +78,12 @@ class Problem:
 
 LABELS = ("accuracy", "cross_entropy", "macro_f1")
 RATES = ("slower", "faster")
-PARTS = ("two_sided", "bias", "none", "dense", *RATES)
+PARTS = ("two_sided", "bias", "none", "dense", "prefix", "lora", *RATES)
 PROBLEMS = {
     "sst2": Problem("SST-2", LABELS),
     "trec": Problem("TREC", LABELS, PARTS),
     "rte": Problem("RTE", LABELS, max_length=64),
-    "stories": Problem("Stories", ("brevity",), ("two_sided", *RATES)),
+    "stories": Problem("Stories", ("brevity",), ("two_sided", "prefix", "lora", *RATES)),
 }
 TITLES = {
     "accuracy": "accuracy",

@@ -191,11 +191,10 @@ def test_steps_and_perturbations_suit_what_is_tuned_unless_given(tmp_path: Path)
             assert (config.learning_rate, config.epsilon) == (n * scale.learning_rate, scale.epsilon)
         assert settings(tmp_path, tune=tune, update="adam").sized(1000).learning_rate == scale.learning_rate
         assert settings(tmp_path, tune=tune, update="sgd").sized(1000).learning_rate is None
-    left_open = settings(tmp_path, n_spsa="1")
-    rates = {size: left_open.sized(size).learning_rate for size in (10**6, 10**8, 10**10)}
-    assert [rate * size**0.5 for size, rate in rates.items()] == pytest.approx(
-        [1.43] * 3, rel=1e-3
-    )  # the step's length
+        left_open = settings(tmp_path, tune=tune, n_spsa="1")
+        rates = {size: left_open.sized(size).learning_rate for size in (10**6, 10**8, 10**10)}
+        length = [rate * size**0.5 for size, rate in rates.items()]  # of a step
+        assert length == pytest.approx([1.43] * 3, rel=1e-3)
     assert left_open.learning_rate is None
     assert settings(tmp_path, learning_rate=1e-3).sized(10**10).learning_rate == 1e-3
     assert settings(tmp_path, tune="prefix", learning_rate=1e-3, epsilon="0.2").epsilon_value == 0.2

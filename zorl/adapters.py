@@ -26,22 +26,25 @@ Tune = Literal["full", "lora", "prefix", "head"]
 
 
 class Scale(NamedTuple):
-    """What learning rate (the typical change of a weight in one step of one direction) and ε suit a kind of parameters."""
+    """What suits a kind of parameters.
 
-    learning_rate: float  # of full: at most, see default_learning_rate
+    Attributes:
+        learning_rate: the typical change of a weight in one step of one direction, at most (see `default_learning_rate`).
+        epsilon: ε.
+    """
+
+    learning_rate: float
     epsilon: str
 
 
-# Found on masked and causal models of 0.3M and 22M parameters, for normalized updates: of rates a factor of three apart, one
-# that learns in tens of steps and was still learning after hundreds, in the one run of each kind that went on so long.
+# Found on masked and causal models of 0.3M and 22M parameters, for normalized updates.
 SCALES: dict[str, Scale] = {
     "full": Scale(3e-3, "auto"),
     "lora": Scale(1e-2, "auto"),
     "prefix": Scale(3e-2, "0.1"),
     "head": Scale(3e-3, "auto"),
 }
-# A step of the model itself is as long as 3e-4 a weight is on a model of this size, 1.43 in all.
-_RATE, _SIZE = 3e-4, 22_744_506
+_RATE, _SIZE = 3e-4, 22_744_506  # a step of 3e-4 a weight on a model of this size is 1.43 long
 ALL_LINEAR = "all-linear"
 
 
@@ -73,11 +76,10 @@ def prepare(model: Any, args: MeZOConfig) -> Any:
 def default_learning_rate(tune: str, parameters: int) -> float:
     """The typical change of a weight in one step of one direction, for so many tuned parameters (`update="normalized"`).
 
-    Where the model itself is tuned, all steps have one length, so that the more weights there are, the less each of them
-    moves: the rate falls with the root of their number (docs/what_pays.md).
+    All steps have one length, so that the more weights are tuned, the less each of them moves: the rate falls with the root of
+    their number (docs/what_pays.md).
     """
-    largest = SCALES[tune].learning_rate
-    return min(largest, _RATE * math.sqrt(_SIZE / parameters)) if tune == "full" else largest
+    return min(SCALES[tune].learning_rate, _RATE * math.sqrt(_SIZE / parameters))
 
 
 def is_peft(model: Any) -> bool:

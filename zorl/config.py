@@ -71,8 +71,7 @@ class MeZOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Typical change of a weight in one step of one direction; with sgd and momentum what the slope is multiplied "
-            "by, which has no default. Default, by what is tuned: "
-            "3e-4·√(23M/parameters), at most "
+            "by, which has no default. Default: 3e-4·√(23M/tuned parameters), by what is tuned at most "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
             + ", times the directions that a step averages over."
         },
