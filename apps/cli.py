@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.commands import COMMANDS
 from zorl.apps.launcher import is_first
 
+# Where they are installed, transformers loads these, and they tell of kernels that nothing here needs.
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 OVERVIEW = f"""\
 zorl {__version__}: tune a language model on the metric itself (F1, accuracy, any function, a judge) with forward passes alone
 
@@ -43,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             text = _run(words)

@@ -186,6 +186,16 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_what_is_loaded_on_the_way_keeps_quiet(files: Files) -> None:
+    """torchao and bitsandbytes, where they are installed, tell of kernels that they did not find."""
+    words = [sys.executable, "-m", "zorl.apps.cli", "train", "--model", files.gpt2, "--dataset", "nowhere.tsv"]
+    done = subprocess.run(
+        [*map(str, words), "--reward", "f1"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if not line.startswith("zorl: ")] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_flag_of_a_command_that_matters(zorl: Callable[..., Outcome], name: str) -> None:
     outcome = zorl(name, "--help")
