@@ -114,13 +114,19 @@ def _measure(case: str, model: Any, tokens: Tensor, arguments: ProfileArguments)
         step()
     times = []
     for _ in range(arguments.rounds):
+        _wait(tokens.device)
         start = time.perf_counter()
         step()
-        if tokens.device.type == "cuda":
-            torch.cuda.synchronize(tokens.device)
+        _wait(tokens.device)
         times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     return statistics.median(times), peak.megabytes
+
+
+def _wait(device: torch.device) -> None:
+    """A GPU goes on working after the call that asked it to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from paper import machine
-from speed import CASES, Cases, make_model, measure
+from speed import CASES, Cases, make_model, measure, wait
 from torch import Tensor
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
@@ -53,17 +53,12 @@ def milliseconds(work: Callable[[], Any], rounds: int = 9) -> float:
     """The median, after two calls that warm up."""
     found = []
     for _ in range(rounds + 2):
-        _wait()
+        wait()
         start = time.perf_counter()
         work()
-        _wait()
+        wait()
         found.append(1e3 * (time.perf_counter() - start))
     return statistics.median(found[2:])
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def kernels(rows: int) -> list[dict[str, Any]]:

@@ -226,11 +226,17 @@ def whole(megabytes: float | None) -> int | None:
 
 
 def timed(work: Callable[[], None]) -> float:
+    wait()
     start = time.perf_counter()
     work()
+    wait()
+    return time.perf_counter() - start
+
+
+def wait() -> None:
+    """A GPU goes on working after the call that asked it to."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def replay(*, steps: int, one_by_one: int) -> dict[str, Any]:

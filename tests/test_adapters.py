@@ -194,7 +194,7 @@ def test_steps_and_perturbations_suit_what_is_tuned_unless_given(tmp_path: Path)
         left_open = settings(tmp_path, tune=tune, n_spsa="1")
         rates = {size: left_open.sized(size).learning_rate for size in (10**6, 10**8, 10**10)}
         length = [rate * size**0.5 for size, rate in rates.items()]  # of a step
-        assert length == pytest.approx([1.43] * 3, rel=1e-3)
+        assert length == pytest.approx([1.43 * scale.length] * 3, rel=1e-3)
     assert left_open.learning_rate is None
     assert settings(tmp_path, learning_rate=1e-3).sized(10**10).learning_rate == 1e-3
     assert settings(tmp_path, tune="prefix", learning_rate=1e-3, epsilon="0.2").epsilon_value == 0.2

@@ -35,7 +35,8 @@ for dtype, distribution, shape in itertools.product(integers, DISTRIBUTIONS, [(3
     for kernel, moved in ((reference, expected), (cuda, found)):
         kernel.add(moved, streams, [0.01, -1.0 / 3.0, 0.0, 1e-6], distribution)
     assert same(expected, found), ("add", dtype, distribution, shape)
-    for rows in [None] if len(shape) == 1 else [None, torch.tensor([2, 2, 0], device=device)]:
+    several = torch.tensor([[2, 5], [2, 5], [0, 5]], device=device)
+    for rows in [None] if len(shape) == 1 else [None, several[:, 0].contiguous(), several[:, 0]]:
         out = [torch.empty(shape if rows is None else (3, *shape[1:]), dtype=dtype, device=device) for _ in range(2)]
         for kernel, to in zip((reference, cuda), out):
             kernel.perturb(theta, streams[0], -1e-3, distribution, to, rows)
@@ -45,6 +46,13 @@ for dtype, distribution, shape in itertools.product(integers, DISTRIBUTIONS, [(3
     reference.add(expected, streams[:1], [0.5], distribution)
     cuda.add(found, streams[:1], [0.5], distribution)
     assert same(expected, found), ("strided", dtype, distribution, shape)
+for r, columns, index in itertools.product((1, 4), (False, True), (torch.arange(2000), torch.tensor([[7, 1], [3, 1]])[:, 0])):
+    assert torch.equal(*(k.factors(index.to(device), streams[1], r, columns=columns) for k in (reference, cuda)))
+theta = torch.full((64,), 65504.0, dtype=torch.float16, device=device)  # beyond it there is only infinity
+expected, found = theta.clone(), theta.clone()
+reference.add(expected, streams[:2], [1e4, -1e4], "rademacher")
+cuda.add(found, streams[:2], [1e4, -1e4], "rademacher")
+assert same(expected, found)
 for dtype in integers:
     assert cuda.agrees(torch.device(device), dtype)
 print("the same bits")
@@ -58,6 +66,39 @@ def test_triton_has_the_reference_bits() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the same bits"
+
+
+# The interpreter takes programs that the compiler refuses. Compiling needs no GPU.
+COMPILING = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zorl.kernels import cuda
+
+def compiled(kernel, signature, **constants):
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    target = GPUTarget("cuda", 90, 32)
+    triton.compile(ASTSource(kernel, types, constants), target=target, options=cuda._OPTIONS)
+
+pointers = {0: "*fp32", 1: "*bf16", 2: "*fp16"}
+for kind, r in ((cuda._SIGNS, 0), (cuda._GAUSSIAN, 0), (cuda._LOW_RANK, 1), (cuda._LOW_RANK, 4)):
+    for dtype, pointer in pointers.items():
+        table = "*fp32" if kind == cuda._GAUSSIAN else pointer
+        common = {"KIND": kind, "RANK": r, "DTYPE": dtype, "BLOCK": cuda._BLOCK, "COLUMN_KEY": cuda.COLUMNS}
+        scalars = {**dict.fromkeys(("n", "width", "directions", "row_width", "z0", "z1"), "i32"), "offset": "fp32"}
+        types = {"theta": pointer, "out": pointer, "table": table, "of_direction": "*i64", "rows": "*i64", **scalars}
+        compiled(cuda._add, types, **common)
+        compiled(cuda._perturb, types, HAS_ROWS=True, **common)
+for r in (1, 4):
+    compiled(cuda._factors, {"index": "*i64", "out": "*fp32", "n": "i32", "z0": "i32", "z1": "i32"}, RANK=r, BLOCK=cuda._BLOCK)
+print("compiled")
+"""
+
+
+def test_triton_compiles_every_kind_of_direction() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled"
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

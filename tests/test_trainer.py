@@ -943,6 +943,7 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
             {"bf16": True},
             "bf16=True belongs to backpropagation: load the model in half precision with dtype='bfloat16'",
         ),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True belongs to backpropagation"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True belongs to backpropagation"),
         ({"activation_checkpointing": True}, "activation_checkpointing=True belongs to backpropagation"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 belongs to backpropagation"),
@@ -963,6 +964,11 @@ def test_an_update_in_units_of_the_slope_needs_a_learning_rate(make: Callable[..
         trainer.train()
     assert not trainer.folder.trajectory.exists()
     make("given", settings={"update": update, "learning_rate": 1e-4, "max_steps": 1}).train()
+
+
+def test_a_tracker_that_is_not_installed_is_named(make: Callable[..., MeZOTrainer]):
+    with pytest.raises(ImportError, match="requires wandb to be installed"):
+        make(settings={"report_to": "wandb"})
 
 
 def test_an_unknown_update_rule_is_refused(make: Callable[..., MeZOTrainer]):

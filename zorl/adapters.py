@@ -30,19 +30,21 @@ class Scale(NamedTuple):
 
     Attributes:
         learning_rate: the typical change of a weight in one step of one direction, at most (see `default_learning_rate`).
+        length: of a step, in units of a model's own. Low-rank adapters move a weight by a product with what they hold.
         epsilon: ε.
     """
 
     learning_rate: float
+    length: float
     epsilon: str
 
 
 # Found on masked and causal models of 0.3M and 22M parameters, for normalized updates.
 SCALES: dict[str, Scale] = {
-    "full": Scale(3e-3, "auto"),
-    "lora": Scale(1e-2, "auto"),
-    "prefix": Scale(3e-2, "0.1"),
-    "head": Scale(3e-3, "auto"),
+    "full": Scale(3e-3, 1.0, "auto"),
+    "lora": Scale(1e-2, 0.5, "auto"),
+    "prefix": Scale(3e-2, 1.0, "0.1"),
+    "head": Scale(3e-3, 1.0, "auto"),
 }
 _RATE, _SIZE = 3e-4, 22_744_506  # a step of 3e-4 a weight on a model of this size is 1.43 long
 ALL_LINEAR = "all-linear"
@@ -76,10 +78,11 @@ def prepare(model: Any, args: MeZOConfig) -> Any:
 def default_learning_rate(tune: str, parameters: int) -> float:
     """The typical change of a weight in one step of one direction, for so many tuned parameters (`update="normalized"`).
 
-    All steps have one length, so that the more weights are tuned, the less each of them moves: the rate falls with the root of
+    All steps of a kind have one length, so that the more weights are tuned, the less each of them moves: the rate falls with the root of
     their number (docs/what_pays.md).
     """
-    return min(SCALES[tune].learning_rate, _RATE * math.sqrt(_SIZE / parameters))
+    scale = SCALES[tune]
+    return min(scale.learning_rate, scale.length * _RATE * math.sqrt(_SIZE / parameters))
 
 
 def is_peft(model: Any) -> bool:

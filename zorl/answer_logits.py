@@ -103,7 +103,7 @@ class AnswerLogits:
         assert head is not None
         found: Tensor = self.evaluator.evaluate(CENTRE, lambda: head(inputs))
         tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2  # matrices of other shapes round otherwise
-        return torch.allclose(found.float(), logits.float(), rtol=tolerance, atol=tolerance)
+        return torch.allclose(found.to(logits.device).float(), logits.float(), rtol=tolerance, atol=tolerance)
 
     def _full(self, answers: Sequence[TokenAnswer], point: Point) -> tuple[Tensor | None, Tensor]:
         """What the output embedding was given and the logits, at the places of the answers, by a whole forward."""
@@ -133,11 +133,12 @@ class AnswerLogits:
 
 
 def answer_sums(values: Tensor, answers: Sequence[TokenAnswer]) -> Tensor:
-    """Sums of `values`, shape `(places,)`, over the places of each answer: shape `(answers,)`."""
+    """Sums of `values`, shape `(places,)`, over the places of each answer: shape `(answers,)`.
+
+    They are added up on the CPU, in order: a GPU would do it in any, with other last bits each time.
+    """
     owners = torch.repeat_interleave(torch.tensor([len(answer.ids) for answer in answers]))
-    return torch.zeros(len(answers), dtype=values.dtype, device=values.device).index_add_(
-        0, owners.to(values.device), values
-    )
+    return torch.zeros(len(answers), dtype=values.dtype).index_add_(0, owners, values.cpu()).to(values.device)
 
 
 def chosen(log_probabilities: Tensor, answers: Sequence[TokenAnswer]) -> Tensor:

@@ -71,9 +71,9 @@ class MeZOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Typical change of a weight in one step of one direction; with sgd and momentum what the slope is multiplied "
-            "by, which has no default. Default: 3e-4·√(23M/tuned parameters), by what is tuned at most "
+            "by, which has no default. Default: 3e-4·√(23M/tuned parameters), for LoRA half of it, at most "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
-            + ", times the directions that a step averages over."
+            + "; with normalized times the directions that a step averages over."
         },
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
@@ -395,6 +395,8 @@ class MeZOConfig(TrainingArguments):
         wrong = {
             "fp16": (self.fp16, "load the model in half precision with dtype='float16' instead"),
             "bf16": (self.bf16, "load the model in half precision with dtype='bfloat16' instead"),
+            "fp16_full_eval": (self.fp16_full_eval, "load the model in half precision with dtype='float16' instead"),
+            "bf16_full_eval": (self.bf16_full_eval, "load the model in half precision with dtype='bfloat16' instead"),
             "gradient_checkpointing": (self.gradient_checkpointing, "no activations are kept that could be spared"),
             "activation_checkpointing": (new_name, "no activations are kept that could be spared"),
             "max_grad_norm": (self.max_grad_norm, "there is no gradient; update='normalized' bounds each step"),

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from zorl.probe import Point
 
 _BLOCK = 1 << 18  # noise is made for this many (row, token) pairs at once, so that it stays in cache
+_GPU_BLOCK = 1 << 24  # which would rather have few large operations
 
 
 class Generation:
@@ -252,7 +253,7 @@ class GumbelNoise(LogitsProcessor):
         digests = b"".join(hashlib.blake2b(stream + position, digest_size=8).digest() for stream in self._streams)
         keys = torch.from_numpy(np.frombuffer(digests, dtype="<i4").reshape(-1, 2).copy()).to(scores.device)
         noisy = torch.empty_like(scores)
-        rows = max(1, _BLOCK // scores.shape[1])
+        rows = max(1, (_BLOCK if scores.device.type == "cpu" else _GPU_BLOCK) // scores.shape[1])
         for start in range(0, len(scores), rows):
             block = slice(start, start + rows)
             torch.add(scores[block], gumbel(keys[block], scores.shape[1]), out=noisy[block])

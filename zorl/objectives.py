@@ -267,7 +267,9 @@ class CallableLoss:
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
         value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
-        losses = torch.as_tensor(value, dtype=torch.float64).reshape(-1)
+        losses = (
+            torch.as_tensor(value, dtype=torch.float64).reshape(-1).cpu()
+        )  # where NaN alone, as at other points, lies
         if len(losses) not in (1, len(rows)):
             raise ValueError(f"the loss returned {len(losses)} numbers for {len(rows)} rows; return one, or one a row")
         return losses

@@ -233,6 +233,7 @@ class Scratch:
     def _enter_head(self, module: nn.Module, rows: Tensor) -> None:
         """The output embedding computes only the asked rows of the vocabulary."""
         assert self._point is not None
+        rows = rows.to(next(p for p in module._parameters.values() if p is not None).device)
         tuned = {slot.attribute: slot for slot in self._slots.get(module, ())}
         if self._reached is not None:
             self._reached.update(slot.name for slot in tuned.values())

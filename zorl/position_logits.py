@@ -45,7 +45,7 @@ class PositionLogits:
 
         def at_positions(hidden: Tensor) -> Tensor:  # (S, T, H) -> (S, K, H)
             virtual = hidden.shape[1] - width  # prompt tuning puts tokens of its own in front
-            index = (positions + virtual).unsqueeze(-1)
+            index = (positions + virtual).unsqueeze(-1).to(hidden.device)  # the last layers may be on another
             return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
 
         def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

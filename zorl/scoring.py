@@ -108,7 +108,7 @@ class LabelWords(Choosing):
                 raise ValueError(
                     "the prompt's label_head reads the state before the output embedding, which this model never calls"
                 )
-            words = words + states @ self._weight.to(words.device).T
+            words = words + (states @ self._weight.to(states.device).T).to(words.device)
         return words if self._bias is None else (words + self._bias.to(words.device)).log_softmax(dim=-1)
 
     def every_answer(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Answer]]:

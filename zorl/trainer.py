@@ -185,18 +185,27 @@ class MeZOTrainer(ForwardTrainer):
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(network, args.parameters))
         args = args.sized(self.tuned.numel)
+        if (
+            args.n_gpu > 1
+        ):  # Trainer would multiply the batch for a DataParallel that nobody makes here: a process has one GPU
+            args._n_gpu = 1
         if args.should_save:  # Trainer makes the folder, and says less where it cannot
             with writing(Path(str(args.output_dir))):
                 Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-        super().__init__(
-            model=network,
-            args=args,
-            data_collator=Minibatch,  # type: ignore[arg-type]
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-        )
+        try:
+            super().__init__(
+                model=network,
+                args=args,
+                data_collator=Minibatch,  # type: ignore[arg-type]
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+            )
+        except RuntimeError as error:
+            if "to be installed" not in str(error):  # what report_to names
+                raise
+            raise ImportError(str(error)) from error
         self.args: MeZOConfig
         self.progress = Progress()
         if not args.disable_tqdm:
@@ -381,7 +390,7 @@ class MeZOTrainer(ForwardTrainer):
 
     @property
     def forwards(self) -> int:
-        """Evaluations of a batch that the run has spent: two for each direction, and those of the calibration."""
+        """Evaluations of a batch that the run has spent: one for each point of a probe, and those of the calibration."""
         return self.calibration_forwards + (0 if self.mezo is None else self.mezo.forwards)
 
     @property

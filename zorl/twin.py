@@ -34,7 +34,7 @@ T = TypeVar("T")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-class StackingError(RuntimeError):
+class StackingError(ValueError):
     """A model does something with its weights or its rows that cannot be done at several points in one forward.
 
     Not a TypeError: Python's operators take that for a hint to try the other operand.
@@ -174,7 +174,7 @@ class Twin:
             self._batch = 0
 
     def _take_rows(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-        return logits if self.head_rows is None else logits.index_select(-1, self.head_rows)
+        return logits if self.head_rows is None else logits.index_select(-1, self.head_rows.to(logits.device))
 
     # --- what the operations need -------------------------------------------------------------------------------------
 
@@ -218,12 +218,21 @@ class Twin:
             seeds = list(dict.fromkeys(point.seed for point in self.points))
             index = torch.arange(matrix.shape[0], device=weight.device)
             along = torch.cat([self._factors(weight, seed, index, columns=transposed) for seed in seeds], dim=1)
-            of_point = torch.tensor([seeds.index(point.seed) for point in self.points], device=weight.device)
+            of_point = self._of_point(weight.device)
             across = self.across(weight, columns=not transposed)
             return _Product(matrix, along, across, each, of_point if len(seeds) > 1 else None)
 
         found: _Product = self._once((id(weight), id(bias)), make)
         return found
+
+    def _of_point(self, device: torch.device) -> Tensor:
+        """Which of the seeds each point has, `(points,)`; copied to a device once, not for every product."""
+
+        def make() -> Tensor:
+            seeds = list(dict.fromkeys(point.seed for point in self.points))
+            return torch.tensor([seeds.index(point.seed) for point in self.points], device=device)
+
+        return self._once((device, "of_point"), make)  # type: ignore[no-any-return]
 
     def across(self, moved: _Moved, *, columns: bool) -> Tensor:
         """offset/√r · u (or v) at each point, `(points, r, n)`."""
@@ -234,7 +243,7 @@ class Twin:
         assert name is not None
         index = torch.arange(matrix_width(moved.shape) if columns else moved.shape[0], device=moved.device)
         if not columns and moved.zorl_is_head and self.head_rows is not None:
-            index = self.head_rows
+            index = self.head_rows.to(moved.device)  # which may be another than that of the inputs
         by_seed = {p.seed: self._factors(moved, p.seed, index, columns=columns).T for p in self.points}
         scale = rank(self.distribution) ** -0.5
         return torch.stack([by_seed[point.seed] * (point.offset_of(name) * scale) for point in self.points])
@@ -264,7 +273,7 @@ class Twin:
                 stream = key(point.seed, vector.zorl_name)
                 offset = point.offset_of(vector.zorl_name)
                 kernel_for(at).perturb(vector.zorl_base, stream, offset, self.distribution, at)
-            return (out if rows is None or not vector.zorl_is_head else out[:, rows])[:, None]
+            return (out if rows is None or not vector.zorl_is_head else out[:, rows.to(out.device)])[:, None]
 
         return self._once((id(vector), "each"), make)
 
@@ -272,8 +281,9 @@ class Twin:
         """The weights themselves; of the head only the rows that were asked for."""
         if not isinstance(tensor, _Moved):
             return tensor
-        whole = self.head_rows is None or not tensor.zorl_is_head
-        return tensor.zorl_base if whole else tensor.zorl_base[self.head_rows]
+        if self.head_rows is None or not tensor.zorl_is_head:
+            return tensor.zorl_base
+        return tensor.zorl_base[self.head_rows.to(tensor.zorl_base.device)]
 
     def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         """Made once an evaluation, however many tokens it generates."""
@@ -327,7 +337,7 @@ def twin_or_scratch(model: nn.Module, parameters: ParameterSet, distribution: Di
             return [None] * copies
 
         twin.evaluate_all(points, forward)
-    except (RuntimeError, TypeError):  # a StackingError, or shapes that do not fit each other once they are stacked
+    except (StackingError, RuntimeError, TypeError):  # or shapes that do not fit each other once they are stacked
         return Scratch(model, parameters, distribution)
     return twin
 

@@ -1,13 +1,14 @@
 """The GPU kernel: one fused pass over θ for all directions, in Triton, with the bits of the reference.
 
-It launches on the current stream, allocates nothing but the small table of keys, never waits for the GPU, and writes θ in
-place, so that a captured CUDA graph that reads θ goes on reading it. Fused multiply-adds are switched off: where a product is
-inexact (Gaussian directions) they would round once where the reference rounds twice.
+It launches on the current stream, allocates nothing but a small table of the directions, never waits for the GPU, and writes θ
+in place, so that a captured CUDA graph that reads θ goes on reading it. Fused multiply-adds are switched off: where a product
+is inexact (Gaussian directions) they would round once where the reference rounds twice.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +25,8 @@ from zorl.kernels import reference
 from zorl.kernels.reference import COLUMNS, copied_unmoved
 
 _BLOCK = 1024
-_KINDS = {"rademacher": 0, "gaussian": 1, "rank1": 2, "rank4": 2}
+_SIGNS, _GAUSSIAN, _LOW_RANK = 0, 1, 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-factors = reference.factors  # torch's own operations: their work is that of a look-up
 
 
 def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distribution: Distribution) -> None:
@@ -35,12 +35,10 @@ def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distr
     if not kept or theta.numel() == 0:
         return
     contiguous = theta.detach().contiguous()
-    words = _words([stream for stream, _ in kept], theta.device)
-    c = torch.tensor([c for _, c in kept], dtype=torch.float32).to(theta.device, non_blocking=True)
     with _on(theta.device):
         _add[(triton.cdiv(theta.numel(), _BLOCK),)](
-            contiguous, theta.numel(), words, c, len(kept), *_direction(theta, distribution),
-            KIND=_KINDS[distribution], RANK=rank(distribution), DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
+            contiguous, theta.numel(), _table_of(kept, theta.device), len(kept), *_direction(theta, distribution),
+            DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
         )  # fmt: skip
     if contiguous.data_ptr() != theta.data_ptr():
         theta.detach().copy_(contiguous)
@@ -56,10 +54,22 @@ def perturb(
     width = theta.numel() if rows is None else theta[0].numel()
     with _on(theta.device):
         _perturb[(triton.cdiv(out.numel(), _BLOCK),)](
-            source, out, out.numel(), source if rows is None else rows, width, _words([key], theta.device), offset,
-            *_direction(theta, distribution), KIND=_KINDS[distribution], RANK=rank(distribution),
-            HAS_ROWS=rows is not None, DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK, **_OPTIONS,
+            source, out, out.numel(), source if rows is None else rows.contiguous(), width, _signed(key.z0), _signed(key.z1),
+            offset, *_direction(theta, distribution), HAS_ROWS=rows is not None, DTYPE=_DTYPES[theta.dtype], BLOCK=_BLOCK,
+            **_OPTIONS,
         )  # fmt: skip
+
+
+def factors(index: Tensor, key: Key, r: int, *, columns: bool) -> Tensor:
+    """The signs of a low-rank direction's factors; arguments and bits of `reference.factors`."""
+    out = torch.empty(len(index), r, device=index.device)
+    if len(index):
+        with _on(index.device):
+            _factors[(triton.cdiv(len(index), _BLOCK),)](
+                index.contiguous(), out, len(index), _signed(key.z0 ^ COLUMNS if columns else key.z0), _signed(key.z1),
+                RANK=r, BLOCK=_BLOCK, **_OPTIONS,
+            )  # fmt: skip
+    return out
 
 
 @functools.cache
@@ -70,16 +80,16 @@ def agrees(device: torch.device, dtype: torch.dtype) -> bool:
     integers = torch.int32 if dtype == torch.float32 else torch.int16
     try:
         for distribution in DISTRIBUTIONS:
-            found = []
-            for kernel in (reference.add, add):
-                moved = theta.clone()
-                kernel(moved, streams, [0.01, -1.0 / 3.0, 1e-6], distribution)
-                found.append(moved)
-            for look in (reference.perturb, perturb):
-                out = torch.empty_like(theta)
-                look(theta, streams[0], -1e-3, distribution, out)
-                found.append(out)
-            if any(not torch.equal(a.view(integers), b.view(integers)) for a, b in (found[:2], found[2:])):
+            made = []
+            for kernel in (reference, sys.modules[__name__]):
+                moved, out = theta.clone(), torch.empty_like(theta)
+                kernel.add(moved, streams, [0.01, -1.0 / 3.0, 1e-6], distribution)
+                kernel.perturb(theta, streams[0], -1e-3, distribution, out)
+                signs = kernel.factors(
+                    torch.arange(67, device=device), streams[0], rank(distribution) or 1, columns=True
+                )
+                made.append([moved.view(integers), out.view(integers), signs])
+            if not all(map(torch.equal, *made)):
                 raise RuntimeError(f"other bits than the reference's along {distribution} directions")
     except Exception as error:  # whatever a compiler or driver may raise
         warnings.warn(f"the Triton kernel is not used on {device} in {dtype}: {error}", RuntimeWarning, stacklevel=3)
@@ -95,15 +105,25 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _words(keys: Sequence[Key], device: torch.device) -> Tensor:
-    """Four words a direction; int64, because Triton takes no unsigned numbers from torch."""
-    return torch.tensor([list(stream) for stream in keys], dtype=torch.int64).to(device, non_blocking=True)
+def _table_of(directions: Sequence[tuple[Key, float]], device: torch.device) -> Tensor:
+    """A row a direction: its four words, and its coefficient by the bits of a float32; int64, which holds both."""
+    bits = torch.tensor([c for _, c in directions], dtype=torch.float32).view(torch.int32)
+    words = torch.tensor([list(stream) for stream, _ in directions], dtype=torch.int64)
+    return torch.cat([words, bits[:, None]], dim=1).to(device, non_blocking=True)
 
 
-def _direction(theta: Tensor, distribution: Distribution) -> tuple[Tensor, int]:
-    """The table of a Gaussian direction, and the width of a matrix that a low-rank one is made for."""
-    table = _table(theta.device) if distribution == "gaussian" else theta
-    return table, matrix_width(theta.shape) if rank(distribution) else 0
+def _signed(word: int) -> int:
+    """A word of 32 bits as the signed number with these bits: Triton would take a large one for 64 bits, and compile anew."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _direction(theta: Tensor, distribution: Distribution) -> tuple[Tensor, int, int, int]:
+    """The table of a Gaussian direction, the width of a matrix that a low-rank one is made for, its kind and its rank."""
+    if distribution == "gaussian":
+        return _table(theta.device), 0, _GAUSSIAN, 0
+    if rank(distribution) and (width := matrix_width(theta.shape)):
+        return theta, width, _LOW_RANK, rank(distribution)
+    return theta, 0, _SIGNS, 0
 
 
 @functools.cache
@@ -131,7 +151,7 @@ def _z(index, key0, key1, table, width, KIND: tl.constexpr, RANK: tl.constexpr, 
         word = _hash(index >> 1, key0, key1) >> ((index & 1) * 16).to(tl.uint32)
         magnitude = tl.load(table + (word & 0x7FFF).to(tl.int64))
         return tl.where((word & 0x8000) != 0, magnitude, -magnitude)
-    if KIND == 2 and width > 0:
+    if KIND == 2:
         column_key = key0 ^ tl.full((), COLUMN_KEY, tl.uint32)
         words = _hash(index // width, key0, key1) ^ _hash(index % width, column_key, key1)
         different = tl.zeros_like(words)
@@ -166,8 +186,7 @@ def _rounded(value, index, key2, key3, DTYPE: tl.constexpr):  # type: ignore[no-
 def _add(  # type: ignore[no-untyped-def]
     theta,
     n,
-    keys,
-    c,
+    of_direction,
     directions,
     table,
     width,
@@ -181,13 +200,16 @@ def _add(  # type: ignore[no-untyped-def]
     inside = index < n
     value = tl.load(theta + index, mask=inside, other=0.0).to(tl.float32)
     for d in range(directions):
-        key0, key1 = tl.load(keys + 4 * d).to(tl.uint32), tl.load(keys + 4 * d + 1).to(tl.uint32)
-        change = tl.load(c + d) * _z(index, key0, key1, table, width, KIND, RANK, COLUMN_KEY)
+        row = of_direction + 5 * d
+        key0, key1 = tl.load(row).to(tl.uint32), tl.load(row + 1).to(tl.uint32)
+        coefficient = tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
+        change = coefficient * _z(index, key0, key1, table, width, KIND, RANK, COLUMN_KEY)
         if DTYPE == 0:
             value = value + change
         else:
-            key2, key3 = tl.load(keys + 4 * d + 2).to(tl.uint32), tl.load(keys + 4 * d + 3).to(tl.uint32)
+            key2, key3 = tl.load(row + 2).to(tl.uint32), tl.load(row + 3).to(tl.uint32)
             value = _rounded(value.to(tl.float64) + change.to(tl.float64), index, key2, key3, DTYPE)
+            value = value.to(theta.dtype.element_ty).to(tl.float32)  # what does not fit is infinite from then on
     tl.store(theta + index, value.to(theta.dtype.element_ty), mask=inside)
 
 
@@ -199,14 +221,15 @@ def _nearest_bfloat16(value):  # type: ignore[no-untyped-def]
     return tl.where(value != value, value, rounded.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["z0", "z1"])
 def _perturb(  # type: ignore[no-untyped-def]
     theta,
     out,
     n,
     rows,
     row_width,
-    keys,
+    z0,
+    z1,
     offset,
     table,
     width,
@@ -222,9 +245,17 @@ def _perturb(  # type: ignore[no-untyped-def]
     index = position
     if HAS_ROWS:
         index = tl.load(rows + position // row_width, mask=inside, other=0) * row_width + position % row_width
-    key0, key1 = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
-    change = _z(index, key0, key1, table, width, KIND, RANK, COLUMN_KEY) * offset
+    change = _z(index, z0.to(tl.uint32), z1.to(tl.uint32), table, width, KIND, RANK, COLUMN_KEY) * offset
     value = tl.load(theta + index, mask=inside, other=0.0).to(tl.float32) + change
     if DTYPE == 1:
         value = _nearest_bfloat16(value)
     tl.store(out + position, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["z0", "z1"])
+def _factors(index, out, n, z0, z1, RANK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < n
+    words = _hash(tl.load(index + position, mask=inside, other=0), z0.to(tl.uint32), z1.to(tl.uint32))
+    for j in tl.static_range(RANK):
+        tl.store(out + position * RANK + j, ((words >> j) & 1).to(tl.float32) * 2 - 1, mask=inside)
