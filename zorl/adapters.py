@@ -78,8 +78,8 @@ def prepare(model: Any, args: MeZOConfig) -> Any:
 def default_learning_rate(tune: str, parameters: int) -> float:
     """The typical change of a weight in one step of one direction, for so many tuned parameters (`update="normalized"`).
 
-    All steps of a kind have one length, so that the more weights are tuned, the less each of them moves: the rate falls with the root of
-    their number (docs/what_pays.md).
+    All steps of a kind have one length, so that the more weights are tuned, the less each of them moves: the rate falls with the
+    root of their number (docs/what_pays.md).
     """
     scale = SCALES[tune]
     return min(scale.learning_rate, scale.length * _RATE * math.sqrt(_SIZE / parameters))
