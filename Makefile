@@ -14,7 +14,8 @@ help:
 	@echo "make lint        ruff: rules and formatting        make format repairs what can be repaired"
 	@echo "make typecheck   mypy over zorl, zorl.rewards and zorl.apps"
 	@echo "make audit       known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
-	@echo "make benchmarks  measure what the README claims (long; one file: $(BIN)/python benchmarks/NAME.py)"
+	@echo "make benchmarks  those that need no model and no data: demo, overhead, soak, speed (long; the others say at their top"
+	@echo "                 how they are run: benchmarks/NAME.py)"
 	@echo "make constraints resolve the newest versions that pyproject.toml allows into constraints.txt"
 	@echo "make clean       remove .venv and everything that was built"
 	@echo
@@ -53,7 +54,10 @@ audit:
 	@build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 benchmarks: $(READY)
-	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS); done
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/speed.py --write
 
 constraints:
 	@rm -rf build/resolve && $(PYTHON) -m venv build/resolve

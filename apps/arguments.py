@@ -65,7 +65,9 @@ class TrainArguments(InputArguments):
         "classifier: labels come from a sequence-classification head, a new one where the model has none, not from label words. "
         "Default: as the model is."
     )
-    eval_dataset: str | None = _flag("Held-out rows. Default: a stratified fifth of --dataset, 1000 rows at most.")
+    eval_dataset: str | None = _flag(
+        "Held-out rows. Default: what --k_shot or --sample draws, else a stratified fifth of --dataset, 1000 rows at most."
+    )
     eval_split: str | None = _flag(
         "Split of --eval_dataset, or of --dataset where that is a hub data set, or of --task."
     )
@@ -181,7 +183,10 @@ class CompareArguments(InputArguments):
         },
     )
     methods: list[str] | None = field(
-        default=None, metadata=_several("What to compare; see below. Default: what needs no backward pass and no grid.")
+        default=None,
+        metadata=_several(
+            "What to compare; see above. Default: zero_shot threshold in_context linear_probing mezo_cross_entropy mezo."
+        ),
     )
     metrics: list[str] | None = field(
         default=None,
@@ -193,7 +198,7 @@ class CompareArguments(InputArguments):
     seeds: list[int] = field(
         default_factory=lambda: [13, 21, 42], metadata=_several("Of draws and methods. Default: 13 21 42.")
     )
-    budget: int = _flag("Forwards of a batch that a method may spend in learning.", 500)
+    budget: int = _flag("Forwards of a batch that a run may spend in learning.", 500)
     batch_size: int = _flag("Rows of a batch.", 32)
     max_length: int | None = _flag("Tokens of a prompt; longer texts are cut. Default: what the model takes.")
     max_completion_length: int = _flag("Tokens to generate.", 64)

@@ -102,8 +102,8 @@ TRAIN = Command(
     usage="--model M --dataset FILE --prompt TEMPLATE --label_words LABEL=WORD … --reward R --output_dir DIR",
     about="""\
 Tunes a language model on the metric itself, with forward passes alone and in the memory of inference. Each step asks of one
-batch: by how much is θ+εz better than θ−εz? Held-out rows are scored ten times over the run, and the best step is kept.
-The same command continues a run that was cut short, to the same bits.""",
+batch: which of eight models near this one do better, and by how much? Held-out rows are scored ten times over the run, and the
+best step is kept. The same command continues a run that was cut short, to the same bits.""",
     types=_train_types,
     sections={
         "Model and data": f"{_DATA} label_column eval_dataset eval_split k_shot sample output_dir",
@@ -197,7 +197,7 @@ trajectory holds, and the result against the weights that the run saved. With --
     sections={"Flags": "trajectory model until output_dir overwrite json"},
     examples="""\
 zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --output_dir rebuilt
-zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --until 300 --output_dir step300""",
+zorl replay --model facebook/opt-125m --trajectory out/trajectory.zorl --until 75 --output_dir step75""",
 )
 
 PROFILE = Command(

@@ -37,6 +37,7 @@ from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
 from zorl.tables import did_you_mean
 from zorl.tasks import Task
+from zorl.whole_files import read_json
 
 # What two comparisons must have in common for their cells to stand in one table.
 SAME = (
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> str:
     """Runs the cells that are missing, writes table and plot, and returns what to print.
 
     Raises:
-        ValueError: an argument or the data does not fit, or the folder holds a comparison of something else.
+        ValueError: an argument or the data does not fit, or the folder holds a comparison of something else, or a damaged file.
         KeyboardInterrupt: with a sentence on how to go on.
     """
     given = parse(COMPARE, argv)
@@ -115,13 +116,13 @@ def _claim(folder: Path, same: dict[str, Any]) -> None:
     """Notes what the folder's cells have in common.
 
     Raises:
-        ValueError: they were run on something else.
+        ValueError: they were run on something else, or the note is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "comparison.json"
     same = json.loads(json.dumps(same))
     if note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
+        before = read_json(note, "remove the folder, and the same command starts again")
         changed = [name for name in same if same[name] != before.get(name)]
         if changed:
             name = changed[0]
@@ -207,8 +208,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -> str:
-    """Writes the tables and the plot of every cell there is, those of earlier calls too."""
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+    """Writes the tables and the plot of every cell there is, those of earlier calls too.
+
+    Raises:
+        ValueError: the file of a cell is damaged.
+    """
+    advice = "remove it, and the same command runs it again"
+    cells = [read_json(path, advice) for path in sorted((folder / "cells").glob("*.json"))]
     order = {name: i for i, name in enumerate(METHODS)}
     cells.sort(key=lambda cell: (order.get(cell["method"], len(order)), cell["seed"]))
     rows = compare_report.summary(cells, metrics)

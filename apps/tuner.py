@@ -65,7 +65,7 @@ class Tuner:
         self.store.set_tuner("starting", f"loading {Path(self.settings.model).name}")
         self.model = load_model(self.settings.model)
         if torch.cuda.is_available():
-            self.model.to("cuda")
+            self.model.to("cuda")  # type: ignore[arg-type]
         self.tokenizer = load_processing_class(self.settings.model)
         patterns = self.settings.parameters or None
         if self.settings.output_bias:

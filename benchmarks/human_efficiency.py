@@ -397,8 +397,8 @@ the held-out list; the five seeds and the held-out prompts were used for the tab
 faster program, not kept, that runs all six at once and makes SPSA's projections from exact gradients; the last choice was
 checked in this one at a learning rate of 0.45, and then lowered to 0.4, which was not run there, to stay clear of the bound.
 What is said below without a row above comes from that program. The preferences were
-written down first and not changed. Temperature and length were raised from 1.0 and 48 tokens to 0.8 and 64 after the first
-runs, because there most pairs were ties for friendship and for dialogue.
+written down first and not changed. The temperature was lowered from 1.0 to 0.8 and the length raised from 48
+to 64 tokens after the first runs, because there most pairs were ties for friendship and for dialogue.
 
 * *Parameters.* Forward passes pay for each number that is tuned with noise in the direction, and random movement costs the text
   least in the output bias. Biases and scales inside the layers, norm gains and steering vectors on the residual stream could

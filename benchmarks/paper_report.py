@@ -38,12 +38,13 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
         "masked model has 22.7M parameters (6 layers, width 384), the causal one 260,032: far smaller than the paper's, so "
         "compare rows here with each other and not with the paper.",
         "",
-        f"A method may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses settings "
+        f"A run may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses settings "
         "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
         f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
         "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
         "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning: where a method "
-        "tries several learning rates, those of each are among them. "
+        "tries several learning rates, those of each are among them. Momentum, which has no default learning rate, runs at "
+        "1e-4, untuned. "
         f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
         "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
         "",

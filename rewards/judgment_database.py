@@ -200,7 +200,7 @@ def _engine(url: URL) -> Engine:
         return _postgresql(url)
     except ImportError as error:
         raise ValueError(
-            f"cannot open '{shown(url)}': PostgreSQL needs the driver psycopg; pip install 'zorl[postgres]'"
+            f"cannot open '{shown(url)}': PostgreSQL needs the driver psycopg; pip install 'psycopg[binary]'"
         ) from error
 
 

@@ -55,7 +55,7 @@ class JudgmentStore(RatersSide, TunersSide):
 
     Args:
         url_or_path: an SQLite file, made if it is not there, or the URL of an empty PostgreSQL database or of one that holds a
-            store, postgresql://user:password@host/name; `pip install 'zorl[postgres]'` brings the driver.
+            store, postgresql://user:password@host/name; `pip install 'psycopg[binary]'` brings the driver.
         votes_per_pair: that a pair needs, each of another rater; 1 by default.
         lease_seconds: for which a shown pair is kept for its rater; 120 by default.
         repeat_share: of showings that repeat, in the other order, a pair the rater has judged; 0.05 by default. Their votes

@@ -58,8 +58,8 @@ def load_reward(name: str, *, column: str | None = None) -> RewardFunction:
         column: of the data set, where shipped rewards find the truth unless their options say otherwise.
 
     Raises:
-        ValueError: there is no such reward, module, file or function, or an option is unknown. An error inside
-            the user's module or file is raised as it is.
+        ValueError: there is no such reward, module, file or function, a file cannot be run, or an option is unknown. An error
+            inside the user's module is raised as it is.
     """
     shipped, _, options = name.partition(":")
     if shipped in SHIPPED:
@@ -84,7 +84,8 @@ def load_judge(name: str, *, column: str | None = None, judgments: str | Path | 
         judgments: the judgment store of `human`, a file or a URL, which is made if it is not there.
 
     Raises:
-        ValueError: there is no such judge, its model cannot be loaded, `human` comes without a store, or another with one.
+        ValueError: there is no such judge, its file cannot be run, its model cannot be loaded, `human` comes without a store, or
+            another with one.
         OSError: there is no such language model.
     """
     if name == "human":
@@ -124,7 +125,7 @@ def load_function(name: str, what: str = "reward") -> Callable[..., Any]:
         what: it is to be used as, for messages.
 
     Raises:
-        ValueError: the name is incomplete, or there is no such module, file or function.
+        ValueError: the name is incomplete, there is no such module, file or function, or the file cannot be run.
     """
     head, _, tail = name.rpartition(":")
     if not head or not tail:
@@ -181,7 +182,7 @@ def load_file(path: Path) -> ModuleType:
     """The module that a Python file is. It is run, once in a process.
 
     Raises:
-        ValueError: there is no such file. An error inside it is raised as it is.
+        ValueError: there is no such file, or it raises an error, which is then the cause.
     """
     if not path.is_file():
         raise ValueError(f"there is no file '{path}' to load")
@@ -198,8 +199,10 @@ def load_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, Exception):
+            raise ValueError(f"'{path}' cannot be run: {type(error).__name__}: {error}") from error
         raise
     return module
 

@@ -205,7 +205,7 @@ class PostgresServer:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """A server, where Debian's package `postgresql` and psycopg are installed."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'zorl[postgres]'")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'psycopg[binary]'")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     if not found:
         pytest.skip("no PostgreSQL server here: apt-get install postgresql")

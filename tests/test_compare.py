@@ -179,6 +179,29 @@ def test_cells_of_other_settings_are_not_put_in_one_table(
     assert "holds a comparison with --text_column" in capsys.readouterr().err
 
 
+def test_a_damaged_file_is_named_with_what_to_do(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    command = words(files, out, "--methods", "zero_shot", "--seeds", "1")
+    assert main(command) == 0
+    before = cells(out)
+    note, cell = out / "comparison.json", out / "cells" / "zero_shot-1.json"
+    whole = {path: path.read_text(encoding="utf-8") for path in (note, cell)}
+    for path, advice in (
+        (note, "remove the folder, and the same command starts again"),
+        (cell, "remove it, and the same command runs it again"),
+    ):
+        path.write_text(whole[path][:20], encoding="utf-8")
+        capsys.readouterr()
+        assert main(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{path} is damaged" in said
+        assert advice in said
+        path.write_text(whole[path], encoding="utf-8")
+    cell.unlink()  # as advised
+    assert main(command) == 0
+    assert cells(out)["zero_shot-1"]["accuracy"] == before["zero_shot-1"]["accuracy"]
+
+
 @pytest.mark.parametrize(
     "data",
     [

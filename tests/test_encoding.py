@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 
@@ -182,3 +183,19 @@ def test_a_model_that_numbers_no_positions_reads_any_length(parts):
 def test_a_tokenizer_without_padding_pads_with_another_token(parts):
     assert pad_token_id(parts("gpt2").tokenizer) == parts("gpt2").tokenizer.eos_token_id
     assert pad_token_id(parts("opt").tokenizer) == parts("opt").tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ nowhere.text }}", "'nowhere' is undefined"),
+    ],
+)
+def test_a_conversation_that_the_chat_template_refuses_is_a_sentence(parts, template, message):
+    tokenizer = copy.deepcopy(parts("qwen2").tokenizer)
+    tokenizer.chat_template = template
+    prompt = Prompt("{text}", system="be odd")
+    with pytest.raises(ValueError, match=f"the chat template refuses this conversation: .*{message}"):
+        ContextTokenizer(tokenizer, prompt).text(prompt.render({"text": "fine"}))

@@ -335,6 +335,17 @@ def test_asking_again_asks_the_same_directions_under_a_new_number():
     assert not set(optimizer.ask().seeds) & set(first.seeds)
 
 
+@pytest.mark.parametrize("answers", [[0.0, 1.0], torch.zeros(2, 1), None])
+def test_numbers_that_do_not_say_whether_higher_is_better_are_refused(answers: Any):
+    optimizer = MeZO([("w", torch.zeros(3))])
+    probe = optimizer.ask()
+    with pytest.raises(
+        TypeError, match=f"tell takes Scores, Verdicts or Slopes .*, got {type(answers).__name__}: .*higher"
+    ):
+        optimizer.tell(probe.id, answers)
+    optimizer.tell(probe.id, Scores(torch.zeros(2, 1)))  # it is open still
+
+
 def test_telling_twice_or_before_the_last_step_is_refused():
     optimizer = MeZO([("w", torch.zeros(3))])
     with pytest.raises(ValueError, match="probe 0 is not open"):

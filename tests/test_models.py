@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from zorl.adapters import add_lora
 from zorl.apps.cli import main
-from zorl.models import is_masked, load_model, load_processing_class, trained_classes
+from zorl.models import _sound_weights, is_masked, load_model, load_processing_class, trained_classes
 
 CODE = """from pathlib import Path
 Path({trace!r}).write_text("executed")
@@ -97,3 +98,73 @@ def test_pickled_weights_are_not_opened(parts: Callable[[str], Any], tmp_path: P
     with pytest.raises(OSError, match="safetensors"):
         load_model(str(folder))
     assert not trace.exists()
+
+
+# --- damaged files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(parts: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A model of two layers with its tokenizer, in a folder."""
+    folder = tmp_path / "saved"
+    parts("llama").model.save_pretrained(folder)
+    parts("llama").tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("classes", [None, ("bad", "good")])
+def test_weights_that_were_cut_short_are_named(saved: Path, classes: tuple[str, ...] | None) -> None:
+    _cut(saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"the weights of {saved} are damaged .*: download them again"):
+        load_model(str(saved), classes=classes)
+
+
+def test_an_adapter_that_was_cut_short_is_named(saved: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    add_lora(load_model(str(saved)), 2, 4, None, 0).save_pretrained(adapter)
+    _edit(adapter / "adapter_config.json", base_model_name_or_path=str(saved))
+    _cut(adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"the weights of {adapter} are damaged"):
+        load_model(str(adapter))
+
+
+@pytest.mark.parametrize("classes", [None, ("bad", "good")])
+def test_a_configuration_that_does_not_fit_the_weights_is_named(saved: Path, classes: tuple[str, ...] | None) -> None:
+    _edit(saved / "config.json", vocab_size=7)
+    with pytest.raises(ValueError, match=f"the weights of {saved} have other sizes than its config.json says"):
+        load_model(str(saved), classes=classes)
+
+
+def test_memory_that_runs_out_while_weights_are_loaded_is_no_damage() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"), _sound_weights("model"):
+        torch.empty(1 << 50)  # more than any machine has
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"a": 1}'),
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"version": '),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "none"}}'),
+        ("tokenizer.json", "\udcff"),  # a byte that is no UTF-8
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_named(saved: Path, file: str, content: str) -> None:
+    (saved / file).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(
+        ValueError, match=f"{saved} holds no tokenizer that can be read .*: download its tokenizer.json"
+    ):
+        load_processing_class(str(saved))
+
+
+def test_a_folder_without_a_tokenizer_keeps_the_sentence_of_transformers(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        load_processing_class(str(tmp_path / "nowhere"))

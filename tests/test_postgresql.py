@@ -192,7 +192,7 @@ def test_what_is_wrong_is_said_in_a_sentence_without_the_password(
 def test_a_server_that_is_there_is_refused_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(
-        ValueError, match=r"'postgresql://h/x': PostgreSQL needs the driver psycopg; pip install 'zorl\[pos"
+        ValueError, match=r"'postgresql://h/x': PostgreSQL needs the driver psycopg; pip install 'psycopg\[binary\]'"
     ):
         JudgmentStore("postgresql://h/x")
 

@@ -159,7 +159,7 @@ def test_what_was_saved_quantised_is_loaded_so_and_what_has_nothing_to_quantise_
 def test_an_absent_package_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for kind, package in PACKAGES.items():
-        with pytest.raises(ImportError, match=f"quantize='{kind}' needs the package {package}: pip install {package}"):
+        with pytest.raises(ImportError, match=f"quantize='{kind}' needs the package {package}: pip install {package}$"):
             quantization_config(kind)
     with redirect_stderr(io.StringIO()) as error:
         arguments = ["--dataset", f"{base}/config.json", "--loss", "cross_entropy", "--tune", "lora"]

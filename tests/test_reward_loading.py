@@ -97,11 +97,21 @@ def test_files_of_one_name_do_not_mix(tmp_path):
     assert [load_reward(f"{tmp_path}/{folder}/same.py:reward")() for folder in "ab"] == [1, 2]
 
 
-def test_a_file_that_fails_raises_its_own_error_and_can_be_repaired(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise OSError('licence server')\n", "OSError: licence server"),
+        ("def reward(**columns)\n    return 1\n", r"SyntaxError: expected ':' \(broken\.py, line 1\)"),
+        ("limit = unknown\n", "NameError: name 'unknown' is not defined"),
+        ("import not_installed_anywhere\n", "ModuleNotFoundError: No module named 'not_installed_anywhere'"),
+    ],
+)
+def test_a_file_that_cannot_be_run_says_why_and_can_be_repaired(tmp_path, code, message):
     path = tmp_path / "broken.py"
-    path.write_text("raise OSError('licence server')\n")
-    with pytest.raises(OSError, match="licence server"):
+    path.write_text(code)
+    with pytest.raises(ValueError, match=f"'{path}' cannot be run: {message}") as raised:
         load_reward(f"{path}:reward")
+    assert type(raised.value.__cause__).__name__ == message.partition(":")[0]
     path.write_text("def reward(**columns):\n    return 0.25\n")
     assert load_reward(f"{path}:reward")() == 0.25
 

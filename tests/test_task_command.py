@@ -260,4 +260,8 @@ def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path, capsys: p
     )
     assert "there is no file 'nowhere.py'" in error_of(capsys, "eval", "--task", "nowhere.py", *bert, *data)
     (tmp_path / "empty.py").write_text("task = 1\n")
+    (tmp_path / "broken.py").write_text("TASK = Task(\n")
+    assert "broken.py' cannot be run: SyntaxError" in error_of(
+        capsys, "eval", "--task", tmp_path / "broken.py", *bert, *data
+    )
     assert "the file has no TASK" in error_of(capsys, "eval", "--task", tmp_path / "empty.py", *bert, *data)

@@ -406,6 +406,22 @@ def test_a_malformed_row_is_named(name: str, file: str, content: str, message: s
         task(name).load("train", written(tmp_path, file, content))
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda record: [{"text": record["text"]}], "KeyError: 'text'"),
+        (lambda record: [{"text": record["sentence"].words}], "AttributeError: 'str' object has no attribute 'words'"),
+        (lambda record: [{"text": record["sentence"] + 1}], "TypeError: can only concatenate str"),
+        (lambda record: [{"text": record["sentence"].split()[1]}], "IndexError: list index out of range"),
+        (lambda record: None, "TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_a_row_that_a_task_of_one_s_own_fails_on_is_named(rows: Any, message: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", lines({"sentence": "dull", "label": 0}))
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 1: {message}"):
+        replace(task("sst2"), rows=rows).load("train", path)
+
+
 def test_the_file_of_a_split_is_known_by_its_name(tmp_path: Path) -> None:
     for file, sentence in {"train": "a", "dev_matched": "b", "readme": "c"}.items():
         written(tmp_path, f"{file}.jsonl", lines({"sentence": sentence, "label": 0}))

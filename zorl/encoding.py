@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -140,19 +141,27 @@ class ContextTokenizer:
         ]
 
     def _chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The conversation as the model was trained to see it.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or the template refuses the conversation, as some do a system message.
+        """
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"the prompt is a chat, but the tokenizer {type(self.tokenizer).__name__} has no chat_template;"
                 " use an instruct model's tokenizer, or a plain text prompt"
             )
         open_reply = messages[-1][0] == "assistant"  # the reply has begun: go on from there
-        text = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            tokenize=False,
-            add_generation_prompt=not open_reply,
-            continue_final_message=open_reply,
-            **self._chat_options,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=not open_reply,
+                continue_final_message=open_reply,
+                **self._chat_options,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return str(text)
 
 

@@ -207,9 +207,15 @@ class MeZO(torch.optim.Optimizer):
         """Takes the answers to an open probe, commits the step to the trajectory, and leaves θ for `step` to move.
 
         Raises:
+            TypeError: the answers are no Scores, Verdicts or Slopes.
             ValueError: that probe is not open or not the next step's, or the answers do not fit it.
             OSError: the trajectory could not be written; nothing has changed.
         """
+        if not isinstance(answers, Answers):
+            raise TypeError(
+                f"tell takes Scores, Verdicts or Slopes of zorl.probe, got {type(answers).__name__}: numbers become "
+                "Scores(tensor), of shape (points, rows), where higher is better"
+            )
         probe = next((p for p in self._open.values() if p.id == probe_id), None)
         if probe is None:
             others = " and ".join(str(p.id) for p in self._open.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,7 +50,8 @@ def load_model(
 
     Raises:
         ValueError: the dtype is none of these, the model is a classifier of another number of classes or needs code of its
-            own, quantize is neither, or nothing in the model can be quantised.
+            own, quantize is neither, nothing in the model can be quantised, or its weights are damaged or do not fit its
+            configuration.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -64,9 +67,10 @@ def load_model(
     if classes is not None or _architecture(config).endswith(_CLASSIFIER):
         return _load_classifier(name, dtype, config, classes, options)
     loader: Any = AutoModelForMaskedLM if _reads_masks(config) else AutoModelForCausalLM
-    model: PreTrainedModel = loader.from_pretrained(
-        name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
-    )
+    with _sound_weights(name):
+        model: PreTrainedModel = loader.from_pretrained(
+            name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
+        )
     if quantize is not None and all(map(is_plain, model.parameters())):
         raise ValueError(
             f"{quantize} quantises linear layers, and {name} has none that it knows ({type(model).__name__}): leave it out"
@@ -103,7 +107,7 @@ def _load_adapter(name: str, dtype: str, classes: Sequence[str] | None, quantize
     if not base:
         raise ValueError(f"{Path(name) / ADAPTER} names no base model: it was made in memory, so load it in a script")
     model = load_model(base, dtype, classes=classes, quantize=quantize)
-    with quiet():
+    with quiet(), _sound_weights(name):
         return PeftModel.from_pretrained(model, name)
 
 
@@ -116,7 +120,7 @@ def _load_classifier(
                 f"the model {name!r} is a classifier of {config.num_labels} classes, and {len(classes)} are asked for"
             )
         options = {**options, "id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _sound_weights(name):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
@@ -144,6 +148,22 @@ def _no_code_of(name: str) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def _sound_weights(name: str) -> Iterator[None]:
+    """Gives weights that cannot be loaded a sentence. Memory that runs out is a RuntimeError, too, and is raised as it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name} are damaged ({error}): download them again") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"the weights of {name} have other sizes than its config.json says (the report above names them): they do not belong "
+            "together, so download both again"
+        ) from error
+
+
 def _architecture(config: PreTrainedConfig) -> str:
     return (config.architectures or [""])[0]
 
@@ -160,8 +180,23 @@ def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ValueError: it needs code of its own, which is not run.
+        ValueError: it needs code of its own, which is not run, or its files are damaged.
+        OSError: there is no such model.
     """
-    with _no_code_of(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    try:
+        with _no_code_of(name):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:
+        if not _of_a_damaged_file(error):
+            raise
+        raise ValueError(
+            f"{name} holds no tokenizer that can be read ({type(error).__name__}: {error}): download its tokenizer.json and "
+            "tokenizer_config.json again"
+        ) from error
     return tokenizer
+
+
+def _of_a_damaged_file(error: Exception) -> bool:
+    """Whether a tokenizer's file is no JSON, or JSON of another kind: transformers looks into it without a check."""
+    damaged = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
+    return isinstance(error, damaged) or type(error) is Exception  # which is all that the tokenizers library raises

@@ -26,7 +26,7 @@ def quantization_config(kind: str) -> Any:
         raise ValueError(f"quantize must be int8 or int4, got {kind!r}")
     package = PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"quantize={kind!r} needs the package {package}: pip install {package}, or 'zorl[quantize]'")
+        raise ImportError(f"quantize={kind!r} needs the package {package}: pip install {package}")
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind == "int8":

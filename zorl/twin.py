@@ -232,7 +232,7 @@ class Twin:
             seeds = list(dict.fromkeys(point.seed for point in self.points))
             return torch.tensor([seeds.index(point.seed) for point in self.points], device=device)
 
-        return self._once((device, "of_point"), make)  # type: ignore[no-any-return]
+        return self._once((device, "of_point"), make)
 
     def across(self, moved: _Moved, *, columns: bool) -> Tensor:
         """offset/√r · u (or v) at each point, `(points, r, n)`."""

@@ -27,7 +27,7 @@ class Task:
             answers in `label`.
         metric: the reward that is reported, by its name in `zorl.rewards`.
         rows: makes rows, one or several or none, with the columns of the prompts and `label`, of a record of the hub or of
-            a file; a ValueError says what is wrong with it.
+            a file; a ValueError says what is wrong with it (a KeyError, a TypeError or the like is named as well).
         causal: the template for autoregressive models.
         masked: the template for masked models; None if the task is not for them.
         hub: where the data set lies; None if it is in files alone.
@@ -97,6 +97,12 @@ class Task:
                 rows.extend(self.rows(record))
             except ValueError as error:
                 raise ValueError(f"{name}, row {number}: {error}") from None
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+            ) as error:  # of a task of one's own: its text alone says little
+                raise ValueError(f"{name}, row {number}: {type(error).__name__}: {error}") from error
         if not rows:
             raise ValueError(f"{name} holds no rows of the task {self.name!r}")
         return rows
