@@ -114,7 +114,7 @@ def claims(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     behind: dict[str, list[str]] = {other: [] for other in AGAINST}
     judged = dict.fromkeys(AGAINST, 0)
     for name, cells in found.items():
-        metric, short = metrics_of(cells)[0], SETTINGS[name].title.split(",")[0]
+        metric, short = metrics_of(cells)[0], SETTINGS[name].title.replace(", the causal model", "")
         row = []
         for other in AGAINST:
             found_difference = difference(cells, other, metric)
@@ -133,14 +133,14 @@ def claims(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         if not judged[other]:
             continue
         lines.append(
-            f"- {title}: of {judged[other]} with more than one seed, clearly ahead on "
+            f"- {title}: of {judged[other]} tasks with more than one seed, clearly ahead on "
             f"{len(ahead[other])}{_list(ahead[other])}, clearly behind on {len(behind[other])}{_list(behind[other])}."
         )
     return [*lines, ""]
 
 
 def _list(names: Sequence[str]) -> str:
-    return f" ({', '.join(names)})" if names else ""
+    return f" ({'; '.join(names)})" if names else ""
 
 
 def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
