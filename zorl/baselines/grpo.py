@@ -113,6 +113,9 @@ def _train(
     asked = [problem.prompt.render(row) for row in rows]
     conversations = [[{"role": role, "content": text} for role, text in one.messages] for one in asked]
     prompts = [chat or one.before for chat, one in zip(conversations, asked, strict=True)]
+    fields = GRPOConfig.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {name: False}  # by the name that it has since transformers 5.18
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder,
@@ -124,7 +127,7 @@ def _train(
             chat_template_kwargs=dict(problem.prompt.chat_template_kwargs or {}) or None,
             seed=problem.seed,
             bf16=False,
-            gradient_checkpointing=False,
+            **checkpointing,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
