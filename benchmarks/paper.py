@@ -146,11 +146,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
 
 def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     """Several at once in processes of their own; a job that fails is told and does not end the others."""
-    os.environ |= {
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "PYTHONWARNINGS": "ignore",
-    }  # one bar is enough
+    # For the processes that are started: one bar is enough.
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     failed = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

@@ -267,9 +267,8 @@ class CallableLoss:
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
         value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
-        losses = (
-            torch.as_tensor(value, dtype=torch.float64).reshape(-1).cpu()
-        )  # where NaN alone, as at other points, lies
+        # On the CPU, where a plain number lies: a loss may be NaN at one point and a GPU's tensor at the next.
+        losses = torch.as_tensor(value, dtype=torch.float64).reshape(-1).cpu()
         if len(losses) not in (1, len(rows)):
             raise ValueError(f"the loss returned {len(losses)} numbers for {len(rows)} rows; return one, or one a row")
         return losses

@@ -185,9 +185,8 @@ class MeZOTrainer(ForwardTrainer):
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(network, args.parameters))
         args = args.sized(self.tuned.numel)
-        if (
-            args.n_gpu > 1
-        ):  # Trainer would multiply the batch for a DataParallel that nobody makes here: a process has one GPU
+        # A process has one GPU. Trainer would multiply the batch by all it sees, for a DataParallel that nobody makes here.
+        if args.n_gpu > 1:
             args._n_gpu = 1
         if args.should_save:  # Trainer makes the folder, and says less where it cannot
             with writing(Path(str(args.output_dir))):

@@ -215,24 +215,28 @@ class Twin:
             each = None if bias is None else self.each(bias)
             if not isinstance(weight, _Moved) or weight.zorl_name is None:
                 return _Product(matrix, None, None, each, None)
-            seeds = list(dict.fromkeys(point.seed for point in self.points))
+            seeds = self._seeds()
             index = torch.arange(matrix.shape[0], device=weight.device)
             along = torch.cat([self._factors(weight, seed, index, columns=transposed) for seed in seeds], dim=1)
-            of_point = self._of_point(weight.device)
+            of_point = self._seed_of_point(weight.device)
             across = self.across(weight, columns=not transposed)
             return _Product(matrix, along, across, each, of_point if len(seeds) > 1 else None)
 
         found: _Product = self._once((id(weight), id(bias)), make)
         return found
 
-    def _of_point(self, device: torch.device) -> Tensor:
-        """Which of the seeds each point has, `(points,)`; copied to a device once, not for every product."""
+    def _seeds(self) -> list[int]:
+        """Of the points, each once."""
+        return list(dict.fromkeys(point.seed for point in self.points))
+
+    def _seed_of_point(self, device: torch.device) -> Tensor:
+        """Which of `_seeds` each point has, `(points,)`; copied to a device once, not for every product."""
 
         def make() -> Tensor:
-            seeds = list(dict.fromkeys(point.seed for point in self.points))
+            seeds = self._seeds()
             return torch.tensor([seeds.index(point.seed) for point in self.points], device=device)
 
-        return self._once((device, "of_point"), make)
+        return self._once((device, "seed_of_point"), make)
 
     def across(self, moved: _Moved, *, columns: bool) -> Tensor:
         """offset/√r · u (or v) at each point, `(points, r, n)`."""

@@ -97,11 +97,7 @@ class Task:
                 rows.extend(self.rows(record))
             except ValueError as error:
                 raise ValueError(f"{name}, row {number}: {error}") from None
-            except (
-                LookupError,
-                TypeError,
-                AttributeError,
-            ) as error:  # of a task of one's own: its text alone says little
+            except (LookupError, TypeError, AttributeError) as error:  # in one's own task: the text alone says little
                 raise ValueError(f"{name}, row {number}: {type(error).__name__}: {error}") from error
         if not rows:
             raise ValueError(f"{name} holds no rows of the task {self.name!r}")
