@@ -201,7 +201,7 @@ def draw(
     """What `--k_shot` or `--sample` draws to train on and to hold out; None without either.
 
     Raises:
-        ValueError: both are given, or there are too few rows.
+        ValueError: both are given, `sizes` are not two numbers from 1 on, or there are too few rows.
     """
     if k_shot is None and sizes is None:
         return None

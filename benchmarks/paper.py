@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -142,6 +143,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         for path in (work / "cells").glob("*.json"):
             cell = json.loads(path.read_text(encoding="utf-8")) | {"machine": machine()}
             (kept / path.name).write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(work)  # else a cell that is deleted to be run again would come back from here
 
 
 def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
