@@ -141,6 +141,13 @@ def test_the_win_rate_looks_back_on_the_latest_comparisons_alone() -> None:
     assert win_rate(votes)[-1].value == 1.0
 
 
+def test_a_window_that_cuts_into_a_step_keeps_its_latest_verdicts_whoever_won() -> None:
+    votes = [(1, Choice.FIRST if i % 2 else Choice.SECOND) for i in range(40)]
+    assert [(p.value, p.n) for p in win_rate(votes)] == [(0.5, 20)]
+    lost_at_last = [(1, Choice.FIRST)] * 20 + [(1, Choice.SECOND)] * 20
+    assert win_rate(lost_at_last)[0].value == 0.0
+
+
 def test_the_decided_share_is_of_opinions() -> None:
     votes = [(1, Choice.FIRST), (1, Choice.TIE), (1, Choice.ABSTAIN), (2, Choice.BOTH_BAD), (3, Choice.ABSTAIN)]
     assert decided_share(votes) == [Point(1, 0.5), Point(2, 0.0)]
