@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from zorl.apps.inputs import (
     with_trained_classes,
 )
 from zorl.apps.launcher import is_first
-from zorl.apps.report import Begin, peak_memory_mb
+from zorl.apps.memory import peak_memory_mb
+from zorl.apps.report import Begin
 from zorl.classifier_head import sorted_labels
 from zorl.data import hold_out
 from zorl.interrupts import terminated_as_interrupted
@@ -46,6 +47,7 @@ from zorl.whole_files import read_json, write_json
 DEFAULT_STEPS = 250
 HOUR = 3600.0
 OUTPUT_DIR = "zorl_output"
+Flags = Mapping[str, str | list[str] | None]  # of a command, by name
 
 
 def run(argv: Sequence[str]) -> str:
@@ -106,12 +108,17 @@ def run(argv: Sequence[str]) -> str:
     processes.leave()
     if arguments.json:
         return json.dumps(result)
-    columns = {"text_column": arguments.text_column, "label_column": asked_label}
-    data = [] if arguments.task is None else ["--task", arguments.task]
-    if task is None or arguments.dataset is not None:
-        data += ["--dataset", str(arguments.eval_dataset or arguments.dataset)]
-    data += [word for name, value in columns.items() if value is not None for word in (f"--{name}", value)]
-    return f"{_table(result)}\n\nTry next\n{_next_commands(result, arguments.model, data)}"
+    data: dict[str, str | None] = {
+        "task": arguments.task,
+        "dataset": arguments.eval_dataset or arguments.dataset,
+        "dataset_config": arguments.dataset_config,
+        # Without one a task is scored on its test split.
+        "dataset_split": arguments.eval_split or (arguments.dataset_split if task is None else None),
+        "text_column": arguments.text_column,
+    }
+    scored = {"label_column": asked_label, "reward": None if prompt.chooses else arguments.reward or arguments.metrics}
+    commands = _next_commands(result, arguments.model, data, scored, scorable=prompt.chooses or task is not None)
+    return f"{_table(result)}\n\nTry next\n{commands}"
 
 
 def _check_goal(arguments: TrainArguments) -> None:
@@ -288,12 +295,35 @@ def _shown(value: float | None) -> str:
     return "—" if value is None else f"{value:.4f}"
 
 
-def _next_commands(result: dict[str, Any], model: str, data: list[str]) -> str:
+def _next_commands(result: dict[str, Any], model: str, data: Flags, scored: Flags, *, scorable: bool) -> str:
+    """Commands that score, apply and rewind the tuned model.
+
+    Args:
+        data: flags that say which rows to read.
+        scored: further flags of `zorl eval`.
+        scorable: whether `zorl eval` knows what to compute without `--reward`.
+    """
     out, until = result["output_dir"], max(1, result["saved_step"] // 2)
-    rewound = ["--until", str(until), "--output_dir", f"{out.rstrip('/')}-step{until}"]
-    commands = (
-        ["eval", "--model", out, *data],
-        ["predict", "--model", out, *data[:4], "--output", "predictions.jsonl"],
-        ["replay", "--model", model, "--trajectory", f"{out.rstrip('/')}/trajectory.zorl", *rewound],
-    )
-    return "\n".join(f"  {shlex.join(['zorl', *command])}" for command in commands)
+    tuned, folder = {"model": out}, out.rstrip("/")
+    commands: dict[str, Flags] = {
+        "eval": {**tuned, **data, **scored},
+        "predict": {**tuned, **data, "output": "predictions.jsonl"},
+        "replay": {
+            "model": model,
+            "trajectory": f"{folder}/trajectory.zorl",
+            "until": str(until),
+            "output_dir": f"{folder}-step{until}",
+        },
+    }
+    if not scorable and scored["reward"] is None:
+        del commands["eval"]
+    return "\n".join(f"  {shlex.join(['zorl', name, *_words(flags)])}" for name, flags in commands.items())
+
+
+def _words(flags: Flags) -> list[str]:
+    """Flags as words of a command line, without those that have no value."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    return words
