@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ class JudgeSettings:
         for name in ("prompts_per_step", "directions", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.comparisons_per_step < 0:
+            raise ValueError(f"comparisons_per_step must be at least 0, got {self.comparisons_per_step}")
+        for name in ("learning_rate", "temperature"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("brake", "max_drift"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be in 0 … 2⁶³−1, got {self.seed}")
+        if self.epsilon != "auto" and not _is_positive(str(self.epsilon)):
+            raise ValueError(f"epsilon must be a positive number or 'auto', got {self.epsilon!r}")
         if not self.prompts:
             raise ValueError("there are no prompts for the model to answer")
 
@@ -118,8 +131,15 @@ class JudgeSettings:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(**found)
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} does not hold the settings of a judging run: {error}") from error
+
+
+def _is_positive(number: str) -> bool:
+    try:
+        return 0.0 < float(number) < math.inf
+    except ValueError:
+        return False
 
 
 def _path(run: Path) -> Path:

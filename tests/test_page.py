@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -429,6 +430,7 @@ def test_what_is_wrong_with_a_file_of_prompts_is_said(tmp_path: Path, name: str,
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "lets other machines in, so it needs --password, or --users FILE"),
+        (["--epsilon", "abc"], "epsilon must be a positive number or 'auto', got 'abc'"),
         (["--model", "/no/such/model"], "there is no such folder"),
         (["--model", str(REVIEWER)], "--prompts is needed with --model"),
         (["--prompts", "none.txt"], "there is no file 'none.txt'"),
@@ -442,6 +444,33 @@ def test_a_flag_that_does_not_fit_is_explained(
 ) -> None:
     assert main(["judge", "--run", str(tmp_path / "run"), "--no_browser", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("epsilon", "abc", "a positive number or 'auto'"),
+        ("epsilon", "-0.1", "a positive number or 'auto'"),
+        ("epsilon", "inf", "a positive number or 'auto'"),
+        ("learning_rate", -1.0, "a positive number"),
+        ("learning_rate", math.inf, "a positive number"),
+        ("temperature", 0.0, "a positive number"),
+        ("temperature", math.nan, "a positive number"),
+        ("brake", -1.0, "0 or a positive number"),
+        ("max_drift", -1.0, "0 or a positive number"),
+        ("max_drift", math.nan, "0 or a positive number"),
+        ("comparisons_per_step", -3, "at least 0"),
+        ("prompts_per_step", 0, "at least 1"),
+        ("directions", 0, "at least 1"),
+        ("max_completion_length", 0, "at least 1"),
+        ("seed", -1, "in 0 … 2⁶³−1"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused_before_anything_starts(
+    setting: str, value: object, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{setting} must be {expected}, got {value!r}")):
+        JudgeSettings("model", ["one"], **{setting: value})  # type: ignore[arg-type]
 
 
 def test_a_run_goes_on_as_it_was_begun_and_refuses_to_be_another(tmp_path: Path) -> None:
