@@ -42,7 +42,11 @@ def run(argv: Sequence[str]) -> str:
     """
     given = parse(JUDGE, argv)
     arguments = build(JudgeArguments, given)
-    users = read_users(Path(arguments.users)) if arguments.users else {}
+    if arguments.password is not None and arguments.users is not None:
+        raise ValueError(
+            "--password is one password for all and --users gives each rater their own: leave one of them out"
+        )
+    users = {} if arguments.users is None else read_users(Path(arguments.users))
     auth = sign_in(arguments.password, users)
     if not is_local(arguments.host) and auth is None:
         raise ValueError(

@@ -430,6 +430,7 @@ def test_what_is_wrong_with_a_file_of_prompts_is_said(tmp_path: Path, name: str,
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "lets other machines in, so it needs --password, or --users FILE"),
+        (["--password", "open sesame", "--users", "users.txt"], "leave one of them out"),
         (["--epsilon", "abc"], "epsilon must be a positive number or 'auto', got 'abc'"),
         (["--model", "/no/such/model"], "there is no such folder"),
         (["--model", str(REVIEWER)], "--prompts is needed with --model"),
