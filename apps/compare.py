@@ -26,6 +26,7 @@ from zorl.apps.inputs import (
     load,
     load_task,
     make_prompt,
+    number,
     say,
     source_of,
 )
@@ -183,7 +184,7 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
             answers = fitted.answers(test)
         for metric in metrics:
             judged = replace(problem, reward=load_reward(metric, column=problem.label_column))
-            cell[judged.rewards.names[0]] = round(judged.score(test, answers), 6)
+            cell[judged.rewards.names[0]] = number(round(judged.score(test, answers), 6))
         cell |= {
             "forwards": fitted.forwards, "seconds": round(learning, 1),
             "peak_memory_mb": None if peak.megabytes is None else round(peak.megabytes), "chosen": fitted.chosen,

@@ -120,8 +120,8 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
             for look in found.looks
         ],
         "corollary_1": {
-            "learning_rate_normalized": _finite(normalized),
-            "learning_rate_sgd": _finite(found.corollary_1),
+            "learning_rate_normalized": number(normalized),
+            "learning_rate_sgd": number(found.corollary_1),
         },
         "tries": [{"learning_rate": number(t.learning_rate), "fall_a_step": number(t.fall)} for t in found.tries],
         "predicted_fall_a_step": number(found.predicted_fall),
@@ -135,10 +135,6 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
 
 def _triple(estimate: Estimate) -> list[float | None]:
     return [number(estimate.value), number(estimate.low), number(estimate.high)]
-
-
-def _finite(value: float) -> float | None:
-    return number(value) if math.isfinite(value) else None
 
 
 def _rounded(value: float) -> float:

@@ -33,8 +33,8 @@ def say(message: str) -> None:
 
 
 def number(value: float) -> float | None:
-    """For JSON, which has no NaN: null stands for a reward that applied to no row. Rewards are float32: seven digits."""
-    return None if math.isnan(value) else float(f"{value:.7g}")
+    """A number for JSON, which has neither NaN nor infinity: None where it is not finite, else rounded to float32's 7 digits."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def require(arguments: Any, *names: str) -> None:

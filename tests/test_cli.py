@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from zorl.apps.cli import main
 from zorl.apps.commands import COMMANDS, TRAIN
+from zorl.apps.inputs import number
 from zorl.probe import Choice
 from zorl.rewards import JudgmentStore
 from zorl.trajectory import Trajectory
@@ -864,6 +866,11 @@ def test_profile_measures_each_way_of_tuning_and_draws_it(
     assert zorl("profile", "--batch_size", "0").err.strip().endswith("--batch_size must be at least 1, got 0")
     too_long = zorl("profile", "--model", files.gpt2, "--length", "1000", "--plot", str(plot))
     assert "the model reads 96 tokens at most" in too_long.err
+
+
+def test_a_number_that_json_does_not_have_is_null() -> None:
+    assert [number(value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
+    assert number(0.12345678) == 0.1234568
 
 
 # --- diagnose ---------------------------------------------------------------------------------------------------------
