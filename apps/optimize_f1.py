@@ -10,8 +10,8 @@ be counted, and that is all that zorl asks.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +21,7 @@ from zorl.apps.embedded import REVIEWER
 from zorl.apps.report import Comparison
 from zorl.rewards import accuracy, f1
 from zorl.tasks import reviews
+from zorl.whole_files import write_json
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
@@ -73,12 +74,14 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
     # 5. What came of it.
     result = comparison.result()
-    (options.output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.output_dir / "result.json", result)
     comparison.plot(options.output_dir / "macro_f1.png")
     print(comparison.table())
-    here = (
-        "" if shutil.which("zorl") else f"{os.path.relpath(Path(sys.executable).parent)}/"
-    )  # not on the PATH under make
+    half = max(1, options.steps // 2)
+    trajectory, rewound = options.output_dir / "trajectory.zorl", f"{options.output_dir}-step{half}"
+    rewind = ["--model", REVIEWER, "--trajectory", trajectory, "--until", half, "--output_dir", rewound]
+    # Under make the environment's programs are not on the PATH.
+    here = "" if shutil.which("zorl") else f"{os.path.relpath(Path(sys.executable).parent)}/"
     print(
         f"""
 Written to {options.output_dir}/
@@ -86,7 +89,7 @@ Written to {options.output_dir}/
   model.safetensors  the tuned model        trajectory.zorl   every step: base model + this file = tuned model
 
 Try next
-  {here}zorl replay --model {REVIEWER} --trajectory {options.output_dir}/trajectory.zorl --until 100 --output_dir out/step100
+  {here}zorl replay {shlex.join(map(str, rewind))}
   {here}python -m zorl.apps.custom_reward           any Python callable as the objective
   {here}zorl train --help                           your own model, data and reward"""
     )
