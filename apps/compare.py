@@ -38,7 +38,7 @@ from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
 from zorl.tables import did_you_mean
 from zorl.tasks import Task
-from zorl.whole_files import read_json
+from zorl.whole_files import read_json, write_json
 
 # What two comparisons must have in common for their cells to stand in one table.
 SAME = (
@@ -132,7 +132,7 @@ def _claim(folder: Path, same: dict[str, Any]) -> None:
                 "stand in one table; choose another --output_dir"
             )
     else:
-        _write(note, same)
+        write_json(note, same)
 
 
 def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: int) -> tuple[Rows, str]:
@@ -192,20 +192,14 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
         }  # fmt: skip
     except NotApplicable as error:
         cell["not_applicable"] = str(error)
-    _write(_cell(folder, name, problem.seed), cell)
+    path = _cell(folder, name, problem.seed)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, cell)
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _cell(folder: Path, name: str, seed: int) -> Path:
     return folder / "cells" / f"{name}-{seed}.json"
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
 
 
 def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -> str:

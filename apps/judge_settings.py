@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from zorl.whole_files import write_json
+
 METHODS = ("replay", "direct")
 # What a setting that is not given becomes, by method: what did best in `docs/human_efficiency.md`.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -112,9 +114,7 @@ class JudgeSettings:
                     shown = "" if isinstance(old, list) else f": {old!r} there, {new!r} now"
                     raise ValueError(f"{run} holds a run with other {f.name}{shown}; choose another --run folder")
             return
-        whole = path.with_name(f"{path.name}.new")
-        whole.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        whole.replace(path)
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, run: Path) -> JudgeSettings:
