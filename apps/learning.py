@@ -24,7 +24,7 @@ from zorl.rewards.judgment_records import AUTOMATIC, JudgedPair, NewPair, Stored
 from zorl.rewards.majority import majority
 from zorl.trajectory import Record
 
-_PAIRS_AN_UPDATE = 4  # that people have judged, of replay
+_PAIRS_PER_UPDATE = 4  # judged pairs of a probe for which replay makes one update
 
 
 class Learner(Protocol):
@@ -96,14 +96,10 @@ class Replay:
     def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
         self.replay.pairs = []
         self.replay.add([preference for pair in judged if (preference := preference_of(pair)) is not None])
-        records = []
         # Several votes on one pair make one preference; identical answers were shown to nobody.
         shown = len({vote.pair for vote in votes if vote.rater != AUTOMATIC})
-        for _ in range(max(1, shown // _PAIRS_AN_UPDATE) if shown and self.replay.pairs else 0):
-            probe = self.mezo.ask()
-            records.append(self.mezo.tell(probe.id, self.replay.ask(probe.points, probe.step).answers))
-            self.mezo.step()
-        return records
+        updates = max(1, shown // _PAIRS_PER_UPDATE) if shown and self.replay.pairs else 0
+        return [self.replay.step(self.mezo) for _ in range(updates)]
 
 
 def preference_of(pair: JudgedPair) -> Preference | None:

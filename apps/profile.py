@@ -6,11 +6,9 @@ step on all parameters, a MeZO step on a LoRA adapter, and fine-tuning with back
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zorl.adapters import ALL_LINEAR, adapt
 from zorl.apps.arguments import ProfileArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import PROFILE
@@ -29,6 +28,7 @@ from zorl.apps.memory import peak_memory
 from zorl.mezo import MeZO
 from zorl.models import load_model
 from zorl.parameters import ParameterSet, select
+from zorl.perturbation import replica
 from zorl.probe import Scores
 from zorl.twin import Twin, twin_or_scratch
 
@@ -148,14 +148,9 @@ def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[
 
         return backpropagate
     if case == "lora_mezo":
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
-        shell = copy.deepcopy(
-            model, memo={id(t): t for t in (*model.parameters(), *model.buffers())}
-        )  # shares all weights
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft asks transformers by an old name, and tells of transposed layers
-            model = get_peft_model(shell, LoraConfig(r=lora_rank, target_modules="all-linear")).eval()
+        model = adapt(replica(model), LoraConfig(r=lora_rank, target_modules=ALL_LINEAR)).eval()
     mezo = MeZO(ParameterSet(select(model)).items(), lr=1e-9, epsilon=1e-3, distribution="rank1")
     evaluator = twin_or_scratch(model, mezo.parameters, "rank1")
 
@@ -222,17 +217,15 @@ def _short(number: int | None) -> str:
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     panels = (
         ("peak_memory_mb", "memory, MB", 1.0),
         ("seconds", "seconds a step", 1.0),
         ("largest_parameters", "largest model here, millions of parameters", 1e-6),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     labels = list(CASES.values())
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         values = [(result["cases"][case].get(key) or 0) * scale for case in CASES]
@@ -248,4 +241,3 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         f"{Path(result['model']).name}, {_short(result['parameters'])} parameters, batch {rows} x {length}, {result['dtype']}"
     )
     figure.savefig(path, dpi=150)
-    plt.close(figure)

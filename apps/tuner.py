@@ -16,6 +16,7 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,14 +27,14 @@ import torch
 from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Direct, Learner, Replay, text
-from zorl.directions import canonical_names, derive_seed
+from zorl.directions import derive_seed
 from zorl.drift import DriftMeter, starting_evaluator
 from zorl.encoding import pad_token_id
 from zorl.generation import Generation
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
 from zorl.output_bias import add_output_bias, move_output_bias_to_generation_config, output_bias_name
-from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
 from zorl.preference_replay import PreferenceReplay
 from zorl.probe import CENTRE, Choice
@@ -43,7 +44,7 @@ from zorl.run_folder import RunFolder
 from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 
 _DRIFT_PROMPTS = 16
-_PAIRS_AN_UPDATE = 16  # of replay
+_REPLAY_BATCH = 16  # pairs that one update of replay sees
 _MOST_UPDATES = 1  # that θ may have seen since a probe was written
 _IDLE_SECONDS = 0.1
 
@@ -79,7 +80,7 @@ class Tuner:
         self.learner: Learner = Direct(self.mezo, self.policy)
         if self.settings.method == "replay":
             replay = PreferenceReplay(
-                *readers, brake=self.settings.brake, batch_size=_PAIRS_AN_UPDATE, seed=self.settings.seed
+                *readers, brake=self.settings.brake, batch_size=_REPLAY_BATCH, seed=self.settings.seed
             )
             self.learner = Replay(self.mezo, self.policy, replay)
         rows = [{"prompt": prompt} for prompt in self._held_out[:_DRIFT_PROMPTS]]
@@ -239,16 +240,17 @@ class Tuner:
         return {"start": text(start[0]), "current": text(current[0]), "step": self.step}
 
     def _export(self) -> dict[str, Any]:
-        folder = self.run_folder / "export" / f"model-step{self.step}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        exports = self.run_folder / "export"
+        exports.mkdir(exist_ok=True)
         tuned = copy.deepcopy(self.model)
         if self.settings.output_bias:
             move_output_bias_to_generation_config(tuned)
-        tuned.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        RunFolder(folder).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.step})
-        return {"path": shutil.make_archive(str(folder), "zip", folder), "step": self.step}
+        with tempfile.TemporaryDirectory(dir=exports) as folder:
+            tuned.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            RunFolder(Path(folder)).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.step})
+            archive = shutil.make_archive(str(exports / f"model-step{self.step}"), "zip", folder)
+        return {"path": archive, "step": self.step}
 
     def _rewind(self, step: int) -> dict[str, Any]:
         if not 0 <= step < self.step:
@@ -261,14 +263,14 @@ class Tuner:
 
     def _optimizer(self, tuned: ParameterSet) -> MeZO:
         """MeZO where the store's steps end."""
-        path, named = RunFolder(self.run_folder).trajectory, dict(self.model.named_parameters())
+        path = RunFolder(self.run_folder).trajectory
         header = {
             "model": self.settings.model, "objective": f"judge:human:{self.settings.method}", "init_sha256": None,
             "peft": None, "output_bias": self.settings.output_bias, "prompt": Prompt("{prompt}").to_dict(),
-            "base_sha256": tensors_sha256(dict(zip(canonical_names(named), named.values(), strict=True))),
+            "base_sha256": base_sha256(self.model),
         }  # fmt: skip
 
-        def mezo(trajectory: Path) -> MeZO:
+        def mezo(trajectory: Path | None) -> MeZO:
             return MeZO(
                 tuned.items(), float(self.settings.learning_rate or 0), self.settings.epsilon_value, update="normalized",
                 n_spsa=int(self.settings.directions or 1), seed=self.settings.seed, trajectory=trajectory, header=header,
@@ -276,7 +278,7 @@ class Tuner:
 
         steps = self.store.steps()
         if steps or path.exists():
-            follow_store(path, mezo(path.with_name("none")).header, steps)
+            follow_store(path, mezo(None).header, steps)
         return mezo(path)
 
     @property

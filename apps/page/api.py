@@ -38,7 +38,7 @@ def build(desk: Desk) -> None:
     def undo(rater: str, request: gr.Request) -> dict[str, Any] | None:
         """Takes this rater's latest verdict back and gives its pair again; an error where a step has used it."""
         try:
-            return _told(desk.store.undo(desk.store.rater(who(rater, request))))
+            return _told(desk.take_back(who(rater, request)))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 

@@ -15,6 +15,7 @@ from zorl.apps.page.desk import Desk
 from zorl.apps.page.markup import text
 from zorl.apps.page.security import Guard, is_local
 from zorl.apps.page.theme import theme
+from zorl.rewards.judgment_records import LONGEST_NAME
 from zorl.rewards.judgment_store import JudgmentStore
 
 NAME_KEY, NAME_SECRET = "zorl-rater", "not a secret"  # where a browser keeps the rater's name; it outlives a restart
@@ -103,7 +104,7 @@ class Page:
             name = gr.Textbox(
                 label="Judging as",
                 elem_id="who",
-                max_length=40,
+                max_length=LONGEST_NAME,
                 max_lines=1,
                 interactive=self.auth is None,
                 scale=0,

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from zorl.probe import Choice
-from zorl.rewards.judgment_records import AlreadyClosed, Progress, Showing
+from zorl.rewards.judgment_records import LONGEST_NAME, AlreadyClosed, Progress, Showing
 from zorl.rewards.judgment_store import JudgmentStore
 
 
@@ -39,7 +39,7 @@ class Desk:
         said = (given or "").strip()
         if not self.logins:
             if not said:
-                raise ValueError("A rater needs a name: 1 to 40 characters.")
+                raise ValueError(f"A rater needs a name of 1 to {LONGEST_NAME} characters.")
             return said
         if not login:
             raise ValueError("Sign in first.")
@@ -75,11 +75,19 @@ class Desk:
         Raises:
             ValueError: see `next_pair`.
         """
-        rater = self._rater(name)
         try:
-            return Turn(self.store.undo(rater), "Taken back. Judge it again.")
+            return Turn(self.take_back(name), "Taken back. Judge it again.")
         except ValueError as error:  # AlreadyClosed is one
-            return Turn(self.store.next_pair(rater), str(error))
+            return Turn(self.store.next_pair(self._rater(name)), str(error))
+
+    def take_back(self, name: str) -> Showing:
+        """Takes the latest verdict back and returns its pair.
+
+        Raises:
+            AlreadyClosed: a step has used the verdict.
+            ValueError: see `next_pair`; or this rater has no verdict to take back.
+        """
+        return self.store.undo(self._rater(name))
 
     def progress(self, name: str | None = None) -> Progress:
         """How far the run is, as this rater sees it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def _model(store: JudgmentStore, run: Path, folder: Path) -> None:
                     return gr.skip(), gr.skip(), notice_html(wanted.waiting(WRITING)), ""
                 if not result:
                     return gr.Timer(active=False), gr.skip(), gr.skip(), ""
-                file = _zipped(Path(str(result["path"])), run, folder)
+                file = _served(Path(str(result["path"])), run, folder)
             except (ValueError, OSError) as error:
                 return gr.Timer(active=False), gr.skip(), notice_html(str(error)), ""
             return gr.Timer(active=False), str(file), notice_html("The model is ready."), "fetch-model"
@@ -135,19 +134,12 @@ def _trajectory(run: Path, folder: Path) -> tuple[Path, str]:
     return Path(shutil.copy(source, folder / "trajectory.zorl")), ""
 
 
-def _zipped(path: Path, run: Path, folder: Path) -> Path:
-    """What the tuner wrote, a folder or a file of the run, as one file to fetch.
+def _served(path: Path, run: Path, folder: Path) -> Path:
+    """A copy of the file that the tuner wrote, where Gradio serves it.
 
     Raises:
-        ValueError: it is not a part of the run.
+        ValueError: the file is not in the run's folder.
     """
     if not path.resolve().is_relative_to(run.resolve()):
         raise ValueError(f"The model was written to {path}, outside the run's folder {run}: fetch it from there.")
-    if path.is_file():
-        return Path(shutil.copy(path, folder / path.name))
-    target = folder / "model.zip"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # weights do not shrink
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(path))
-    return target
+    return Path(shutil.copy(path, folder / path.name))

@@ -12,6 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from zorl.rewards.judgment_records import LONGEST_NAME
+
 # Gradio's front end is made of inline scripts and functions built from text; whatever is not served by the page is refused.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -128,7 +130,7 @@ def sign_in(password: str | None, users: Mapping[str, str]) -> Callable[[str, st
 
     def check(name: str, given: str) -> bool:
         expected = users.get(name, "") if users else password or ""
-        known = bool(expected) and 0 < len(name.strip()) <= 40 and name.isprintable()
+        known = bool(expected) and 0 < len(name.strip()) <= LONGEST_NAME and name.isprintable()
         return hmac.compare_digest(given.encode(), expected.encode()) and known
 
     return check
