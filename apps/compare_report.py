@@ -76,13 +76,11 @@ def write_csv(rows: Sequence[Cell], metrics: Sequence[str], path: Path) -> None:
 
 def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, path: Path) -> None:
     """The first metric of each method: the mean as a bar, and every seed as a dot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.get(metric) is not None]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.34 * max(1, len(shown))), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.34 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots()
     for y, row in enumerate(shown):
         ours = row["method"].startswith(("mezo", "lp_mezo", "label_head"))
         seeds = [c[metric] for c in cells if c["method"] == row["method"] and c.get(metric) is not None]
@@ -95,7 +93,6 @@ def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, p
     axes.set_xlim(max(0.0, lowest - 0.1) if lowest >= 0 else None, None)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _spent(cell: Cell) -> int:

@@ -211,13 +211,11 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import torch
+    from matplotlib.figure import Figure
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     epsilons = [look.epsilon for look in found.looks]
     errors = [look.slope_error if look.slope_error > 0.0 else math.nan for look in found.looks]
     left.loglog(epsilons, errors, "o-", color="#1f5aa6")
@@ -242,4 +240,3 @@ def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
     right.set(title="fall of the loss a step (dashed: predicted)", xlabel=f"learning rate, update={result['update']}")
     figure.suptitle(f"{Path(str(result['model'])).name}, {result['objective']}")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -114,13 +114,11 @@ class Comparison:
 
     def plot(self, path: Path) -> None:
         """Held-out reward against forwards, with the two baselines as lines."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
         history = [entry for entry in self.trainer.state.log_history if "eval_reward" in entry]
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
         start = self.figures["threshold"]["macro_f1"]
         forwards = [self.trainer.calibration_forwards, *(entry["eval_forwards"] for entry in history)]
         axes.plot(
@@ -137,4 +135,3 @@ class Comparison:
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
         figure.savefig(path, dpi=150)
-        plt.close(figure)
