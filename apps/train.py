@@ -1,4 +1,4 @@
-"""`zorl train`: tune a model on a metric, from the command line."""
+"""`zorl train`: tunes a model on a metric, from the command line."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def run(argv: Sequence[str]) -> str:
     """Trains, and returns what to print.
 
     Raises:
-        ValueError: an argument, the data or the run in `--output_dir` does not fit; the message says what.
-        KeyboardInterrupt: with a sentence on how to go on.
+        ValueError: an argument, the data or the run in `--output_dir` does not fit.
+        KeyboardInterrupt: with a sentence on how to continue.
     """
     given = parse(TRAIN, argv)
     arguments = build(TrainArguments, given)
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> str:
     folder = Path(given["output_dir"])
     if folder.resolve() == Path(arguments.model).resolve():
         raise ValueError(
-            f"--output_dir {folder} is the model's own folder: the base would be overwritten, choose another"
+            f"--output_dir {folder} is the model's own folder: the base would be overwritten; choose another"
         )
 
     prompt = with_trained_classes(make_prompt(arguments, task=task), arguments.model)
@@ -125,22 +125,22 @@ def _check_goal(arguments: TrainArguments) -> None:
     goals = ("reward", "judge", "loss")
     given = [f"--{name}" for name in goals if getattr(arguments, name) is not None]
     if len(given) != 1:
-        found = " and ".join(given) or "none of them"
+        found = " and ".join(given) or "none"
         raise ValueError(f"give exactly one of --reward, --judge and --loss, such as --reward f1; got {found}")
     if arguments.judgments is not None and arguments.judge is None:
-        raise ValueError("--judgments is where people judge: it goes with --judge human")
+        raise ValueError("--judgments is only for --judge human: give both, or leave it out")
     if arguments.head not in (None, "classifier"):
         raise ValueError(f"--head takes classifier, got {arguments.head!r}")
     if arguments.head is not None and arguments.label_words is not None:
-        raise ValueError("--head classifier needs no --label_words: leave one of them out")
+        raise ValueError("--head classifier and --label_words exclude each other: leave one of them out")
 
 
 def _rows(
     arguments: TrainArguments, given: dict[str, Any], prompt: Prompt, task: Task | None
 ) -> tuple[Dataset, Dataset | None, str | None, Prompt]:
-    """Training rows, held-out rows if there is anything to evaluate, the name of the label column, and the prompt.
+    """The training rows, the held-out rows (None if nothing is evaluated), the name of the label column, and the prompt.
 
-    A new head's classes are the labels of the rows.
+    The classes of a new head are the labels of the rows.
     """
     wished = given.get("label_column")
     source = source_of(arguments, task)
@@ -158,7 +158,7 @@ def _rows(
     if arguments.eval_dataset is not None or arguments.eval_split is not None:
         if arguments.judge is not None and not arguments.metrics:
             raise ValueError(
-                "a judge gives no figure to evaluate: name some with --metrics, or leave out --eval_dataset"
+                "a judge yields no score to evaluate: name rewards with --metrics, or leave out --eval_dataset"
             )
         held = load(
             arguments,
@@ -183,13 +183,13 @@ def _rows(
 
 
 def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:
-    """Settings of the command line: ten evaluations, of which the best is kept."""
+    """The given settings and the defaults of the command line: ten evaluations, of which the best is kept."""
     values = dict(given)
     if "num_train_epochs" not in values:
         values.setdefault("max_steps", DEFAULT_STEPS)
     if evaluated and values.get("eval_strategy", "steps") == "steps":
         values.setdefault("eval_strategy", "steps")
-        # Ten times; where epochs are counted the number of steps is not known yet, and Trainer takes a share.
+        # Ten times. With epochs the number of steps is not known yet, so Trainer gets a share.
         values.setdefault("eval_steps", math.ceil(values["max_steps"] / 10) if values.get("max_steps", 0) > 0 else 0.1)
         values.setdefault("save_steps", values["eval_steps"])
         values.setdefault("load_best_model_at_end", True)
@@ -198,10 +198,10 @@ def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> di
 
 
 def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]:
-    """Trains and saves. The figures of the run."""
+    """Trains and saves the model. Returns the results of the run."""
     folder = trainer.folder.path
     if resuming:
-        say(f"{folder} holds a run already: the same settings continue it, another --output_dir starts a new one")
+        say(f"{folder} already holds a run: the same settings continue it, another --output_dir starts a new one")
     start = time.perf_counter()
     try:
         with terminated_as_interrupted():
@@ -219,7 +219,7 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
         steps = trainer.mezo.steps
         say(
             f"the run in {folder} is finished: it has {steps} steps. To extend it, repeat the command with a larger "
-            f"--max_steps, such as {2 * steps}; for another run choose another --output_dir"
+            f"--max_steps, such as {2 * steps}; for a new run, choose another --output_dir"
         )
         if stored.is_file():
             result: dict[str, Any] = read_json(stored, "remove it, and the same command writes it again")
@@ -233,7 +233,7 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
 
 
 def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
-    """The figures of a run: `start_*` before training, `eval_*` of the weights that were saved."""
+    """The results of a run: `start_*` before training, `eval_*` with the weights that were saved."""
     mezo = trainer.mezo
     assert mezo is not None
     step = trainer.step
@@ -264,7 +264,7 @@ def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The results as a table for people."""
     names = [name.removeprefix("eval_") for name in result if name.startswith("eval_")]
     width = max(map(len, [*names, "held out"]))
     lines = [f"{'held out':<{width}}  {'start':>8}  {'step ' + str(result['saved_step']):>9}"] if names else []
@@ -273,19 +273,19 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<{width}}  {_shown(before):>8}  {_shown(after):>9}")
     start, best = result.get("start_reward"), result.get("eval_reward")
     if start is not None and best is not None and best <= start:
-        lines.append("No step did better on the held-out rows than the start: train longer, or on larger batches.")
+        lines.append("No step did better on the held-out rows than the start: train longer or with larger batches.")
     share = result["informative_share"]
     figures = [
         f"{result['steps']} steps",
-        f"{result['forwards']} forwards of a batch",
+        f"{result['forwards']} forward passes of a batch",
         f"{result['seconds']:.0f} s",
-        f"{result['peak_memory_mb']} MB at most",
-        *([] if share is None else [f"{share:.0%} of the probes informative"]),
+        f"peak memory {result['peak_memory_mb']} MB",
+        *([] if share is None else [f"{share:.0%} of the directions informative"]),
     ]
     if (hour := result.get("another_hour")) is not None and None not in hour:
         lines.append(
             f"Another hour would probably change the held-out score by {hour[0]:+.3f} ({CONFIDENCE:.0%}: {hour[1]:+.3f} to "
-            f"{hour[2]:+.3f}), if it goes on like the later evaluations."
+            f"{hour[2]:+.3f}), if the trend of the later evaluations continues."
         )
     saved = f"saved in {result['output_dir']}: the weights of step {result['saved_step']}"
     return "\n".join([*lines, ", ".join(figures), f"{saved} (SHA-256 {result['weights_sha256'][:16]}…)"])

@@ -304,7 +304,7 @@ def test_a_run_goes_back_after_a_question(site: Site) -> None:
         page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
         page.locator("#rewind-step input").fill("1")
         page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("The model is back.")
+        expect(page.locator("#rewind-said")).to_contain_text("The model is back at that step.")
         assert asked == ["Go back to step 1? The steps after it are undone, and their verdicts stay in the raw log."]
         page.locator("#rewind-step input").fill("1000")
         page.get_by_role("button", name="Go back to this step").click()

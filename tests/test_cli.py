@@ -532,7 +532,7 @@ def test_a_causal_model_is_tuned_on_the_text_that_it_generates(
     assert found["rewards"]["short"] == found["reward"] == pytest.approx(result["eval_reward"])
     assert "accuracy" not in found
     without = zorl("eval", "--model", out, "--dataset", files.path("dev.tsv"))
-    assert (without.code, "--reward is needed" in without.err) == (2, True)
+    assert (without.code, "--reward is required" in without.err) == (2, True)
 
 
 @pytest.fixture(scope="module")
@@ -814,7 +814,7 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line(
     outcome = zorl("train", "--config", files.write("twice.yaml", text))
     assert (outcome.code, outcome.out) == (2, "")
     assert "twice.yaml" in outcome.err
-    assert "'seed' is there twice" in outcome.err
+    assert "the key 'seed' occurs twice" in outcome.err
     assert "line 3" in outcome.err
 
 
@@ -865,7 +865,7 @@ def test_profile_measures_each_way_of_tuning_and_draws_it(
     assert all(word in text for word in ("inference, one forward", "MeZO on LoRA", "AdamW", "largest here"))
     assert zorl("profile", "--batch_size", "0").err.strip().endswith("--batch_size must be at least 1, got 0")
     too_long = zorl("profile", "--model", files.gpt2, "--length", "1000", "--plot", str(plot))
-    assert "the model reads 96 tokens at most" in too_long.err
+    assert "the model reads at most 96 tokens" in too_long.err
 
 
 def test_a_number_that_json_does_not_have_is_null() -> None:

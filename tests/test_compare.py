@@ -73,7 +73,7 @@ def test_cells_are_run_once_and_make_one_table(files: Path, tmp_path: Path, caps
     assert main(words(files, out, "--methods", "zero_shot", "threshold", "--seeds", "1", "2")) == 0
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
-    assert "one fitted threshold a label" in shown
+    assert "one fitted threshold per label" in shown
     first = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
     assert {path.stem for path in first} == {"zero_shot-1", "zero_shot-2", "threshold-1", "threshold-2"}
 
@@ -120,7 +120,7 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     trajectory = tmp_path / "broken" / "runs" / "mezo-3" / "trajectory.zorl"
     (files / "stop").write_text(str(trajectory))
     assert main(words(files, tmp_path / "broken", *more)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert trajectory.exists()
     assert not cells(tmp_path / "broken")
     assert main(words(files, tmp_path / "broken", *more)) == 0

@@ -38,13 +38,13 @@ def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.
     assert (tmp_path.with_name(f"{tmp_path.name}-step20") / "model.safetensors").is_file()
 
     assert result["resumed_from_step"] == 0
-    assert "went on from step" not in printed
+    assert "was continued from step" not in printed
     again = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "40"])
     assert (
         again["resumed_from_step"] == 40
     )  # a finished run: no step is made, and its seconds are not passed off as the run's
     assert again["weights_sha256"] == result["weights_sha256"]
-    assert "The run went on from step 40" in capsys.readouterr().out
+    assert "The run was continued from step 40" in capsys.readouterr().out
 
     header, records = read(tmp_path / "trajectory.zorl")
     model, tuned_parameters = RunFolder(tmp_path).rebuild(header, str(REVIEWER))

@@ -108,7 +108,7 @@ def test_an_empty_answer_says_so() -> None:
 
 def test_the_status_counts_verdicts_to_the_next_step_and_a_message_cannot_break_out_of_it() -> None:
     shown = status_html(_progress(steps=1, votes_needed=4, votes_given=3, message='"><script>'))
-    assert "<b>3</b> of 4 verdicts to step 2" in shown
+    assert "<b>3</b> of 4 verdicts for step 2" in shown
     assert "<b>1</b> step done" in shown
     assert "<script" not in shown
     assert "Step 1 is being prepared" in status_html(_progress())
@@ -372,7 +372,7 @@ def test_a_file_of_users_is_read_and_what_is_wrong_with_it_is_said(tmp_path: Pat
     assert read_users(file) == {"ada": "se:cret", "bob": "x"}
     for content, message in (
         ("ada", "line 1: expected name:password"),
-        ("ada:x\nada:y", "line 2: the name 'ada' is there twice"),
+        ("ada:x\nada:y", "line 2: the name 'ada' occurs twice"),
         ("\n", "names nobody"),
     ):
         file.write_text(content)
@@ -414,7 +414,7 @@ def test_prompts_are_read_from_text_and_tables(tmp_path: Path, name: str, conten
     ("name", "content", "message"),
     [
         ("a.txt", " \n", "holds no prompt"),
-        ("a.md", "x", "expected a .txt file with a prompt a line"),
+        ("a.md", "x", "expected a .txt file with one prompt per line"),
         ("a.csv", "text\nx\n", "no column 'prompt'"),
         ("a.jsonl", '{"prompt": 3}\n', "prompt 1: expected a text, found 3"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "prompt 2: expected a text, found ' '"),
@@ -433,7 +433,7 @@ def test_what_is_wrong_with_a_file_of_prompts_is_said(tmp_path: Path, name: str,
         (["--password", "open sesame", "--users", "users.txt"], "leave one of them out"),
         (["--epsilon", "abc"], "epsilon must be a positive number or 'auto', got 'abc'"),
         (["--model", "/no/such/model"], "there is no such folder"),
-        (["--model", str(REVIEWER)], "--prompts is needed with --model"),
+        (["--model", str(REVIEWER)], "--prompts is required with --model"),
         (["--prompts", "none.txt"], "there is no file 'none.txt'"),
         (["--guidelines", "none.txt"], "there is no such file"),
         (["--votes_per_pair", "0"], "votes_per_pair must be a whole number from 1 on"),
@@ -496,7 +496,7 @@ def test_a_child_that_ends_is_started_again_and_the_reason_is_told(tmp_path: Pat
     supervisor.start()
     _until(lambda: len(told) >= 3)
     supervisor.stop()
-    assert told[0] == "It ended unexpectedly (exit status 3): out of <luck>. It is started again in 0 s."
+    assert told[0] == "It ended unexpectedly (exit status 3): out of <luck>. Restarting in 0 s."
     assert starts.read_text().startswith("xxx")
 
 

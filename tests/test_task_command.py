@@ -250,10 +250,10 @@ def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path, capsys: p
     bert, data = ["--model", folder / "bert"], ["--dataset", folder / "sst2"]
     assert "did you mean 'sst2'" in error_of(capsys, "eval", "--task", "sst22", *bert, *data)
     assert "causal language models alone" in error_of(capsys, "eval", "--task", "multirc", *bert, *data)
-    assert "--text_column does not go with --task" in error_of(
+    assert "--text_column cannot be combined with --task" in error_of(
         capsys, "eval", "--task", "sst2", *bert, *data, "--text_column", "text"
     )
-    assert "--dataset is needed" in error_of(capsys, "eval", "--task", folder / "mood.py", *bert)
+    assert "--dataset is required" in error_of(capsys, "eval", "--task", folder / "mood.py", *bert)
     assert "has no column 'gold'" in error_of(capsys, "eval", "--task", "sst2", *bert, *data, "--label_column", "gold")
     assert "the label 'negative' has 20 rows" in error_of(
         capsys, "train", "--task", "sst2", *bert, *data, "--k_shot", "16", "--output_dir", tmp_path / "out"

@@ -216,7 +216,7 @@ def test_going_back_gives_the_weights_of_that_step_again(run: Path):
     number = store.request("rewind", {"step": 7})
     last = Tuner(run)
     assert not last._answer_requests()
-    assert store.request_result(number) == {"error": "step 7 is not behind: 2 steps are made"}
+    assert store.request_result(number) == {"error": "cannot go back to step 7: only 2 steps have been made"}
     last.mezo.close()
 
 

@@ -15,7 +15,7 @@ from zorl.apps.page.tuner_requests import Requests
 from zorl.rewards.judgment_store import JudgmentStore
 from zorl.rewards.preferences import write_events, write_preferences
 
-SECONDS = 0.7  # between two looks for the model
+SECONDS = 0.7  # between two checks whether the model is ready
 WRITING = "Writing the tuned model…"
 # Clicks the link that Gradio has just put behind a hidden button.
 FETCH = """(id) => {
@@ -29,13 +29,13 @@ def build(store: JudgmentStore, run: Path, folder: Path) -> None:
 
     Args:
         run: the run's folder.
-        folder: where files are made for people to fetch; Gradio serves copies of these, and nothing else.
+        folder: the folder for files to download; Gradio serves copies of these, and nothing else.
     """
     with gr.Row(elem_classes="z-exports", equal_height=True):
         _file(
             "Preferences",
-            "JSON Lines with prompt, chosen and rejected, as TRL's DPOTrainer reads them. The majority of the verdicts "
-            "on a pair; ties are left out.",
+            "JSON Lines with prompt, chosen and rejected, for TRL's DPOTrainer: the majority verdict on each pair, without "
+            "ties.",
             "preferences",
             lambda: _preferences(store, folder),
         )
@@ -49,14 +49,14 @@ def build(store: JudgmentStore, run: Path, folder: Path) -> None:
         _model(store, run, folder)
         _file(
             "Trajectory",
-            "The few kilobytes that turn the starting model into the tuned one, at any step: zorl replay.",
+            "The few kilobytes from which zorl replay rebuilds the tuned model at any step.",
             "trajectory",
             lambda: _trajectory(run, folder),
         )
 
 
 def _file(title: str, about: str, id: str, make: Callable[[], tuple[Path, str]]) -> None:
-    """A card with a button. A click makes the file afresh and hands it to the browser."""
+    """A card with a button. A click writes the file anew and downloads it."""
     with gr.Column(elem_classes="z-file"):
         button, said = _card(title, about, id)
         link = gr.DownloadButton(visible="hidden", elem_id=f"fetch-{id}")
@@ -73,7 +73,7 @@ def _file(title: str, about: str, id: str, make: Callable[[], tuple[Path, str]])
 
 
 def _model(store: JudgmentStore, run: Path, folder: Path) -> None:
-    """The same for the model, which the process that tunes has to write."""
+    """The same for the model, which the tuner has to write."""
     wanted = Requests(store, "export_model")
     with gr.Column(elem_classes="z-file"):
         button, said = _card(
@@ -89,7 +89,7 @@ def _model(store: JudgmentStore, run: Path, folder: Path) -> None:
             return wanted.ask(), gr.Timer(active=True), notice_html(wanted.waiting(WRITING))
 
         def look(request: float | None) -> tuple[Any, ...]:
-            """Timer, link, message, and which link to click."""
+            """Returns the timer, the link, the message, and which link to click."""
             try:
                 result = wanted.answer(int(request)) if request else {}
                 if result is None:
@@ -115,7 +115,7 @@ def _preferences(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
     file = folder / "preferences.jsonl"
     written = write_preferences(store, file)
     if not written.preferences:
-        raise ValueError(f"There is no preference yet: {written.ties} ties, {written.abstained} without an opinion.")
+        raise ValueError(f"There are no preferences yet: {written.ties} ties, {written.abstained} without an opinion.")
     return (
         file,
         f"{written.preferences} preferences. Left out: {written.ties} ties, {written.abstained} without an opinion.",
@@ -130,7 +130,7 @@ def _events(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
 def _trajectory(run: Path, folder: Path) -> tuple[Path, str]:
     source = run / "trajectory.zorl"
     if not source.is_file():
-        raise ValueError("There is no trajectory yet: the first step has not been made.")
+        raise ValueError("There is no trajectory yet: no step has been made.")
     return Path(shutil.copy(source, folder / "trajectory.zorl")), ""
 
 
@@ -141,5 +141,7 @@ def _served(path: Path, run: Path, folder: Path) -> Path:
         ValueError: the file is not in the run's folder.
     """
     if not path.resolve().is_relative_to(run.resolve()):
-        raise ValueError(f"The model was written to {path}, outside the run's folder {run}: fetch it from there.")
+        raise ValueError(
+            f"The model was written to {path}, which is not in the run's folder {run}: copy it from there."
+        )
     return Path(shutil.copy(path, folder / path.name))
