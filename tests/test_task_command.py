@@ -240,8 +240,8 @@ def test_a_sample_has_its_sizes_and_the_labels_in_proportion(
     for sizes, message in (
         (["12"], "--sample takes two numbers, of rows to train on and of rows to hold out, got [12]"),
         (["12", "0"], "got [12, 0]"),
-        (["1000", "500"], "--sample 1000 500 takes 1500 rows, and there are"),
-        (["12", "6", "--k_shot", "4"], "--k_shot and --sample are two ways of drawing rows: give one"),
+        (["1000", "500"], "--sample 1000 500 needs 1500 rows, but there are only"),
+        (["12", "6", "--k_shot", "4"], "--k_shot and --sample are two ways of drawing rows: give only one"),
     ):
         assert message in error_of(capsys, "train", *data, "--sample", *sizes)
 

@@ -175,7 +175,7 @@ def _agreement(found: Agreement) -> str:
     facts = (
         ("Pairs judged by several raters", str(found.shared_pairs)),
         ("The left answer wins", _share(found.first)),
-        ("Same verdict on a repeat with sides swapped", _share(found.consistency)),
+        ("Same verdict when sides are swapped", _share(found.consistency)),
     )
     listed = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
     return (
