@@ -249,7 +249,7 @@ def test_a_classifier_that_zorl_has_not_seen_answers_with_its_own_labels(
     ("flags", "message"),
     [
         (["--head", "words"], "--head takes classifier, got 'words'"),
-        (["--head", "classifier", *QUESTION], "--head classifier needs no --label_words"),
+        (["--head", "classifier", *QUESTION], "--head classifier and --label_words exclude each other"),
         (["--head", "classifier", "--prompt", "{text}", "--label_column", "no"], "'no'"),
     ],
 )
@@ -742,7 +742,7 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
         (["--judge", "reward:f2"], "unknown reward 'f2'"),
         (["--judge", "humans"], "unknown judge 'humans'; a judge is human, reward:NAME"),
         (["--judge", "REWARDS:judge", "--judgments", "j.sqlite"], "leave it out, or take 'human'"),
-        (["--judgments", "j.sqlite"], "--judgments is where people judge: it goes with --judge human"),
+        (["--judgments", "j.sqlite"], "--judgments is only for --judge human"),
         (["--judge", "reward:f1", "--reward", "f1"], "exactly one of --reward, --judge and --loss"),
         (["--epsilon", "0"], "epsilon must be a positive number or 'auto', got '0'"),
         (["--learning_rate", "-0.001"], "learning_rate must be positive, got -0.001"),
