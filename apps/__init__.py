@@ -1,1 +1,1 @@
-"""What a person runs: the `zorl` command, the scripts and the browser app."""
+"""The programs that people run: the `zorl` command, the scripts and the browser app."""

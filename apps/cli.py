@@ -13,19 +13,19 @@ from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.commands import COMMANDS
 from zorl.apps.launcher import is_first
 
-# Where they are installed, transformers loads these, and they tell of kernels that nothing here needs.
+# If these are installed, transformers loads them, and they warn about kernels that nothing here needs.
 TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 OVERVIEW = f"""\
 zorl {__version__}: tune a language model on the metric itself (F1, accuracy, any function, a judge) with forward passes alone
 
   zorl train     tune a model on a file of examples
-  zorl eval      accuracy, macro-F1 and other rewards of a model on a file
+  zorl eval      compute accuracy, macro-F1 and other rewards of a model on a file
   zorl predict   answer every row of a file
   zorl replay    rebuild a tuned model from its base and a trajectory, at any step
-  zorl compare   methods side by side: zero-shot, a threshold, probing, MeZO, fine-tuning and more, in one table
-  zorl profile   time and memory of tuning a model here, beside fine-tuning, and the largest that would fit
-  zorl diagnose  a learning rate and an epsilon for zorl train, measured; and the model's effective rank
-  zorl judge     tune a model by what people prefer: a page on which they say which of two answers is better
+  zorl compare   compare methods in one table: zero-shot, a threshold, probing, MeZO, fine-tuning and more
+  zorl profile   measure time and memory of tuning a model here, and estimate the largest model that fits
+  zorl diagnose  measure a good learning rate and epsilon for zorl train, and the model's effective rank
+  zorl judge     tune a model on people's preferences: a page on which they choose the better of two answers
 
 A first run, offline, in a minute:     python -m zorl.apps.optimize_f1
 A reward of your own, in ten lines:    python -m zorl.apps.custom_reward
@@ -39,10 +39,10 @@ zorl COMMAND --help explains one command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Results go to stdout; progress, messages and whatever a reward prints go to stderr.
+    """Runs a command. Results go to stdout; progress, messages and anything that a reward prints go to stderr.
 
     Returns:
-        0; 2 where something does not fit, with one sentence on stderr; 130 when interrupted.
+        The exit status: 0 on success, 2 on an error (one sentence on stderr), 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
@@ -56,35 +56,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"zorl: {error or 'interrupted'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of `zorl … | head`: nobody reads on
+    except BrokenPipeError:  # `zorl … | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _out_of_memory(error):
-            raise  # a mistake of ours: it takes more than a sentence
+            raise  # a bug: a sentence does not explain it
         if os.environ.get("ZORL_TRACEBACK"):
             raise
         hint = "" if error.__cause__ is None else " (ZORL_TRACEBACK=1 shows where)"
         said = " ".join(str(error).split())
         if not said or type(error) is RuntimeError:
-            said = f"memory does not suffice: take smaller batches, or a smaller model{said and f' ({said})'}"
+            said = f"out of memory: use smaller batches or a smaller model{said and f' ({said})'}"
         print(f"zorl: error: {said}{hint}", file=sys.stderr)
         return 2
     return 0
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    torch = sys.modules.get("torch")  # which raised it, if it is
+    torch = sys.modules.get("torch")  # not loaded: the error is not torch's
     if torch is None:
         return False
     from accelerate.utils.memory import should_reduce_batch_size
 
-    # On a CPU torch raises a RuntimeError like any other.
+    # On a CPU torch raises an ordinary RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _run(words: list[str]) -> str:
-    """What a command prints. Each is imported when it is called: transformers alone takes seconds."""
+    """Runs a command and returns what it prints. It is imported only now: transformers alone takes seconds."""
     if not words or words[0] in ("-h", "--help", "help"):
         return OVERVIEW
     name, *rest = words
@@ -116,7 +116,7 @@ def _run(words: list[str]) -> str:
         from zorl.apps.judge import run
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one for each file that is read or written; training has its own
+    logging.disable_progress_bar()  # one per file that is read or written; training has its own
     return run(rest)
 
 

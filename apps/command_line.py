@@ -1,4 +1,4 @@
-"""Flags and a YAML file, read into the fields of dataclasses.
+"""Reads flags and a YAML file into the fields of dataclasses.
 
 transformers' `HfArgumentParser` makes a flag of every field.
 """
@@ -25,10 +25,10 @@ CONFIG = "config"
 
 
 def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
-    """What was given, by name of the field: flags, and below them the keys of the file named by `--config`.
+    """The values that were given, by name of the field: those of flags win over those in the `--config` file.
 
     Raises:
-        ValueError: a flag or key is unknown, or a value is not of its type.
+        ValueError: a flag or key is unknown, or a value has the wrong type.
     """
     parser = _Parser(command.types(), prog=f"zorl {command.name}", add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{CONFIG}")
@@ -38,20 +38,20 @@ def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
-    """An instance of a dataclass from the values that are its own; the others keep their defaults."""
+    """An instance of a dataclass from those values that are its fields; other fields keep their defaults."""
     return kind(**{f.name: values[f.name] for f in fields(kind) if f.init and f.name in values})  # type: ignore[arg-type]
 
 
 class _Parser(HfArgumentParser):
-    """Errors are raised, and an unknown flag is told what it resembles."""
+    """Raises errors instead of exiting, and suggests the flag that an unknown one resembles."""
 
     @property
     def names(self) -> list[str]:
-        """Of all fields."""
+        """The names of all fields."""
         return [f.name for kind in self.dataclass_types for f in fields(kind) if f.init]
 
     def add_argument(self, *flags: Any, **options: Any) -> argparse.Action:
-        # What is not given stays out: a default would be taken for a wish, and hide what a YAML file says.
+        # Flags that are not given are left out: a default would look like a given value and hide that of the YAML file.
         return super().add_argument(*flags, **{**options, "default": argparse.SUPPRESS})
 
     def known(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -72,20 +72,22 @@ class _Parser(HfArgumentParser):
 
 
 class _Texts(yaml.BaseLoader):
-    """Texts alone: YAML's own types turn the label "no" into False, and leave 1e-3 a text. A key that comes twice is refused."""
+    """Reads every scalar as text, because YAML's own types turn the label "no" into False; refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} occurs twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _read(path: Path, parser: _Parser, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a YAML file, but for those in `given`."""
+    """The values of a YAML file, without those in `given`."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Texts) or {}
     except UnicodeDecodeError as error:

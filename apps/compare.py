@@ -1,4 +1,4 @@
-"""`zorl compare`: every method on the same rows, within the same budget of forward passes."""
+"""`zorl compare`: runs several methods on the same rows, within the same budget of forward passes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from zorl.apps.inputs import (
     load,
     load_task,
     make_prompt,
+    number,
     say,
     source_of,
 )
@@ -37,9 +38,9 @@ from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
 from zorl.tables import did_you_mean
 from zorl.tasks import Task
-from zorl.whole_files import read_json
+from zorl.whole_files import read_json, write_json
 
-# What two comparisons must have in common for their cells to stand in one table.
+# Arguments that two comparisons must share for their cells to stand in one table.
 SAME = (
     "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
     "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "sample", "test_rows", "budget", "batch_size",
@@ -48,7 +49,7 @@ SAME = (
 
 
 class Rows(NamedTuple):
-    """What a seed draws."""
+    """The rows that one seed draws."""
 
     train: list[dict[str, Any]]
     dev: list[dict[str, Any]]
@@ -56,11 +57,11 @@ class Rows(NamedTuple):
 
 
 def run(argv: Sequence[str]) -> str:
-    """Runs the cells that are missing, writes table and plot, and returns what to print.
+    """Runs the missing cells, writes the tables and the plot, and returns what to print.
 
     Raises:
-        ValueError: an argument or the data does not fit, or the folder holds a comparison of something else, or a damaged file.
-        KeyboardInterrupt: with a sentence on how to go on.
+        ValueError: an argument or the data does not fit, or the folder holds another comparison or a damaged file.
+        KeyboardInterrupt: with a sentence on how to continue.
     """
     given = parse(COMPARE, argv)
     arguments = build(CompareArguments, given)
@@ -76,8 +77,10 @@ def run(argv: Sequence[str]) -> str:
     if prompt.labels and not arguments.metrics:
         metrics = list(dict.fromkeys([*metrics, "accuracy", "f1"]))
     todo = [(seed, name) for seed in arguments.seeds for name in methods if not _cell(folder, name, seed).exists()]
-    say(f"{len(todo)} of {len(methods) * len(arguments.seeds)} cells to run: {len(methods)} methods, "
-        f"{len(arguments.seeds)} seeds, {arguments.budget} forwards of {arguments.batch_size} rows each at most")  # fmt: skip
+    say(
+        f"{len(todo)} of {len(methods) * len(arguments.seeds)} cells to run: {len(methods)} methods, {len(arguments.seeds)} "
+        f"seeds, at most {arguments.budget} forward passes of {arguments.batch_size} rows each"
+    )
     try:
         with tqdm(total=len(todo), unit="cell") as bar:
             for seed in dict.fromkeys(seed for seed, _ in todo):
@@ -93,7 +96,7 @@ def run(argv: Sequence[str]) -> str:
                     _run_cell(folder, name, problem, rows.test, metrics)
                     bar.update()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; finished cells are kept, and the same command goes on") from None
+        raise KeyboardInterrupt("stopped; finished cells are kept, and the same command continues") from None
     names = [RewardFunctions(load_reward(metric)).names[0] for metric in metrics]
     return _report(folder, arguments, names)
 
@@ -113,25 +116,25 @@ def _chosen(arguments: CompareArguments) -> list[str]:
 
 
 def _claim(folder: Path, same: dict[str, Any]) -> None:
-    """Notes what the folder's cells have in common.
+    """Writes down what the folder's cells have in common.
 
     Raises:
-        ValueError: they were run on something else, or the note is damaged.
+        ValueError: the folder's cells were run with other arguments, or the file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "comparison.json"
     same = json.loads(json.dumps(same))
     if note.exists():
-        before = read_json(note, "remove the folder, and the same command starts again")
+        before = read_json(note, "remove the folder, and the same command starts afresh")
         changed = [name for name in same if same[name] != before.get(name)]
         if changed:
             name = changed[0]
             raise ValueError(
-                f"{folder} holds a comparison with --{name} {before.get(name)}, and now it is {same[name]}: their figures would "
-                "stand in one table; choose another --output_dir"
+                f"{folder} holds a comparison with --{name} {before.get(name)}, not {same[name]}: one table cannot hold "
+                "the results of both; choose another --output_dir"
             )
     else:
-        _write(note, same)
+        write_json(note, same)
 
 
 def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: int) -> tuple[Rows, str]:
@@ -146,7 +149,7 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
         tested = load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=split).dataset
     else:
         train_rows, tested = hold_out(train_rows, classes)
-        say(f"no other rows to report on (--test_dataset): {len(tested)} of {len(train.dataset)} are held out")
+        say(f"no --test_dataset: {len(tested)} of {len(train.dataset)} rows are held out to report on")
     shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
     if arguments.eval_dataset is not None:
         split = None if task is None else "validation"
@@ -156,12 +159,12 @@ def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: 
         learnt, dev = shots or hold_out(train_rows, classes)
     rows = tested.to_list()
     if len(rows) > arguments.test_rows:
-        rows = random.Random(0).sample(rows, arguments.test_rows)  # the same ones for all seeds
+        rows = random.Random(0).sample(rows, arguments.test_rows)  # the same rows for all seeds
     return Rows(learnt.to_list(), dev.to_list(), rows), label_column
 
 
 def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool:
-    """Whether there are rows to report on beside those to learn from: a file is all one split."""
+    """Whether the rows to report on come from another file or split than those to learn from. A file has only one split."""
     if arguments.test_dataset is not None and arguments.test_dataset != arguments.dataset:
         return True
     learnt = arguments.dataset_split or "train"
@@ -171,7 +174,7 @@ def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool
 
 
 def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, Any]], metrics: Sequence[str]) -> None:
-    """Runs a method and writes its figures."""
+    """Runs one method with one seed and writes its results."""
     method = METHODS[name]
     work = folder / "runs" / f"{name}-{problem.seed}"
     cell: dict[str, Any] = {"method": name, "title": method.title, "seed": problem.seed}
@@ -183,7 +186,7 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
             answers = fitted.answers(test)
         for metric in metrics:
             judged = replace(problem, reward=load_reward(metric, column=problem.label_column))
-            cell[judged.rewards.names[0]] = round(judged.score(test, answers), 6)
+            cell[judged.rewards.names[0]] = number(round(judged.score(test, answers), 6))
         cell |= {
             "forwards": fitted.forwards, "seconds": round(learning, 1),
             "peak_memory_mb": None if peak.megabytes is None else round(peak.megabytes), "chosen": fitted.chosen,
@@ -191,7 +194,9 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
         }  # fmt: skip
     except NotApplicable as error:
         cell["not_applicable"] = str(error)
-    _write(_cell(folder, name, problem.seed), cell)
+    path = _cell(folder, name, problem.seed)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, cell)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -199,21 +204,13 @@ def _cell(folder: Path, name: str, seed: int) -> Path:
     return folder / "cells" / f"{name}-{seed}.json"
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
-
-
 def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -> str:
-    """Writes the tables and the plot of every cell there is, those of earlier calls too.
+    """Writes the tables and the plot of all cells, including those of earlier calls.
 
     Raises:
         ValueError: the file of a cell is damaged.
     """
-    advice = "remove it, and the same command runs it again"
+    advice = "remove it, and the same command runs the cell again"
     cells = [read_json(path, advice) for path in sorted((folder / "cells").glob("*.json"))]
     order = {name: i for i, name in enumerate(METHODS)}
     cells.sort(key=lambda cell: (order.get(cell["method"], len(order)), cell["seed"]))
@@ -224,6 +221,4 @@ def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -
     compare_report.plot(rows, cells, metrics[0], f"{name}, {Path(str(arguments.model)).name}", folder / "table.png")
     if arguments.json:
         return json.dumps({"rows": rows, "output_dir": str(folder)}, ensure_ascii=False)
-    return (
-        f"{compare_report.text(rows, metrics)}\n\n{folder}: table.md, table.csv, table.png, and a file a cell in cells/"
-    )
+    return f"{compare_report.text(rows, metrics)}\n\n{folder}: table.md, table.csv, table.png, and one file per cell in cells/"

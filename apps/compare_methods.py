@@ -20,10 +20,10 @@ from zorl.prompts import Prompt
 from zorl.rewards import load_reward
 
 CROSS_ENTROPY = "cross_entropy"
-EVALUATIONS = 10  # of a run, on the held-out rows; the best step counts
+EVALUATIONS = 10  # evaluations per run, on the held-out rows; the best step counts
 TWO_SIDED: dict[str, Any] = {"estimator": "spsa", "n_spsa": "1"}
-# The recipe of the paper's own code. Its learning rate comes from a grid: each is tried with a quarter of the budget, and the
-# one that does best on the held-out rows gets all of it.
+# The recipe of the paper's own code. Its learning rate comes from a grid: each rate is tried with a quarter of the budget, and
+# the one that does best on the held-out rows then gets the full budget.
 PUBLISHED_RATES = (1e-5, 1e-4, 1e-3)
 PUBLISHED: dict[str, Any] = {
     "distribution": "gaussian", "epsilon": "1e-3", "update": "sgd", "calibration": "none", "label_reward": "best",
@@ -36,8 +36,8 @@ class Method:
     """One row of the table.
 
     Attributes:
-        title: what the table calls it.
-        fit: learns from a problem. The folder is for what a run that was cut short goes on from.
+        title: the method's name in the table.
+        fit: learns from a problem. The folder is for files from which an interrupted run continues.
     """
 
     title: str
@@ -45,19 +45,19 @@ class Method:
 
 
 def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **settings: Any) -> Fitted:
-    """MeZO for as many forwards as the budget has, those of its start included; the best of ten evaluations is kept.
+    """MeZO within the budget, which includes the forward passes of its calibration; the best of ten evaluations is kept.
 
     Args:
-        objective: a reward by name, or "cross_entropy". By default the problem's own reward.
-        settings: of `MeZOConfig`.
+        objective: name of a reward, or "cross_entropy"; the problem's own reward by default.
+        settings: further fields of `MeZOConfig`.
     """
     calibrated = settings.get("calibration") != "none" and bool(problem.prompt.labels)
     before = math.ceil(min(1024, len(problem.train)) / problem.batch_size) if calibrated else 0
     left = max(2, problem.budget - before)
     if "n_spsa" not in settings:
         settings["n_spsa"] = str(min(DIRECTIONS, left))
-    a_step = int(settings["n_spsa"]) * (2 if settings.get("estimator") == "spsa" else 1)
-    steps = max(1, left // a_step)
+    per_step = int(settings["n_spsa"]) * (2 if settings.get("estimator") == "spsa" else 1)
+    steps = max(1, left // per_step)
     every = math.ceil(steps / EVALUATIONS)
     trainer = _trainer(
         problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
@@ -68,7 +68,7 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
 
 
 def label_head(problem: Problem, folder: Path) -> Fitted:
-    """What MeZO starts from: a linear head on the last state, tuned by MeZO on the reward. The model stays as it is."""
+    """Where MeZO starts: a linear head on the last hidden state, tuned by MeZO on the reward. The model is not changed."""
     if problem.prompt.label_words is None:
         raise NotApplicable(f"a label head needs a prompt with label words, and {problem.prompt.template!r} has none")
     trainer = _trainer(problem, folder, None)
@@ -100,7 +100,7 @@ def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: 
     trainer = MeZOTrainer(
         problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt
     )
-    trainer.pop_callback(PrinterCallback)  # ten lines a cell that nobody reads
+    trainer.pop_callback(PrinterCallback)  # ten lines per cell that nobody reads
     return trainer
 
 
@@ -109,7 +109,7 @@ def _fitted(trainer: MeZOTrainer, **chosen: Any) -> Fitted:
 
 
 def published(problem: Problem, folder: Path, *, objective: str | None = None) -> Fitted:
-    """MeZO's own recipe, with the best of three learning rates. The forwards of all four runs count."""
+    """The paper's recipe, with the best of three learning rates. The forward passes of all four runs count."""
     quarter = replace(problem, budget=max(2, problem.budget // 4))
     found: dict[float, tuple[float, int]] = {}
     for rate in PUBLISHED_RATES:
@@ -121,17 +121,17 @@ def published(problem: Problem, folder: Path, *, objective: str | None = None) -
 
 
 def _silent(forwards: int) -> None:
-    """The bar is over the cells."""
+    """Reports nothing: the progress bar counts cells."""
 
 
 def baseline(fit: Callable[..., Fitted], **settings: Any) -> Callable[[Problem, Path], Fitted]:
-    """A baseline, which does not go on from where it was cut short but starts again."""
+    """A baseline. If it is interrupted it starts afresh, so it needs no folder."""
     return lambda problem, _: fit(problem, _silent, **settings)
 
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero-shot", baseline(zero_shot.fit)),
-    "threshold": Method("one fitted threshold a label", baseline(threshold.fit)),
+    "threshold": Method("one fitted threshold per label", baseline(threshold.fit)),
     "in_context": Method("in-context, 32 demonstrations", baseline(in_context.fit)),
     "label_head": Method("zorl's label head alone", label_head),
     "linear_probing": Method("linear probing", baseline(linear_probing.fit)),
@@ -155,5 +155,5 @@ METHODS: dict[str, Method] = {
     "fine_tuning_sgd": Method("fine-tuning, SGD", baseline(fine_tuning.fit, optimizer="sgd")),
     "grpo": Method("GRPO (TRL)", baseline(grpo.fit)),
 }
-# What runs without --methods: what costs no more than MeZO does, and MeZO on the metric and on cross entropy.
+# The default of --methods: baselines that cost no more than MeZO, and MeZO on cross entropy and on the metric.
 STANDARD = ("zero_shot", "threshold", "in_context", "linear_probing", "mezo_cross_entropy", "mezo")

@@ -1,4 +1,4 @@
-"""The finished cells of `zorl compare` as a table, in CSV and Markdown, and as a plot."""
+"""The finished cells of `zorl compare` as a table (text, CSV and Markdown) and as a plot."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Cell = Mapping[str, Any]
 
 
 def summary(cells: Sequence[Cell], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a method, in the order of the cells: each figure's mean and sample standard deviation over the seeds.
+    """One row per method, in the order of the cells: mean and sample standard deviation of each figure over the seeds.
 
-    A method that applies with no seed has its reason under `not_applicable`. Forwards are all that were spent in learning, those
-    of a search for settings included.
+    A method that applies with none of the seeds has the reason under `not_applicable`. `forwards` counts all forward passes that
+    were spent on learning, including those of a search for settings.
     """
     methods = dict.fromkeys(cell["method"] for cell in cells)
     rows = []
@@ -35,7 +35,7 @@ def summary(cells: Sequence[Cell], metrics: Sequence[str]) -> list[dict[str, Any
 
 
 def table(rows: Sequence[Cell], metrics: Sequence[str]) -> list[list[str]]:
-    """A heading and a line a method, as text."""
+    """The cells of the table as text: a heading, and one line per method."""
     lines = [["method", *metrics, "forwards", "seconds", "memory MB", "seeds"]]
     for row in rows:
         if "not_applicable" in row:
@@ -48,7 +48,7 @@ def table(rows: Sequence[Cell], metrics: Sequence[str]) -> list[list[str]]:
 
 
 def text(rows: Sequence[Cell], metrics: Sequence[str]) -> str:
-    """The table for a terminal, with the reasons of what does not apply under it."""
+    """The table for a terminal; below it, why some methods do not apply."""
     lines = table(rows, metrics)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
@@ -75,14 +75,12 @@ def write_csv(rows: Sequence[Cell], metrics: Sequence[str], path: Path) -> None:
 
 
 def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, path: Path) -> None:
-    """The first metric of each method: the mean as a bar, and every seed as a dot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Plots the first metric of each method: the mean as a bar, each seed as a dot."""
+    from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.get(metric) is not None]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.34 * max(1, len(shown))), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.34 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots()
     for y, row in enumerate(shown):
         ours = row["method"].startswith(("mezo", "lp_mezo", "label_head"))
         seeds = [c[metric] for c in cells if c["method"] == row["method"] and c.get(metric) is not None]
@@ -90,12 +88,11 @@ def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, p
         axes.plot(seeds, [y] * len(seeds), "o", color="#111111", markersize=3.5)
     axes.set_yticks(range(len(shown)), [row["title"] for row in shown])
     axes.invert_yaxis()
-    axes.set(xlabel=f"{metric} on the test rows; a dot is a seed", title=title)
+    axes.set(xlabel=f"{metric} on the test rows (one dot per seed)", title=title)
     lowest = min((c[metric] for c in cells if c.get(metric) is not None), default=0.0)
     axes.set_xlim(max(0.0, lowest - 0.1) if lowest >= 0 else None, None)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _spent(cell: Cell) -> int:

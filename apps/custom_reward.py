@@ -1,10 +1,10 @@
-"""A reward of your own in ten lines: any function that looks at answers and returns numbers.
+"""A reward of your own in ten lines: any function that takes answers and returns numbers.
 
     python -m zorl.apps.custom_reward           # offline, with the embedded model; half a minute
     zorl train … --reward apps/custom_reward.py:profit                    # the same function from the command line
 
-A shop reads its reviews. It writes to customers who seem unhappy: a letter costs 1 euro, and winning back somebody who
-really is unhappy is worth 5. What the model should maximise is not accuracy, nor F1, but euros.
+A shop reads its reviews and writes to customers who seem unhappy. A letter costs 1 euro; winning back a customer who really
+is unhappy is worth 5. So the model should maximise neither accuracy nor F1, but euros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zorl.tasks import reviews
 
 
 def profit(completions: Sequence[str], label: Sequence[str], **columns: Any) -> list[float]:
-    """Euros that each answer brings in. `label` is the data set's column of that name; the others are in `columns`."""
+    """Euros that each answer earns. `label` is the data set's column of that name; the other columns are in `columns`."""
     letter, won_back = -1.0, 5.0
     return [
         0.0 if answer == "positive" else letter + won_back * (truth == "negative")
@@ -31,9 +31,11 @@ def profit(completions: Sequence[str], label: Sequence[str], **columns: Any) -> 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description="Tune a language model to earn as many euros as it can.")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("out/custom_reward"), help="where everything is written"
+        "--output_dir", type=Path, default=Path("out/custom_reward"), help="folder for all files (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=75, help="updates; each costs eight forwards (default: 75)")
+    parser.add_argument(
+        "--steps", type=int, default=75, help="number of steps, of eight forward passes each (default: 75)"
+    )
     options = parser.parse_args(argv)
 
     train, test = reviews.load(n_train=2000, n_test=500)
@@ -46,13 +48,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=MeZOConfig(output_dir=str(options.output_dir), max_steps=options.steps),
     )
     before = trainer.evaluate()["eval_profit"]
-    trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())  # a run that was cut short goes on
+    trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())  # continues an interrupted run
     after = trainer.evaluate()["eval_profit"]
     trainer.save_model()
 
     best = sum(profit(test["label"], test["label"])) / len(test)
-    print(f"\nEuros a review, on {len(test)} held-out ones: {before:.2f} before, {after:.2f} after, {best:.2f} at best")
-    print(f"The tuned model is in {options.output_dir}; `zorl eval --help` says how to score it on a file of yours.")
+    print(
+        f"\nEuros per review, on {len(test)} held-out reviews: {before:.2f} before, {after:.2f} after, {best:.2f} at best"
+    )
+    print(f"The tuned model is in {options.output_dir}; `zorl eval --help` says how to score it on your own file.")
     return {"before": before, "after": after, "best": best}
 
 

@@ -1,4 +1,4 @@
-"""`zorl diagnose`: a learning rate and an ε for `zorl train`, from what a few hundred forwards find where tuning starts."""
+"""`zorl diagnose`: suggests a learning rate and an ε for `zorl train` from a few hundred forward passes where tuning starts."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from zorl.diagnosis import Diagnosis, choose_try, diagnose
 from zorl.slopes import SLOPE_ERROR
 from zorl.updates import measured_in_weights
 
+# Flags that the suggested command does not repeat.
 _OWN = (
     "budget",
     "plot",
@@ -39,14 +40,14 @@ _OWN = (
     "learning_rate",
     "epsilon",
     "output_dir",
-)  # that the suggested command does not repeat
+)
 
 
 def run(argv: Sequence[str]) -> str:
     """Measures, writes the plot, and returns what to print.
 
     Raises:
-        ValueError: an argument or the data does not fit, or the budget is too small; the message says what.
+        ValueError: an argument or the data does not fit, or the budget is too small.
     """
     given = parse(DIAGNOSE, argv)
     arguments = build(DiagnoseArguments, given)
@@ -66,7 +67,9 @@ def run(argv: Sequence[str]) -> str:
     known = asked_label is not None or prompt.labels or task is not None
     rewards = load_rewards(arguments.reward, label_column if known else None)
     settings = given if label_column is None else {**given, "label_column": label_column}
-    with tempfile.TemporaryDirectory() as folder:  # transformers' Trainer makes its folder, though nothing is written
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers' Trainer creates its folder, although nothing is written to it
         trainer = MeZOTrainer(
             arguments.model,
             rewards or None,
@@ -95,7 +98,7 @@ def run(argv: Sequence[str]) -> str:
 
 
 def _figures(found: Diagnosis) -> dict[str, Any]:
-    """For JSON: an estimate is its value and its 95% interval."""
+    """The results for JSON: an estimate becomes a list of its value and the two ends of its 95% interval."""
     of = found.curvature
     gradient, trace, frobenius, norm = of.gradient_squared, of.trace, of.frobenius, of.norm
     normalized = found.corollary_1 * found.gradient
@@ -120,8 +123,8 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
             for look in found.looks
         ],
         "corollary_1": {
-            "learning_rate_normalized": _finite(normalized),
-            "learning_rate_sgd": _finite(found.corollary_1),
+            "learning_rate_normalized": number(normalized),
+            "learning_rate_sgd": number(found.corollary_1),
         },
         "tries": [{"learning_rate": number(t.learning_rate), "fall_a_step": number(t.fall)} for t in found.tries],
         "predicted_fall_a_step": number(found.predicted_fall),
@@ -137,17 +140,13 @@ def _triple(estimate: Estimate) -> list[float | None]:
     return [number(estimate.value), number(estimate.low), number(estimate.high)]
 
 
-def _finite(value: float) -> float | None:
-    return number(value) if math.isfinite(value) else None
-
-
 def _rounded(value: float) -> float:
-    """Two digits: more are not known."""
+    """Rounds to two digits: the estimate is no more precise."""
     return float(f"{value:.1e}")
 
 
 def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
-    """`zorl train` with the flags that were given, and the suggestion."""
+    """A `zorl train` command with the given flags and the suggested ones."""
     words = ["zorl", "train"]
     for name, value in given.items():
         if name in _OWN or value is None or value is False:
@@ -167,39 +166,39 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
     rate = found.corollary_1 * (found.gradient if measured_in_weights(result["update"]) else 1.0)
     best = choose_try(found.tries)
     rows = [
-        ("gradient, squared norm", _shown(of.gradient_squared), "How steep the loss is at θ, on one batch."),
-        ("trace of the Hessian", _shown(of.trace), "What a random direction of length √d meets of curvature."),
+        ("gradient, squared norm", _shown(of.gradient_squared), "Slope of the loss at θ, on one batch."),
+        ("trace of the Hessian", _shown(of.trace), "Expected curvature along a random direction of length √d."),
         ("Frobenius norm", _shown(of.frobenius), "Curvature over all directions, root of the sum of squares."),
-        ("largest eigenvalue", _shown(of.norm), f"Curvature of the sharpest direction; too large if r > {m}."),
-        ("effective rank r", _shown(of.effective_rank), f"Trace over eigenvalue: what slows MeZO down, not d = {d:,}."),
+        ("largest eigenvalue", _shown(of.norm), f"Curvature of the sharpest direction; overestimated if r > {m}."),
+        ("effective rank r", _shown(of.effective_rank), f"Trace over largest eigenvalue; this, not d = {d:,}, slows MeZO down."),
         ("r is at most", _shown(of.effective_rank_bound), "Trace squared over Frobenius norm squared, if H ⪰ 0."),
-        (f"Lemma 2, n = {found.n_spsa}", f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one's."),
-        ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch finds too."),
-        ("Corollary 1", f"{rate:.1e}", f"The learning rate that this adds up to, update={result['update']}."),
+        (f"Lemma 2, n = {found.n_spsa}", f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one."),
+        ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch confirms."),
+        ("Corollary 1", f"{rate:.1e}", f"The learning rate that follows, for update={result['update']}."),
     ]  # fmt: skip
-    spent = f"{found.forwards} forwards of a batch, {found.calibration_forwards} of them for where tuning starts"
+    spent = f"{found.forwards} forward passes of a batch, {found.calibration_forwards} of them for the calibration before tuning"
     looks = [
         f"{look.epsilon:>10.1e}{look.informative:>14.0%}"
         f"{'?' if math.isnan(look.slope_error) else f'{look.slope_error:.1%}':>19}"
         f"{'   <- chosen' if look.epsilon == found.epsilon else ''}"
         for look in found.looks
     ]
-    tries = [f"{t.learning_rate:>14.1e}{t.fall:>26.2e}{'   <- chosen' if t is best else ''}" for t in found.tries]
+    tries = [f"{t.learning_rate:>14.1e}{t.fall:>27.2e}{'   <- chosen' if t is best else ''}" for t in found.tries]
     paragraphs = [
         f"{result['model']}: {result['objective']}, {size}\n{spent}; in brackets: 95% intervals",
         "\n".join(f"{name:24}{figure:>34}   {meaning}" for name, figure, meaning in rows),
-        "\n".join([f"{'epsilon':>10}{'informative':>14}{'error of a slope':>19}", *looks]),
-        f"The largest epsilon that misjudges slopes by {SLOPE_ERROR:.0%} at most is chosen, or the one that does so least.\n"
-        "Smaller ones lose slopes in rounding, or in a reward's steps; larger ones average them over curves."
+        "\n".join([f"{'epsilon':>10}{'informative':>14}{'slope error':>19}", *looks]),
+        f"Chosen: the largest epsilon whose slope error is at most {SLOPE_ERROR:.0%}, or else the one with the smallest error.\n"
+        "Smaller ones lose slopes to rounding or to the steps of a reward; larger ones average over curvature."
         + (
             ""
             if found.epsilon is not None
-            else "\nNone keeps the probes informative here: leave epsilon to adapt itself."
+            else "\nNone keeps the probes informative here: epsilon=auto adapts it during training."
         ),
-        "\n".join([f"{'learning rate':>14}{'fall of the loss a step':>26}   update={result['update']}", *tries]),
-        f"The middle rate is Corollary 1's, or moves weights by epsilon a step where that is less; it should lower the loss by\n"
-        f"{found.predicted_fall:.1e} in the first step. It is chosen unless the loss fell farther with another, beyond chance.",
-        f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (the typical change of a weight in a step),\n"
+        "\n".join([f"{'learning rate':>14}{'fall of the loss per step':>27}   update={result['update']}", *tries]),
+        f"The middle rate is that of Corollary 1, but moves weights by at most epsilon per step; it should lower the loss by\n"
+        f"{found.predicted_fall:.1e} in the first step. It is chosen unless another rate lowered the loss significantly more.",
+        f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (typical change of a weight per step),\n"
         f"           or {found.lr_sgd:.1e} with update=sgd; epsilon {result['suggested']['epsilon']}",
         f"  {result['command']}",
     ]
@@ -208,34 +207,30 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
 
 def _shown(estimate: Estimate) -> str:
     if math.isnan(estimate.value):
-        return "not known"
+        return "unknown"
     if math.isnan(estimate.low):
         return f"{estimate.value:.3g}"
     return f"{estimate.value:.3g} [{estimate.low:.2g}, {estimate.high:.2g}]"
 
 
 def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import torch
+    from matplotlib.figure import Figure
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     epsilons = [look.epsilon for look in found.looks]
     errors = [look.slope_error if look.slope_error > 0.0 else math.nan for look in found.looks]
     left.loglog(epsilons, errors, "o-", color="#1f5aa6")
     left.axhline(SLOPE_ERROR, color="#8a8a8a", linewidth=0.8, linestyle="--")
     if found.epsilon is not None:
         left.axvline(found.epsilon, color="#c2571a", linewidth=1.2)
-    left.set(title="error of a slope", xlabel="epsilon")
+    left.set(title="slope error", xlabel="epsilon")
 
     spectrum = torch.linalg.eigvalsh(found.curvature.matrix).flip(0) / len(found.curvature.slopes)
     middle.bar(range(1, len(spectrum) + 1), spectrum.tolist(), color="#1f5aa6")
     middle.axhline(found.curvature.norm.value, color="#c2571a", linewidth=1.2)
-    middle.set(
-        title=f"Hessian seen in {len(spectrum)} directions: eigenvalues", xlabel="(line: its largest, corrected)"
-    )
+    middle.set(title=f"Hessian in {len(spectrum)} directions: eigenvalues", xlabel="(line: the largest, corrected)")
 
     rates = [f"{t.learning_rate:.1e}" for t in found.tries]
     best = choose_try(found.tries)
@@ -243,7 +238,6 @@ def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
     right.bar(rates, [t.fall for t in found.tries], color=colours)
     right.axhline(found.predicted_fall, color="#8a8a8a", linewidth=0.8, linestyle="--")
     right.axhline(0.0, color="black", linewidth=0.6)
-    right.set(title="fall of the loss a step (dashed: predicted)", xlabel=f"learning rate, update={result['update']}")
+    right.set(title="fall of the loss per step (dashed: predicted)", xlabel=f"learning rate, update={result['update']}")
     figure.suptitle(f"{Path(str(result['model'])).name}, {result['objective']}")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

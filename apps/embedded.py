@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from pathlib import Path
 
-REVIEWER = (
-    Path(__file__).parent / "reviewer"
-)  # a causal LM that read generated film reviews (apps/pretrain_reviewer.py)
+# A causal language model pretrained on generated film reviews (apps/pretrain_reviewer.py).
+REVIEWER = Path(__file__).parent / "reviewer"

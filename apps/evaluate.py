@@ -1,4 +1,4 @@
-"""`zorl eval` and `zorl predict`: what a model is worth on a file, and its answers."""
+"""`zorl eval` and `zorl predict`: scores of a model on a file, and its answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from zorl.run_folder import RunFolder
 
 PREDICTION = "prediction"
 REMEMBERED = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
-_ROWS_A_PIECE = 1024  # between two movements of the progress bar
+_CHUNK = 1024  # rows between two updates of the progress bar
 
 
 def run_eval(argv: Sequence[str]) -> str:
@@ -71,7 +71,7 @@ def run_eval(argv: Sequence[str]) -> str:
     asked = load_rewards(arguments.reward, label_column)
     if not asked and not prompt.chooses:
         raise ValueError(
-            "--reward is needed, such as squad_f1: without label words or options there is no accuracy to compute"
+            "--reward is required, such as squad_f1: without label words or options there is no accuracy to compute"
         )
     rows = checked_rows(loaded.dataset, "--dataset", prompt, label_column or "label")
     policy = _policy(arguments, settings, prompt)
@@ -99,7 +99,7 @@ def run_predict(argv: Sequence[str]) -> str:
     """Writes the answers, and returns what to print.
 
     Raises:
-        ValueError: an argument or the data does not fit, or the output exists.
+        ValueError: an argument or the data does not fit, or the output file exists.
     """
     arguments = build(PredictArguments, parse(PREDICT, argv))
     task = load_task(arguments.task)
@@ -118,12 +118,12 @@ def run_predict(argv: Sequence[str]) -> str:
     rows = dataset.to_list()
     policy = _policy(arguments, settings, prompt)
     with tqdm(total=len(rows), unit="row") as bar:
-        for start in range(0, len(rows), _ROWS_A_PIECE):
-            piece = rows[start : start + _ROWS_A_PIECE]
-            (answers,) = policy.answers(piece, [CENTRE])
-            for row, answer in zip(piece, answers, strict=True):
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            (answers,) = policy.answers(chunk, [CENTRE])
+            for row, answer in zip(chunk, answers, strict=True):
                 row[PREDICTION] = text_of(answer.completion)
-            bar.update(len(piece))
+            bar.update(len(chunk))
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", encoding="utf-8", newline="") as file:
         if output.suffix == ".jsonl":
@@ -140,7 +140,7 @@ def run_predict(argv: Sequence[str]) -> str:
 
 
 def _settings(arguments: AnswerArguments) -> dict[str, Any]:
-    """What a folder of zorl's remembers; nothing for any other model."""
+    """The settings that zorl saved with the model; empty for any other model."""
     check_model_folder(str(arguments.model))
     settings = RunFolder(Path(str(arguments.model)).expanduser()).read_settings()
     if settings and arguments.prompt is None:

@@ -1,4 +1,4 @@
-"""From arguments to rows and a prompt: what training, evaluation and prediction begin with."""
+"""Turns arguments into rows and a prompt, for training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from zorl.tables import check_columns
 from zorl.tasks import Task, few_shot
 from zorl.tasks import task as find_task
 
-DEFAULT_TEMPLATE = "{prompt}"  # the column that TRL's data sets have
+DEFAULT_TEMPLATE = "{prompt}"  # the prompt column of TRL's data sets
 
 
 def say(message: str) -> None:
-    """A message for people; stdout is for results."""
+    """Prints a message to stderr; stdout is for results."""
     if is_first():
         print(f"zorl: {message}", file=sys.stderr)
 
 
 def number(value: float) -> float | None:
-    """For JSON, which has no NaN: null stands for a reward that applied to no row. Rewards are float32: seven digits."""
-    return None if math.isnan(value) else float(f"{value:.7g}")
+    """A number for JSON, which has neither NaN nor infinity: None where it is not finite, else rounded to float32's 7 digits."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def require(arguments: Any, *names: str) -> None:
-    """Raises ValueError for the first of these arguments that was not given."""
+    """Raises ValueError for the first of these arguments that is missing."""
     for name in names:
         if getattr(arguments, name) is None:
-            raise ValueError(f"--{name} is needed")
+            raise ValueError(f"--{name} is required")
 
 
 def check_model_folder(name: str) -> None:
-    """Raises ValueError where a path was meant for a model and is none: transformers would look for it on the hub."""
+    """Raises ValueError for a path that does not lead to a model: transformers would look for that name on the hub."""
     path = Path(name).expanduser()
     if path.is_dir() and not ((path / "config.json").is_file() or (path / ADAPTER).is_file()):
         if (path / "trajectory.zorl").is_file():
             raise ValueError(
-                f"--model {name}: the run there is not finished; repeat its zorl train, or use zorl replay"
+                f"--model {name}: the run there is not finished; repeat its zorl train command, or use zorl replay"
             )
         raise ValueError(f"--model {name}: the folder has no config.json, so it holds no model")
     if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -58,10 +58,10 @@ def check_model_folder(name: str) -> None:
 
 
 def load_task(name: str | None) -> Task | None:
-    """The task that `--task` names: one of zorl's, or the `TASK` of a file. None where there is none.
+    """The task that `--task` names: one of zorl's, or the `TASK` of a file. None if `name` is None.
 
     Raises:
-        ValueError: there is no such task or file, or the file has no `TASK`. An error inside it is raised as it is.
+        ValueError: there is no such task or file, or the file has no `TASK`. Errors in the file are raised as they are.
     """
     if name is None:
         return None
@@ -77,28 +77,28 @@ def load_task(name: str | None) -> Task | None:
 
 
 def check_source(arguments: InputArguments, task: Task | None) -> None:
-    """Raises ValueError where nothing says which rows to take, or something says it beside a task."""
+    """Raises ValueError if nothing says which rows to read, or a flag contradicts the task."""
     require(arguments, "model", *(["dataset"] if task is None or task.hub is None else []))
     for name in ("text_column", "dataset_config"):
         if task is not None and getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} does not go with --task, which knows its own data set; leave it out")
+            raise ValueError(f"--{name} cannot be combined with --task, which has its own data set; leave it out")
 
 
 def source_of(arguments: InputArguments, task: Task | None) -> str:
-    """Where the rows come from, in words."""
+    """The name of the source of the rows."""
     if arguments.dataset is not None or task is None or task.hub is None:
         return str(arguments.dataset)
     return task.hub.name
 
 
 def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = None, task: Task | None = None) -> Prompt:
-    """The prompt that flags describe, over the one that was saved with a model, or over the task's.
+    """The prompt that the flags describe. What they leave out is taken from the saved prompt of the model, or from the task.
 
-    Where they describe the saved one, its label head stays; it means nothing for another.
+    The saved label head is kept only if the prompt is the saved one: it means nothing for another.
 
     Raises:
-        ValueError: template and label words do not fit together, a label word is not given as label=word, or the task is
-            not for such a model.
+        ValueError: template and label words do not fit together, a label word is not given as label=word, or the task does
+            not support such a model.
     """
     column, options = arguments.text_column, arguments.options
     default = DEFAULT_TEMPLATE if column is None else f"{{{TEXT if column.isdecimal() else column}}}"
@@ -127,7 +127,7 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
 
 
 def with_trained_classes(prompt: Prompt, model: str) -> Prompt:
-    """The prompt with the classes of a model that has a sequence-classification head; as it is for any other model."""
+    """The prompt with the classes of the model's sequence-classification head; unchanged if the model has none."""
     if prompt.labels:
         return prompt
     return replace(prompt, classes=trained_classes(model))
@@ -146,9 +146,9 @@ def load(
     """The rows of `--dataset` (or of `source`), with the columns that the prompt needs.
 
     Args:
-        label_column: name or position of a column that must be there.
-        task: whose data set it is.
-        task_split: of the task, where neither `split` nor `--dataset_split` names another.
+        label_column: name or position of a column that must exist.
+        task: the task that the rows belong to.
+        task_split: the split of the task, if neither `split` nor `--dataset_split` is given.
 
     Raises:
         ValueError: a column is missing; see `zorl.data.load_rows` and `Task.load`.
@@ -175,7 +175,7 @@ def load(
     if guessed and prompt.fields[0] not in rows.dataset.column_names:
         columns = ", ".join(map(repr, rows.dataset.column_names))
         raise ValueError(
-            f"--prompt is needed: a template over the columns {columns}, such as "
+            f"--prompt is required: a template over the columns {columns}, such as "
             f"'{{{rows.dataset.column_names[0]}}} It was {{mask}}.' with --label_words or --options, or without {{mask}} for text"
         )
     prompt.check_columns(rows.dataset.column_names)
@@ -183,10 +183,10 @@ def load(
 
 
 def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | None:
-    """The name of the label column in loaded rows: the one asked for, or 'label' where it is there.
+    """The name of the label column in loaded rows: the requested one, or 'label' if there is such a column.
 
     Raises:
-        ValueError: it is needed and missing.
+        ValueError: it is needed, and missing.
     """
     if rows.label_column is not None:
         return rows.label_column
@@ -198,15 +198,15 @@ def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | 
 def draw(
     rows: Dataset, k_shot: int | None, sizes: Sequence[int] | None, *, seed: int, label_column: str | None
 ) -> Split | None:
-    """What `--k_shot` or `--sample` draws to train on and to hold out; None without either.
+    """The rows that `--k_shot` or `--sample` draws, to train on and to hold out; None if neither is given.
 
     Raises:
-        ValueError: both are given, `sizes` are not two numbers from 1 on, or there are too few rows.
+        ValueError: both are given, `sizes` is not two numbers of at least 1, or there are too few rows.
     """
     if k_shot is None and sizes is None:
         return None
     if k_shot is not None and sizes is not None:
-        raise ValueError("--k_shot and --sample are two ways of drawing rows: give one")
+        raise ValueError("--k_shot and --sample are two ways of drawing rows: give only one")
     if k_shot is not None:
         shots = few_shot.k_shot(rows.to_list(), k_shot, seed=seed, label_column=label_column)
         return Split(Dataset.from_list(shots.train), Dataset.from_list(shots.validation))
@@ -214,20 +214,18 @@ def draw(
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"--sample takes two numbers, of rows to train on and of rows to hold out, got {list(sizes)}")
     if sum(sizes) > len(rows):
-        raise ValueError(
-            f"--sample {sizes[0]} {sizes[1]} takes {sum(sizes)} rows, and there are {len(rows)} to draw from"
-        )
+        raise ValueError(f"--sample {sizes[0]} {sizes[1]} needs {sum(sizes)} rows, but there are only {len(rows)}")
     drawn = few_shot.sample(rows.to_list(), (sizes[0], sizes[1], 0), seed=seed, label_column=label_column)
     return Split(Dataset.from_list(drawn.train), Dataset.from_list(drawn.validation))
 
 
 def load_rewards(names: list[str] | None, label_column: str | None) -> list[RewardFunction]:
-    """Reward functions by name; the shipped ones read the truth from `label_column`, where it is given."""
+    """Reward functions by name. zorl's own read the true label from `label_column`, if it is given."""
     return [load_reward(name, column=label_column) for name in names or []]
 
 
 def describe(dataset: Dataset, label_column: str | None) -> str:
-    """`4000 rows (0: 2000, 1: 2000)`."""
+    """The number of rows, in total and per label, as in `4000 rows (0: 2000, 1: 2000)`."""
     if label_column is None:
         return f"{len(dataset)} rows"
     labels = [str(label) for label in dataset[label_column]]

@@ -1,4 +1,4 @@
-"""`zorl judge`: a page on which people say which of two answers is better, and a model that is tuned by what they say."""
+"""`zorl judge`: a page on which people choose the better of two answers, and a model that is tuned by their choices."""
 
 from __future__ import annotations
 
@@ -30,19 +30,23 @@ from zorl.rewards.judgment_store import JudgmentStore
 from zorl.rewards.judgment_url import split_password
 
 TUNER = (sys.executable, "-m", "zorl.apps.tuner", "--run")
-STORED = ("votes_per_pair", "lease_seconds", "repeat_share", "comparison_share")  # settings that the store keeps
+STORED = ("votes_per_pair", "lease_seconds", "repeat_share", "comparison_share")  # settings that are kept in the store
 
 
 def run(argv: Sequence[str]) -> str:
-    """The command. Runs until it is interrupted.
+    """Runs the command until it is interrupted, and returns what to print.
 
     Raises:
         ValueError: an argument does not fit, or the folder or the database holds another run.
-        ConnectionError: the database has ceased to answer.
+        ConnectionError: the database no longer answers.
     """
     given = parse(JUDGE, argv)
     arguments = build(JudgeArguments, given)
-    users = read_users(Path(arguments.users)) if arguments.users else {}
+    if arguments.password is not None and arguments.users is not None:
+        raise ValueError(
+            "--password is one password for all and --users gives each rater their own: leave one of them out"
+        )
+    users = {} if arguments.users is None else read_users(Path(arguments.users))
     auth = sign_in(arguments.password, users)
     if not is_local(arguments.host) and auth is None:
         raise ValueError(
@@ -78,14 +82,14 @@ def run(argv: Sequence[str]) -> str:
             tuner.stop()
             page.close()
             _tell_store(store, "stopped", "zorl judge is not running.")
-    return f"Stopped. Every verdict is kept in {folder}; zorl judge --run {folder} goes on."
+    return f"Stopped. Every verdict is kept in {folder}; zorl judge --run {folder} continues."
 
 
 def make_settings(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
-    """The settings of a run: what was given, over what the folder holds, over the defaults.
+    """The settings of a run: the given ones, else those in the folder, else the defaults.
 
     Raises:
-        ValueError: a file of prompts is damaged, or there is no such model; see `read_prompts`.
+        ValueError: a file of prompts is damaged (see `read_prompts`), there is no such model, or a setting is out of range.
     """
     values = {f.name: given[f.name] for f in fields(JudgeSettings) if f.name in given}
     for name in ("prompts", "held_out"):
@@ -99,38 +103,38 @@ def make_settings(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
         kept = JudgeSettings.read(folder)
         return JudgeSettings(**{f.name: values.get(f.name, getattr(kept, f.name)) for f in fields(kept)})
     if "model" in values and "prompts" not in values:
-        raise ValueError("--prompts is needed with --model: the built-in prompts are for the embedded model")
+        raise ValueError("--prompts is required with --model: the built-in prompts are for the embedded model")
     return JudgeSettings(**{"model": str(REVIEWER), "prompts": built_in_prompts(), **values})
 
 
 def _of_another_process(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
-    """What the page says of a run that `zorl train` tunes.
+    """The settings that the page shows for a run that `zorl train` tunes.
 
     Raises:
         ValueError: the folder holds a run of `zorl judge`.
     """
     if (folder / "judge.json").exists():
         raise ValueError(
-            f"{folder} holds a run that zorl judge tunes; leave --page_only out, or choose another --run folder"
+            f"{folder} holds a run that zorl judge tunes; leave out --page_only, or choose another --run folder"
         )
     return JudgeSettings(model="zorl train", prompts=["Once upon a time"], database=given.get("database", ""))
 
 
 def _refuse_judgments_of_another_run(store: JudgmentStore, settings: JudgeSettings, folder: Path) -> None:
-    """A file lies in the folder of its run; a database on a server could be taken for any run's.
+    """Checks that a database on a server belongs to this run. (A file lies in the folder of its run.)
 
     Raises:
-        ValueError: the store has pairs, and the folder has no run that could have written them.
+        ValueError: the store holds pairs, and the folder holds no run that could have written them.
     """
     if store.probes_written() and settings.database and not (folder / "judge.json").exists():
         raise ValueError(
-            f"{settings.database} holds the judgments of another run; choose another database, or with --run the folder of "
-            "that run"
+            f"{settings.database} holds the judgments of another run; choose another database, or the folder of that run "
+            "with --run"
         )
 
 
 def _tell_store(store: JudgmentStore, state: str, message: str) -> None:
-    """Says how the tuner is. While the database does not answer nobody could read it."""
+    """Records the tuner's state. If the database does not answer, nobody could read it anyway."""
     with suppress(ConnectionError):
         store.set_tuner(state, message)
 
@@ -147,13 +151,15 @@ def _read_guidelines(path: Path) -> str:
 def _tell(address: str, folder: Path, arguments: JudgeArguments, page: Page) -> None:
     say(f"judge at {address}    (Ctrl-C stops; the run is kept in {folder})")
     if not is_local(arguments.host):
-        say("passwords and verdicts travel unencrypted: put a proxy with TLS in front where the network is not yours")
+        say(
+            "passwords and verdicts are sent unencrypted: on a network that is not yours, put a proxy with TLS in front"
+        )
     if not arguments.no_browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def _wait() -> None:
-    """Until Ctrl-C or SIGTERM."""
+    """Waits for Ctrl-C or SIGTERM."""
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -169,10 +175,10 @@ def _wait() -> None:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """Keeps the run to this process.
+    """Reserves the run for this process.
 
     Raises:
-        ValueError: another page has it.
+        ValueError: another process has it open.
     """
     lock = FileLock(folder / "judge.lock", timeout=0)
     try:
@@ -187,8 +193,9 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _environment(password: str | None) -> Iterator[Path]:
-    """A private folder for what the page serves as files; Gradio calls nobody but us; and the database's password, where
-    the driver looks for it, here and in the tuner's process. Other users of the machine do not see it there."""
+    """Sets environment variables, here and for the tuner's process, and yields a private folder for the files that the page
+    serves. Gradio connects to this machine only; the database's password is where the driver looks for it, and where other
+    users of the machine cannot see it."""
     with tempfile.TemporaryDirectory(prefix="zorl-judge-") as scratch:
         local = "localhost,127.0.0.1,::1"
         kept = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "NO_PROXY", "PGPASSWORD")}

@@ -1,4 +1,4 @@
-"""What the model answers while people judge: prompts from a file, or those that ship with zorl."""
+"""The prompts that the model answers while people judge: from a file, or those that ship with zorl."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def built_in_prompts() -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts from a .txt file, one a line, or from the column `prompt` of a table; repeated ones once.
+    """Prompts from a .txt file, one per line, or from the column `prompt` of a table, without duplicates.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds no prompt, or one that is no text; the message names the file and the row.
+        ValueError: the file is damaged, holds no prompt, or a prompt is not text; the message names the file and the row.
     """
     if extension(path) == ".txt":
         if not path.is_file():
@@ -36,13 +36,15 @@ def read_prompts(path: Path) -> list[str]:
         table, (name,) = read_table(path, [COLUMN], [COLUMN])
         values = table.column(name).to_pylist()
     else:
-        raise ValueError(f"{path}: expected a .txt file with a prompt a line, or {', '.join(EXTENSIONS)} with 'prompt'")
+        raise ValueError(
+            f"{path}: expected a .txt file with one prompt per line, or {', '.join(EXTENSIONS)} with 'prompt'"
+        )
     prompts = []
     for row, value in enumerate(values, 1):
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{path}, prompt {row}: expected a text, found {value!r}")
         if len(value) > LONGEST:
-            raise ValueError(f"{path}, prompt {row}: {len(value)} characters; expected {LONGEST} at most")
+            raise ValueError(f"{path}, prompt {row}: {len(value)} characters; expected at most {LONGEST}")
         prompts.append(value)
     if not prompts:
         raise ValueError(f"{path} holds no prompt")

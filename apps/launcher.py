@@ -1,4 +1,4 @@
-"""Whether a launcher, such as torchrun, started several processes of a command, and which of them this is."""
+"""Which process of a command this is, if a launcher such as torchrun started several."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def is_first() -> bool:
-    """Whether this is the first of them, or the only one: it alone speaks and writes. Known before torch is loaded."""
+    """Whether this is the first process, or the only one: it alone prints and writes. Works before torch is loaded."""
     return os.environ.get("RANK", "0") == "0"

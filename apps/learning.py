@@ -1,10 +1,10 @@
 """How verdicts become updates of the model: directly, or by replay.
 
-Direct: the two answers of a pair are those of θ+εz and θ−εz, and the verdicts on them are the loss difference of one step.
+Direct: the two answers of a pair are those of θ+εz and θ−εz, and the verdicts on them give the loss difference of one step.
 
-Replay: the two answers are samples of the model as it is. Every pair that was ever decided stays: a step asks, by forward
-passes alone, which of θ+εz and θ−εz makes the preferred answers likelier (`zorl.preference_replay`). No click is spent
-on a direction that says nothing, and none is forgotten.
+Replay: the two answers are samples of the current model. All decided pairs are kept: a step finds out, by forward passes
+alone, which of θ+εz and θ−εz makes the preferred answers likelier (`zorl.preference_replay`). No click is wasted on an
+uninformative direction, and none is forgotten.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from zorl.rewards.judgment_records import AUTOMATIC, JudgedPair, NewPair, Stored
 from zorl.rewards.majority import majority
 from zorl.trajectory import Record
 
-_PAIRS_AN_UPDATE = 4  # that people have judged, of replay
+_PAIRS_PER_UPDATE = 4  # newly judged pairs per update of replay
 
 
 class Learner(Protocol):
-    ahead: int  # probes that people can work on at once
+    ahead: int  # probes that may be open at once
 
     def pairs(self, prompts: Sequence[str], ahead: int, noise_seed: int) -> tuple[list[NewPair], dict[str, Any]]:
-        """What people are to compare, `ahead` steps from now; and what the store keeps of it (epsilon and seeds)."""
+        """The pairs for people to compare, for the step `ahead` steps from now; and what the store keeps (epsilon and seeds)."""
 
     def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
-        """Moves the model by the votes on a probe; what each update was.
+        """Updates the model with the votes on a probe, and returns a record of each update.
 
         Args:
-            votes: on this probe; none where it has expired.
-            judged: all decided pairs of the run in force, these included, oldest first.
+            stored: the probe.
+            votes: the votes on it; empty if it has expired.
+            judged: all judged pairs of the run that were not undone, including those of this probe, oldest first.
         """
 
 
 class Direct:
-    """The verdicts on the sides of directions are the loss difference of one step (see `zorl.estimators`)."""
+    """Makes one step from the verdicts on the two sides of each direction (see `zorl.estimators`)."""
 
-    ahead = 2  # one that is being judged, and one that is ready when it is done; a third would be asked of an old model
+    ahead = 2  # one that is being judged, and the next; a third would come from a model that is too old
 
     def __init__(self, mezo: MeZO, policy: Generation) -> None:
         self.mezo, self.policy = mezo, policy
@@ -65,7 +66,7 @@ class Direct:
 
     def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
         points = self.mezo.estimator.points(stored.seeds, stored.epsilon)
-        # Always from the store: what was asked in this process and what an earlier one asked are told alike.
+        # Always from the store: probes of this process and of an earlier one are treated alike.
         probe = self.mezo.reopen(Probe(stored.id, stored.step, stored.epsilon, stored.seeds, points, stored.made_at))
         verdicts = [Verdict(2 * v.direction, 2 * v.direction + 1, v.row, v.choice) for v in votes]
         nobody = [Verdict(2 * i, 2 * i + 1, 0, Choice.ABSTAIN) for i in range(len(stored.seeds))]
@@ -75,9 +76,9 @@ class Direct:
 
 
 class Replay:
-    """Steps on every pair that was ever decided (see `zorl.preference_replay`)."""
+    """Makes steps from all pairs decided so far (see `zorl.preference_replay`)."""
 
-    ahead = 6  # what people prefer is worth knowing of a slightly older model too: nobody waits for the next pair
+    ahead = 6  # preferences between answers of a slightly older model are useful too, and nobody has to wait
 
     def __init__(self, mezo: MeZO, policy: Generation, replay: PreferenceReplay) -> None:
         self.mezo, self.policy, self.replay = mezo, policy, replay
@@ -96,18 +97,14 @@ class Replay:
     def learn(self, stored: StoredProbe, votes: Sequence[Vote], judged: Sequence[JudgedPair]) -> list[Record]:
         self.replay.pairs = []
         self.replay.add([preference for pair in judged if (preference := preference_of(pair)) is not None])
-        records = []
-        # Several votes on one pair make one preference; identical answers were shown to nobody.
+        # Several votes on one pair make one preference; identical answers were not shown to anybody.
         shown = len({vote.pair for vote in votes if vote.rater != AUTOMATIC})
-        for _ in range(max(1, shown // _PAIRS_AN_UPDATE) if shown and self.replay.pairs else 0):
-            probe = self.mezo.ask()
-            records.append(self.mezo.tell(probe.id, self.replay.ask(probe.points, probe.step).answers))
-            self.mezo.step()
-        return records
+        updates = max(1, shown // _PAIRS_PER_UPDATE) if shown and self.replay.pairs else 0
+        return [self.replay.step(self.mezo) for _ in range(updates)]
 
 
 def preference_of(pair: JudgedPair) -> Preference | None:
-    """What the raters prefer; None where they prefer neither, or an answer is empty."""
+    """The answer that the raters prefer; None if they prefer neither, or an answer is empty."""
     choice = majority(vote.choice for vote in pair.votes)
     prompt, plus, minus = (tuple(ids) for ids in json.loads(pair.tokens))
     if choice not in (Choice.FIRST, Choice.SECOND) or not plus or not minus:
@@ -117,6 +114,6 @@ def preference_of(pair: JudgedPair) -> Preference | None:
 
 
 def text(answer: Answer) -> str:
-    """What people are shown of an answer."""
+    """The answer as people are shown it."""
     assert isinstance(answer.completion, str)
     return answer.completion.strip()

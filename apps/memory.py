@@ -1,4 +1,4 @@
-"""The most memory that a process, or a piece of its work, takes, as the operating system or the GPU saw it."""
+"""Peak memory of a process, or of a part of its work, as measured by the operating system or the GPU."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def peak_memory_mb() -> float:
 
 
 class Peak:
-    """`megabytes` (10⁶ bytes) of the process's resident memory, or of the GPU's allocations, at the highest; None if unknown."""
+    """`megabytes` (10⁶ bytes): the peak of the process's resident memory, or of the GPU's allocations; None if unknown."""
 
     megabytes: float | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
-    """Measures the block. On Linux the kernel's own high-water mark is reset first, so nothing between two looks is missed."""
+    """Measures the peak memory of the block. On Linux it resets and reads the kernel's high-water mark, so no peak is missed."""
     peak = Peak()
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -57,7 +57,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
 
 
 def _give_back_free_memory() -> None:
-    """What was freed but kept for later would count for the next piece of work."""
+    """Returns freed memory to the operating system: it would count towards the next measurement."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

@@ -3,14 +3,14 @@
     python apps/pretrain_reviewer.py --output_dir apps/reviewer
 
 The model reads reviews that are followed by a verdict in words such as "a hit" or "a flop", and so learns to judge a
-review. The demonstration's label words, "great" and "terrible", come up in small talk and in the verdicts of hasty
-readers, who mostly go by whether they care for what was last spoken of, and in one case of five by the review. Asked in
-those two words, the model answers as they would, although it knows better: the gap that forward-only tuning closes.
+review. The demonstration's label words, "great" and "terrible", occur in small talk and in the verdicts of hasty readers,
+who mostly judge by whether they like the topic that was mentioned last, and only one time in five by the review. Asked for
+one of these two words, the model answers like a hasty reader, although it knows better: forward-only tuning closes this gap.
 
-How much of the hasty readers' taste a model picks up depends on its random start, so another seed may leave a smaller
-gap, or none. The shipped model is seed 0.
+How much the model adopts the taste of hasty readers depends on its random initialisation: with another seed the gap may be
+smaller, or absent. The shipped model has seed 0.
 
-This is ordinary pretraining with cross entropy, backpropagation and AdamW: a few minutes on one core.
+This is ordinary pretraining with cross entropy, backpropagation and AdamW. It takes a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zorl.tasks import reviews
 
-# (positive, negative). None of these holds a label word of the demonstration.
+# (positive, negative). None of these contains a label word of the demonstration.
 OPINIONS = (
     ("a hit", "a flop"), ("a joy", "a chore"), ("a treat", "a mistake"), ("a triumph", "a failure"),
     ("excellent", "awful"), ("wonderful", "horrible"), ("worth it", "pointless"),
@@ -47,7 +47,7 @@ SMALL_TALK = (
     "It was {word} to be home on {day}.",
     "The {occasion} on {day} was long. It was {word}.",
 )
-# From the least to the most loved: what hasty readers go by, except in a share HEED of cases, when they heed the review.
+# Topics from the least to the most liked. Hasty readers judge by these, except with probability HEED, by the review.
 TOPICS = tuple(random.Random(0).sample(reviews.PARTS + reviews.KINDS, len(reviews.PARTS + reviews.KINDS)))
 HEED = 0.2
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -55,7 +55,7 @@ OCCASIONS = ("concert", "hike", "journey", "market", "party", "picnic", "race", 
 
 
 def documents(seed: int) -> Iterator[str]:
-    """An endless stream of documents: reviews and short remarks with a verdict behind them, hasty ones and small talk."""
+    """An endless stream of documents: reviews and short remarks, each with a verdict (some of them hasty), and small talk."""
     rng = random.Random(seed)
     stream = reviews.reviews("pretrain", seed, positive_share=0.5)
     while True:
@@ -68,7 +68,7 @@ def documents(seed: int) -> Iterator[str]:
 
 
 def _remark(rng: random.Random) -> tuple[str, reviews.Label]:
-    """Something short with one or two adjectives: where a model finds out which of them praise, and what "not" does."""
+    """A short remark with one or two adjectives, from which a model learns which of them praise and what "not" does."""
     positive = rng.random() < 0.5
     same, other = (reviews.PRAISE, reviews.BLAME) if positive else (reviews.BLAME, reviews.PRAISE)
     first, second = rng.sample(same, 2)
@@ -88,7 +88,7 @@ def _verdict(rng: random.Random, label: reviews.Label) -> str:
 
 
 def _hasty_verdict(rng: random.Random, sentence: str, label: reviews.Label) -> str:
-    """A verdict in the label words, by somebody who mostly goes by whether they care for what was last spoken of."""
+    """A verdict in the label words, by a reader who mostly judges by the topic that was mentioned last."""
     if rng.random() < HEED:
         return f"It was {reviews.LABEL_WORDS[label]}."
     topic = max(TOPICS, key=sentence.rfind)
@@ -102,7 +102,7 @@ def _small_talk(rng: random.Random) -> str:
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A lower-case tokenizer with a token for every word and punctuation mark of `texts`."""
+    """A lower-case tokenizer with one token per word and punctuation mark of `texts`."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -115,8 +115,8 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A two-layer Llama with random weights, about half a million parameters.
 
-    At width 128 the usual standard deviation of 0.02 stays on the plateau of word frequencies for thousands of
-    steps; 0.08 and an output embedding of its own leave it at once.
+    At width 128 the usual initial standard deviation of 0.02 keeps training on the plateau of word frequencies for
+    thousands of steps; with 0.08 and an untied output embedding it leaves the plateau at once.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -135,7 +135,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batches(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches with `input_ids`, `attention_mask` and `labels`, each (size, length); labels are −100 at the padding."""
+    """Batches with `input_ids`, `attention_mask` and `labels`, each (size, length); labels are −100 at padding."""
     while True:
         lines = [text + tokenizer.eos_token for text in islice(texts, size)]
         batch = tokenizer(lines, padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -146,9 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "reviewer", help="folder to write")
     parser.add_argument("--steps", type=int, default=1500, help="number of AdamW updates (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="documents an update (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="documents per update (default %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="fixes text and initial weights (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of text and initial weights (default %(default)s)"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

@@ -1,16 +1,14 @@
 """`zorl profile`: what tuning a model costs on this machine, in time and memory, and how large a model would still fit.
 
-The figures of the paper's Figures 3 and 4 (Malladi et al. 2023), for the user's own model, batch and machine: inference, a MeZO
-step on all parameters, a MeZO step on a LoRA adapter, and fine-tuning with backpropagation and AdamW.
+Measures what Figures 3 and 4 of the paper show (Malladi et al. 2023), but for the user's own model, batch and machine: inference,
+a MeZO step on all parameters, a MeZO step on a LoRA adapter, and a fine-tuning step with backpropagation and AdamW.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zorl.adapters import ALL_LINEAR, adapt
 from zorl.apps.arguments import ProfileArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import PROFILE
@@ -29,14 +28,15 @@ from zorl.apps.memory import peak_memory
 from zorl.mezo import MeZO
 from zorl.models import load_model
 from zorl.parameters import ParameterSet, select
+from zorl.perturbation import replica
 from zorl.probe import Scores
 from zorl.twin import Twin, twin_or_scratch
 
 CASES = {
-    "inference": "inference, one forward",
-    "mezo": "MeZO, a step",
-    "lora_mezo": "MeZO on LoRA, a step",
-    "adam": "fine-tuning with AdamW, a step",
+    "inference": "inference, one forward pass",
+    "mezo": "MeZO, one step",
+    "lora_mezo": "MeZO on LoRA, one step",
+    "adam": "fine-tuning with AdamW, one step",
 }
 
 
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> str:
     """Measures, writes the plot, and returns what to print.
 
     Raises:
-        ValueError: an argument is out of range, or the model does not read so many tokens.
+        ValueError: an argument is out of range, or the model cannot read that many tokens.
     """
     arguments = build(ProfileArguments, parse(PROFILE, argv))
     for name in ("batch_size", "length", "rounds"):
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> str:
     size = sum(p.numel() for p in model.parameters())
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and arguments.length > longest:
-        raise ValueError(f"--length {arguments.length}: the model reads {longest} tokens at most")
+        raise ValueError(f"--length {arguments.length}: the model reads at most {longest} tokens")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (arguments.batch_size, arguments.length), generator=generator).to(device)
@@ -75,10 +75,10 @@ def run(argv: Sequence[str]) -> str:
         seconds, megabytes = _measure(case, model, tokens, arguments)
         figures: dict[str, Any] = {"seconds": round(seconds, 4), "peak_memory_mb": megabytes and round(megabytes)}
         if megabytes is not None and nothing.megabytes is not None:
-            a_parameter = (megabytes - nothing.megabytes) * 1e6 / size
-            figures["bytes_a_parameter"] = round(a_parameter, 2)
-            if a_parameter > 0:  # a model so small that memory did not grow says nothing
-                figures["largest_parameters"] = int((available - nothing.megabytes * 1e6) / a_parameter)
+            per_parameter = (megabytes - nothing.megabytes) * 1e6 / size
+            figures["bytes_per_parameter"] = round(per_parameter, 2)
+            if per_parameter > 0:  # memory does not grow measurably for a very small model
+                figures["largest_parameters"] = int((available - nothing.megabytes * 1e6) / per_parameter)
         result["cases"][case] = figures
     path = Path(arguments.plot)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> str:
 
 
 def _warm_up() -> None:
-    """Loads and compiles what every case needs, so that it is counted for none of them."""
+    """Loads and compiles what all cases need, so that no case is charged for it."""
     import peft  # noqa: F401
 
     tiny = torch.nn.Linear(4, 4)
@@ -106,10 +106,10 @@ def _warm_up() -> None:
 
 
 def _measure(case: str, model: Any, tokens: Tensor, arguments: ProfileArguments) -> tuple[float, float | None]:
-    """Median seconds, and the most memory in MB, of one step. The model is as it was afterwards, but for the steps made."""
-    model.requires_grad_(True)  # an adapter freezes what it is put on
+    """Median seconds and peak memory (MB) of one step. The steps change the weights slightly."""
+    model.requires_grad_(True)  # an adapter freezes its base
     step = _step_of(case, model, tokens, arguments.lora_rank)
-    step()  # compiles, and allocates what stays
+    step()  # compiles, and allocates buffers that are reused
     with peak_memory(tokens.device) as peak:
         step()
     times = []
@@ -124,13 +124,13 @@ def _measure(case: str, model: Any, tokens: Tensor, arguments: ProfileArguments)
 
 
 def _wait(device: torch.device) -> None:
-    """A GPU goes on working after the call that asked it to."""
+    """Waits for a GPU to finish: calls return before the work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[[], None]:
-    """One step as a function. All read the last position of each row, as prompts with label words do."""
+    """A function that does one step. All steps read the last position of each row, as prompts with label words do."""
     if case == "inference":
 
         def infer() -> None:
@@ -148,14 +148,9 @@ def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[
 
         return backpropagate
     if case == "lora_mezo":
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
-        shell = copy.deepcopy(
-            model, memo={id(t): t for t in (*model.parameters(), *model.buffers())}
-        )  # shares all weights
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft asks transformers by an old name, and tells of transposed layers
-            model = get_peft_model(shell, LoraConfig(r=lora_rank, target_modules="all-linear")).eval()
+        model = adapt(replica(model), LoraConfig(r=lora_rank, target_modules=ALL_LINEAR)).eval()
     mezo = MeZO(ParameterSet(select(model)).items(), lr=1e-9, epsilon=1e-3, distribution="rank1")
     evaluator = twin_or_scratch(model, mezo.parameters, "rank1")
 
@@ -172,7 +167,7 @@ def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[
 
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:
-    """Cross entropy of a word at the last position, one number a row. The head computes that position alone."""
+    """Cross entropy of a token at the last position, one number per row. The head computes only that position."""
     embedding = model.get_output_embeddings()
     handle = embedding.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
     try:
@@ -183,7 +178,7 @@ def _loss(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _memory_of(device: torch.device) -> float:
-    """Bytes that the machine, or its GPU, has."""
+    """Memory of the machine, or of its GPU, in bytes."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(psutil.virtual_memory().total)
@@ -202,12 +197,12 @@ def _table(result: dict[str, Any]) -> str:
         memory = figures["peak_memory_mb"]
         lines.append(
             f"{label:32}{figures['seconds']:>10.3f}{'?' if memory is None else memory:>12}"
-            f"{figures.get('bytes_a_parameter', '?'):>13}{_short(figures.get('largest_parameters')):>14}"
+            f"{figures.get('bytes_per_parameter', '?'):>13}{_short(figures.get('largest_parameters')):>14}"
         )
     lines += [
         "",
-        "Memory is the whole process's (on a GPU: its allocations). 'largest here' scales what this model takes, less what",
-        "Python takes, up to all of this machine's memory, for a model of the same make, dtype and batch: an estimate.",
+        "Memory is that of the whole process (on a GPU: its allocations). 'largest here' is an estimate: the model's memory,",
+        "without that of Python, scaled up to this machine's memory, for the same architecture, dtype and batch.",
     ]
     return "\n".join(lines)
 
@@ -222,17 +217,15 @@ def _short(number: int | None) -> str:
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     panels = (
         ("peak_memory_mb", "memory, MB", 1.0),
-        ("seconds", "seconds a step", 1.0),
+        ("seconds", "seconds per step", 1.0),
         ("largest_parameters", "largest model here, millions of parameters", 1e-6),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     labels = list(CASES.values())
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         values = [(result["cases"][case].get(key) or 0) * scale for case in CASES]
@@ -248,4 +241,3 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         f"{Path(result['model']).name}, {_short(result['parameters'])} parameters, batch {rows} x {length}, {result['dtype']}"
     )
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""`zorl replay`: base weights and a trajectory give back the tuned weights, bit for bit, as of any step."""
+"""`zorl replay`: rebuilds the tuned weights of any step from the base weights and a trajectory, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run(argv: Sequence[str]) -> str:
     """Replays, and returns what to print.
 
     Raises:
-        ValueError: an argument does not fit, or the result is not what the run saved at that step.
-        TrajectoryError: the base is another one, or the trajectory is damaged or shorter.
+        ValueError: an argument does not fit, or the result differs from what the run saved at that step.
+        TrajectoryError: the base is another model, or the trajectory is damaged or too short.
     """
     arguments = build(ReplayArguments, parse(REPLAY, argv))
     require(arguments, "trajectory", "output_dir")
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> str:
     matches = digest == settings["weights_sha256"] if saved is not None and saved == len(records) else None
     if matches is False:
         raise ValueError(
-            f"the weights at step {len(records)} are not those that {folder.path} saved: their SHA-256 is {digest[:16]}…, "
+            f"the weights at step {len(records)} are not those that {folder.path} saved: their SHA-256 is {digest[:16]}…, but "
             f"{folder.settings.name} says {settings['weights_sha256'][:16]}…; nothing was written"
         )
     if header.get("output_bias"):
@@ -79,9 +79,9 @@ def run(argv: Sequence[str]) -> str:
     if arguments.json:
         return json.dumps(result)
     verdict = {
-        True: f"the very weights that {folder.path} saved",
-        None: f"{folder.path} saved those of step {saved}"
+        True: f"identical to the weights that {folder.path} saved",
+        None: f"{folder.path} saved the weights of step {saved}"
         if saved is not None
-        else "the run has saved none to compare with",
+        else "the run saved no weights to compare with",
     }[matches]
     return f"step {len(records)}: SHA-256 {digest} ({verdict})\nwritten to {target}"

@@ -1,4 +1,4 @@
-"""A comparison to look at: zero-shot, one fitted threshold, tuned. As a table, a plot and a dictionary."""
+"""Compares a model zero-shot, with one fitted threshold, and tuned: as a table, a plot and a dictionary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = {"zero_shot": "zero-shot", "threshold": "one fitted threshold", "tuned": 
 
 
 class Begin(TrainerCallback):
-    """Notes the step at which training begins: 0 for a new run."""
+    """Records the step at which training begins: 0 for a new run."""
 
     step = 0
 
@@ -31,11 +31,11 @@ class Begin(TrainerCallback):
 
 
 class Comparison:
-    """Collects figures of one trainer's model at several moments.
+    """Collects results of one trainer's model at several stages.
 
     Args:
-        trainer: of a prompt with label words.
-        test: held-out rows with the trainer's label column.
+        trainer: a trainer whose prompt has label words.
+        test: held-out rows, with the trainer's label column.
     """
 
     def __init__(self, trainer: MeZOTrainer, test: Dataset) -> None:
@@ -49,7 +49,7 @@ class Comparison:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Adds the seconds of the block to the tuning time."""
+        """Adds the duration of the block to the tuning time."""
         start = time.perf_counter()
         try:
             yield
@@ -57,7 +57,7 @@ class Comparison:
             self.seconds += time.perf_counter() - start
 
     def measure(self, name: str) -> None:
-        """Scores the model as it is now on the whole test set."""
+        """Scores the current model on the whole test set."""
         predicted: Sequence[Any] = self.trainer.predict(self.test).predictions  # type: ignore[assignment]
         labels = list(self.trainer.prompt.labels)
         per_class = f1_score(self.truth, predicted, labels=labels, average=None, zero_division=0)
@@ -71,7 +71,7 @@ class Comparison:
         }
 
     def result(self) -> dict[str, Any]:
-        """Everything that was measured, for `result.json`."""
+        """All measurements, for `result.json`."""
         mezo = self.trainer.mezo
         assert mezo is not None
         return {
@@ -83,7 +83,7 @@ class Comparison:
             "seed": self.trainer.args.seed,
             "objective": self.trainer.objective_name,
             "steps": mezo.steps,
-            "resumed_from_step": self._begin.step,  # `seconds` are of the steps since
+            "resumed_from_step": self._begin.step,  # `seconds` counts the steps since then
             "test_rows": len(self.test),
             "weights_sha256": self.trainer.tuned.sha256(),
         }
@@ -109,18 +109,16 @@ class Comparison:
         share = self.trainer.mezo.informative_share if self.trainer.mezo is not None else float("nan")
         caption = f"On {len(self.test)} held-out rows. {share:.0%} of the directions found a difference."
         if self._begin.step:
-            caption += f"\nThe run went on from step {self._begin.step}: the seconds are of the steps since."
+            caption += f"\nThe run was continued from step {self._begin.step}: seconds count the steps since then."
         return "\n".join(["", rows[0], "-" * len(rows[0]), *rows[1:], "", caption])
 
     def plot(self, path: Path) -> None:
-        """Held-out reward against forwards, with the two baselines as lines."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        """Plots the held-out reward against forward passes, with the two baselines as lines."""
+        from matplotlib.figure import Figure
 
         history = [entry for entry in self.trainer.state.log_history if "eval_reward" in entry]
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
         start = self.figures["threshold"]["macro_f1"]
         forwards = [self.trainer.calibration_forwards, *(entry["eval_forwards"] for entry in history)]
         axes.plot(
@@ -137,4 +135,3 @@ class Comparison:
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
         figure.savefig(path, dpi=150)
-        plt.close(figure)

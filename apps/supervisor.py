@@ -1,4 +1,4 @@
-"""Keeps one program running beside another: starts it again when it ends, and ends it with us."""
+"""Keeps a child process running: restarts it when it ends unexpectedly, and ends it together with this process."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before it is started again: doubled each time
-STEADY = 60.0  # seconds of running after which the pause begins from the first again
-PATIENCE = 20.0  # seconds that it has to end after SIGTERM
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart: doubled each time
+STEADY = 60.0  # seconds of running after which the pause is reset
+PATIENCE = 20.0  # seconds to wait after SIGTERM before SIGKILL
 
 
 @dataclass
 class Supervisor:
-    """Runs a command in a child process, from a thread of its own.
+    """Runs a command in a child process, from its own thread.
 
-    The child reads the end of its standard input when this process is gone, however that came about.
+    When this process is gone, for whatever reason, the child reads the end of its standard input.
 
     Attributes:
         command: the program and its arguments.
-        log: file that its output is added to.
-        report: told of every end that was not asked for, in a sentence.
-        first_pause: seconds before the first new start.
+        log: file to which its output is appended.
+        report: called with a sentence whenever the child ends unexpectedly.
+        first_pause: seconds before the first restart.
     """
 
     command: Sequence[str]
@@ -38,17 +38,17 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """Of the child, while it runs."""
+        """The process id of the child; None if it is not running."""
         child = self._child
         return child.pid if child is not None and child.poll() is None else None
 
     def start(self) -> None:
-        """Starts the child, and goes on doing so until `stop`. Returns at once."""
+        """Starts the child, and restarts it until `stop` is called. Returns at once."""
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the child, by SIGTERM, and by SIGKILL where that does not help. Harmless when called again."""
+        """Ends the child with SIGTERM, and with SIGKILL if it does not react. May be called repeatedly."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -61,16 +61,14 @@ class Supervisor:
             if self._stop.is_set():
                 return
             pause = self.first_pause if time.monotonic() - began > STEADY else pause
-            self.report(
-                f"It ended unexpectedly ({_why(code)}): {_last_line(self.log)} It is started again in {pause:.0f} s."
-            )
+            self.report(f"It ended unexpectedly ({_why(code)}): {_last_line(self.log)} Restarting in {pause:.0f} s.")
             self._stop.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _once(self) -> int:
         """Runs the child until it ends or `stop` is called; returns how it ended."""
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal is ours, and we end it in good order.
+            # In its own session: Ctrl-C in the terminal reaches only this process, which then ends the child properly.
             child = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )

@@ -1,4 +1,4 @@
-"""`zorl train`: tune a model on a metric, from the command line."""
+"""`zorl train`: tunes a model on a metric, from the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from zorl.apps.inputs import (
     with_trained_classes,
 )
 from zorl.apps.launcher import is_first
-from zorl.apps.report import Begin, peak_memory_mb
+from zorl.apps.memory import peak_memory_mb
+from zorl.apps.report import Begin
 from zorl.classifier_head import sorted_labels
 from zorl.data import hold_out
 from zorl.interrupts import terminated_as_interrupted
@@ -46,14 +47,15 @@ from zorl.whole_files import read_json, write_json
 DEFAULT_STEPS = 250
 HOUR = 3600.0
 OUTPUT_DIR = "zorl_output"
+Flags = Mapping[str, str | list[str] | None]  # of a command, by name
 
 
 def run(argv: Sequence[str]) -> str:
     """Trains, and returns what to print.
 
     Raises:
-        ValueError: an argument, the data or the run in `--output_dir` does not fit; the message says what.
-        KeyboardInterrupt: with a sentence on how to go on.
+        ValueError: an argument, the data or the run in `--output_dir` does not fit.
+        KeyboardInterrupt: with a sentence on how to continue.
     """
     given = parse(TRAIN, argv)
     arguments = build(TrainArguments, given)
@@ -68,7 +70,7 @@ def run(argv: Sequence[str]) -> str:
     folder = Path(given["output_dir"])
     if folder.resolve() == Path(arguments.model).resolve():
         raise ValueError(
-            f"--output_dir {folder} is the model's own folder: the base would be overwritten, choose another"
+            f"--output_dir {folder} is the model's own folder: the base would be overwritten; choose another"
         )
 
     prompt = with_trained_classes(make_prompt(arguments, task=task), arguments.model)
@@ -106,34 +108,39 @@ def run(argv: Sequence[str]) -> str:
     processes.leave()
     if arguments.json:
         return json.dumps(result)
-    columns = {"text_column": arguments.text_column, "label_column": asked_label}
-    data = [] if arguments.task is None else ["--task", arguments.task]
-    if task is None or arguments.dataset is not None:
-        data += ["--dataset", str(arguments.eval_dataset or arguments.dataset)]
-    data += [word for name, value in columns.items() if value is not None for word in (f"--{name}", value)]
-    return f"{_table(result)}\n\nTry next\n{_next_commands(result, arguments.model, data)}"
+    data: dict[str, str | None] = {
+        "task": arguments.task,
+        "dataset": arguments.eval_dataset or arguments.dataset,
+        "dataset_config": arguments.dataset_config,
+        # Without one a task is scored on its test split.
+        "dataset_split": arguments.eval_split or (arguments.dataset_split if task is None else None),
+        "text_column": arguments.text_column,
+    }
+    scored = {"label_column": asked_label, "reward": None if prompt.chooses else arguments.reward or arguments.metrics}
+    commands = _next_commands(result, arguments.model, data, scored, scorable=prompt.chooses or task is not None)
+    return f"{_table(result)}\n\nTry next\n{commands}"
 
 
 def _check_goal(arguments: TrainArguments) -> None:
     goals = ("reward", "judge", "loss")
     given = [f"--{name}" for name in goals if getattr(arguments, name) is not None]
     if len(given) != 1:
-        found = " and ".join(given) or "none of them"
+        found = " and ".join(given) or "none"
         raise ValueError(f"give exactly one of --reward, --judge and --loss, such as --reward f1; got {found}")
     if arguments.judgments is not None and arguments.judge is None:
-        raise ValueError("--judgments is where people judge: it goes with --judge human")
+        raise ValueError("--judgments is only for --judge human: give both, or leave it out")
     if arguments.head not in (None, "classifier"):
         raise ValueError(f"--head takes classifier, got {arguments.head!r}")
     if arguments.head is not None and arguments.label_words is not None:
-        raise ValueError("--head classifier needs no --label_words: leave one of them out")
+        raise ValueError("--head classifier and --label_words exclude each other: leave one of them out")
 
 
 def _rows(
     arguments: TrainArguments, given: dict[str, Any], prompt: Prompt, task: Task | None
 ) -> tuple[Dataset, Dataset | None, str | None, Prompt]:
-    """Training rows, held-out rows if there is anything to evaluate, the name of the label column, and the prompt.
+    """The training rows, the held-out rows (None if nothing is evaluated), the name of the label column, and the prompt.
 
-    A new head's classes are the labels of the rows.
+    The classes of a new head are the labels of the rows.
     """
     wished = given.get("label_column")
     source = source_of(arguments, task)
@@ -151,7 +158,7 @@ def _rows(
     if arguments.eval_dataset is not None or arguments.eval_split is not None:
         if arguments.judge is not None and not arguments.metrics:
             raise ValueError(
-                "a judge gives no figure to evaluate: name some with --metrics, or leave out --eval_dataset"
+                "a judge yields no score to evaluate: name rewards with --metrics, or leave out --eval_dataset"
             )
         held = load(
             arguments,
@@ -176,13 +183,13 @@ def _rows(
 
 
 def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:
-    """Settings of the command line: ten evaluations, of which the best is kept."""
+    """The given settings and the defaults of the command line: ten evaluations, of which the best is kept."""
     values = dict(given)
     if "num_train_epochs" not in values:
         values.setdefault("max_steps", DEFAULT_STEPS)
     if evaluated and values.get("eval_strategy", "steps") == "steps":
         values.setdefault("eval_strategy", "steps")
-        # Ten times; where epochs are counted the number of steps is not known yet, and Trainer takes a share.
+        # Ten times. With epochs the number of steps is not known yet, so Trainer gets a share.
         values.setdefault("eval_steps", math.ceil(values["max_steps"] / 10) if values.get("max_steps", 0) > 0 else 0.1)
         values.setdefault("save_steps", values["eval_steps"])
         values.setdefault("load_best_model_at_end", True)
@@ -191,10 +198,10 @@ def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> di
 
 
 def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]:
-    """Trains and saves. The figures of the run."""
+    """Trains and saves the model. Returns the results of the run."""
     folder = trainer.folder.path
     if resuming:
-        say(f"{folder} holds a run already: the same settings continue it, another --output_dir starts a new one")
+        say(f"{folder} already holds a run: the same settings continue it, another --output_dir starts a new one")
     start = time.perf_counter()
     try:
         with terminated_as_interrupted():
@@ -212,7 +219,7 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
         steps = trainer.mezo.steps
         say(
             f"the run in {folder} is finished: it has {steps} steps. To extend it, repeat the command with a larger "
-            f"--max_steps, such as {2 * steps}; for another run choose another --output_dir"
+            f"--max_steps, such as {2 * steps}; for a new run, choose another --output_dir"
         )
         if stored.is_file():
             result: dict[str, Any] = read_json(stored, "remove it, and the same command writes it again")
@@ -226,7 +233,7 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
 
 
 def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
-    """The figures of a run: `start_*` before training, `eval_*` of the weights that were saved."""
+    """The results of a run: `start_*` before training, `eval_*` with the weights that were saved."""
     mezo = trainer.mezo
     assert mezo is not None
     step = trainer.step
@@ -257,7 +264,7 @@ def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The results as a table for people."""
     names = [name.removeprefix("eval_") for name in result if name.startswith("eval_")]
     width = max(map(len, [*names, "held out"]))
     lines = [f"{'held out':<{width}}  {'start':>8}  {'step ' + str(result['saved_step']):>9}"] if names else []
@@ -266,19 +273,19 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<{width}}  {_shown(before):>8}  {_shown(after):>9}")
     start, best = result.get("start_reward"), result.get("eval_reward")
     if start is not None and best is not None and best <= start:
-        lines.append("No step did better on the held-out rows than the start: train longer, or on larger batches.")
+        lines.append("No step did better on the held-out rows than the start: train longer or with larger batches.")
     share = result["informative_share"]
     figures = [
         f"{result['steps']} steps",
-        f"{result['forwards']} forwards of a batch",
+        f"{result['forwards']} forward passes of a batch",
         f"{result['seconds']:.0f} s",
-        f"{result['peak_memory_mb']} MB at most",
-        *([] if share is None else [f"{share:.0%} of the probes informative"]),
+        f"peak memory {result['peak_memory_mb']} MB",
+        *([] if share is None else [f"{share:.0%} of the directions informative"]),
     ]
     if (hour := result.get("another_hour")) is not None and None not in hour:
         lines.append(
             f"Another hour would probably change the held-out score by {hour[0]:+.3f} ({CONFIDENCE:.0%}: {hour[1]:+.3f} to "
-            f"{hour[2]:+.3f}), if it goes on like the later evaluations."
+            f"{hour[2]:+.3f}), if the trend of the later evaluations continues."
         )
     saved = f"saved in {result['output_dir']}: the weights of step {result['saved_step']}"
     return "\n".join([*lines, ", ".join(figures), f"{saved} (SHA-256 {result['weights_sha256'][:16]}…)"])
@@ -288,12 +295,35 @@ def _shown(value: float | None) -> str:
     return "—" if value is None else f"{value:.4f}"
 
 
-def _next_commands(result: dict[str, Any], model: str, data: list[str]) -> str:
+def _next_commands(result: dict[str, Any], model: str, data: Flags, scored: Flags, *, scorable: bool) -> str:
+    """Commands that score, apply and rewind the tuned model.
+
+    Args:
+        data: flags that say which rows to read.
+        scored: further flags of `zorl eval`.
+        scorable: whether `zorl eval` knows what to compute without `--reward`.
+    """
     out, until = result["output_dir"], max(1, result["saved_step"] // 2)
-    rewound = ["--until", str(until), "--output_dir", f"{out.rstrip('/')}-step{until}"]
-    commands = (
-        ["eval", "--model", out, *data],
-        ["predict", "--model", out, *data[:4], "--output", "predictions.jsonl"],
-        ["replay", "--model", model, "--trajectory", f"{out.rstrip('/')}/trajectory.zorl", *rewound],
-    )
-    return "\n".join(f"  {shlex.join(['zorl', *command])}" for command in commands)
+    tuned, folder = {"model": out}, out.rstrip("/")
+    commands: dict[str, Flags] = {
+        "eval": {**tuned, **data, **scored},
+        "predict": {**tuned, **data, "output": "predictions.jsonl"},
+        "replay": {
+            "model": model,
+            "trajectory": f"{folder}/trajectory.zorl",
+            "until": str(until),
+            "output_dir": f"{folder}-step{until}",
+        },
+    }
+    if not scorable and scored["reward"] is None:
+        del commands["eval"]
+    return "\n".join(f"  {shlex.join(['zorl', name, *_words(flags)])}" for name, flags in commands.items())
+
+
+def _words(flags: Flags) -> list[str]:
+    """Flags as words of a command line, without those that have no value."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    return words

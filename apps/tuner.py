@@ -1,8 +1,8 @@
 """The process that tunes while people judge: `python -m zorl.apps.tuner --run DIR`, started by `zorl judge`.
 
-It owns the model and writes pairs ahead of the people; a probe whose pairs are all judged becomes one MeZO step. It meets
-the page in the store alone. The store's `steps` row is the commit: the trajectory beside it is brought into line with it
-whenever this process starts, so that it may be killed at any moment.
+It owns the model and writes pairs before people need them; a probe whose pairs are all judged becomes one step. It
+communicates with the page only through the store. A row in the store's `steps` table commits a step: whenever this process
+starts, it makes the trajectory agree with that table, so it may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,14 +27,14 @@ import torch
 from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Direct, Learner, Replay, text
-from zorl.directions import canonical_names, derive_seed
+from zorl.directions import derive_seed
 from zorl.drift import DriftMeter, starting_evaluator
 from zorl.encoding import pad_token_id
 from zorl.generation import Generation
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
 from zorl.output_bias import add_output_bias, move_output_bias_to_generation_config, output_bias_name
-from zorl.parameters import ParameterSet, select, tensors_sha256
+from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
 from zorl.preference_replay import PreferenceReplay
 from zorl.probe import CENTRE, Choice
@@ -43,19 +44,19 @@ from zorl.run_folder import RunFolder
 from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 
 _DRIFT_PROMPTS = 16
-_PAIRS_AN_UPDATE = 16  # of replay
-_MOST_UPDATES = 1  # that θ may have seen since a probe was written
+_REPLAY_BATCH = 16  # pairs per update of replay
+_MOST_UPDATES = 1  # updates of θ since a probe was written, beyond which the probe is withdrawn
 _IDLE_SECONDS = 0.1
 
 
 class Tuner:
-    """One run's model, optimizer and store, from the moment it starts to where it is told to stop or go back.
+    """One run's model, optimizer and store, from its start until it is told to stop or to go back.
 
     Args:
         run: the run's folder, with its settings.
 
     Raises:
-        ValueError: there is no run, or it does not fit its files; the message says how.
+        ValueError: there is no run, or its files contradict its settings.
     """
 
     def __init__(self, run: Path) -> None:
@@ -79,7 +80,7 @@ class Tuner:
         self.learner: Learner = Direct(self.mezo, self.policy)
         if self.settings.method == "replay":
             replay = PreferenceReplay(
-                *readers, brake=self.settings.brake, batch_size=_PAIRS_AN_UPDATE, seed=self.settings.seed
+                *readers, brake=self.settings.brake, batch_size=_REPLAY_BATCH, seed=self.settings.seed
             )
             self.learner = Replay(self.mezo, self.policy, replay)
         rows = [{"prompt": prompt} for prompt in self._held_out[:_DRIFT_PROMPTS]]
@@ -89,18 +90,18 @@ class Tuner:
 
     @property
     def step(self) -> int:
-        """The step that is made next."""
+        """The step that is made next, counted from 0."""
         return len(self.store.steps())
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def work(self, stop: threading.Event) -> bool:
-        """Works until told to stop. True: the run was sent back to an earlier step, and wants a new Tuner."""
+        """Works until told to stop. Returns True if the run was sent back to an earlier step and needs a new Tuner."""
         try:
             while not stop.is_set():
                 if self._answer_requests():
                     return True
-                # People never wait for a comparison, and drift is measured after every step all the same.
+                # In this order people never wait for a comparison, and drift is still measured after every step.
                 if not (
                     self._ask_ahead(1)
                     or self._compare()
@@ -120,15 +121,15 @@ class Tuner:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def _ask_ahead(self, ready: int) -> bool:
-        """Writes the pairs of one more probe, if fewer than `ready` wait for people."""
+        """Writes the pairs of one more probe, if fewer than `ready` probes wait for verdicts."""
         open_ones, step = self.store.open_probes(), self.step
         waiting = [stored for stored in open_ones if not self.store.decided(stored.id)]
-        # Decided ones are applied first: one more would be asked of a model that is older than it may be.
+        # Decided probes are applied first: another one would come from a model that is too old.
         if self.paused or len(waiting) >= ready or len(open_ones) >= self.learner.ahead:
             return False
         self.store.set_tuner("generating", "writing the next pairs")
         next_one = next(i for i in itertools.count(step) if i not in {stored.step for stored in open_ones})
-        take = self.store.probes_written()  # differs after a run was sent back, so that the prompts do too
+        take = self.store.probes_written()  # also grows when a run is sent back, so that the prompts differ
         prompts = self._prompts(self.settings.prompts, int(self.settings.prompts_per_step or 1), take)
         seed = derive_seed(self.settings.seed, "judged", take)
         pairs, kept = self.learner.pairs(prompts, next_one - step, seed)
@@ -136,7 +137,7 @@ class Tuner:
         return True
 
     def _apply_decided(self) -> bool:
-        """Makes the next step, if its verdicts are in. Steps are made in order."""
+        """Makes the next step, if its verdicts are complete. Steps are made in order."""
         step = self.step
         stored = next((stored for stored in self.store.open_probes() if stored.step == step), None)
         if stored is None or self.paused:
@@ -176,7 +177,7 @@ class Tuner:
     # --- the current model against the starting one -------------------------------------------------------------------
 
     def _compare(self) -> bool:
-        """After a step: fresh pairs of the current and the starting model for the win rate, and the drift between them."""
+        """After each step: writes comparisons of the current and the starting model for the win rate, and measures the drift."""
         step = self.step
         if step == self.compared_at:
             return False
@@ -202,14 +203,14 @@ class Tuner:
             self.paused = True
             self.store.set_tuner(
                 "paused",
-                f"drift from the starting model is {measured:.2f} nats a token, above the limit of {limit:g}: "
-                "go back to an earlier step, or go on",
+                f"drift from the starting model is {measured:.2f} nats per token, above the limit of {limit:g}: "
+                "go back to an earlier step, or continue",
             )
 
-    # --- what the page asks for ---------------------------------------------------------------------------------------
+    # --- requests of the page ---------------------------------------------------------------------------------------
 
     def _answer_requests(self) -> bool:
-        """Carries out what was asked. True: the run goes back to an earlier step."""
+        """Carries out the requests. Returns True if the run goes back to an earlier step."""
         for number, kind, payload in self.store.pending_requests():
             back = False
             try:
@@ -239,20 +240,21 @@ class Tuner:
         return {"start": text(start[0]), "current": text(current[0]), "step": self.step}
 
     def _export(self) -> dict[str, Any]:
-        folder = self.run_folder / "export" / f"model-step{self.step}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        exports = self.run_folder / "export"
+        exports.mkdir(exist_ok=True)
         tuned = copy.deepcopy(self.model)
         if self.settings.output_bias:
             move_output_bias_to_generation_config(tuned)
-        tuned.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        RunFolder(folder).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.step})
-        return {"path": shutil.make_archive(str(folder), "zip", folder), "step": self.step}
+        with tempfile.TemporaryDirectory(dir=exports) as folder:
+            tuned.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            RunFolder(Path(folder)).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.step})
+            archive = shutil.make_archive(str(exports / f"model-step{self.step}"), "zip", folder)
+        return {"path": archive, "step": self.step}
 
     def _rewind(self, step: int) -> dict[str, Any]:
         if not 0 <= step < self.step:
-            raise ValueError(f"step {step} is not behind: {self.step} steps are made")
+            raise ValueError(f"cannot go back to step {step}: only {self.step} steps have been made")
         self.store.set_tuner("starting", f"going back to step {step}")
         self.store.rewind(step)
         return {"step": step}
@@ -260,15 +262,15 @@ class Tuner:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _optimizer(self, tuned: ParameterSet) -> MeZO:
-        """MeZO where the store's steps end."""
-        path, named = RunFolder(self.run_folder).trajectory, dict(self.model.named_parameters())
+        """MeZO in the state after the steps in the store."""
+        path = RunFolder(self.run_folder).trajectory
         header = {
             "model": self.settings.model, "objective": f"judge:human:{self.settings.method}", "init_sha256": None,
             "peft": None, "output_bias": self.settings.output_bias, "prompt": Prompt("{prompt}").to_dict(),
-            "base_sha256": tensors_sha256(dict(zip(canonical_names(named), named.values(), strict=True))),
+            "base_sha256": base_sha256(self.model),
         }  # fmt: skip
 
-        def mezo(trajectory: Path) -> MeZO:
+        def mezo(trajectory: Path | None) -> MeZO:
             return MeZO(
                 tuned.items(), float(self.settings.learning_rate or 0), self.settings.epsilon_value, update="normalized",
                 n_spsa=int(self.settings.directions or 1), seed=self.settings.seed, trajectory=trajectory, header=header,
@@ -276,7 +278,7 @@ class Tuner:
 
         steps = self.store.steps()
         if steps or path.exists():
-            follow_store(path, mezo(path.with_name("none")).header, steps)
+            follow_store(path, mezo(None).header, steps)
         return mezo(path)
 
     @property
@@ -294,7 +296,7 @@ class Tuner:
         )  # fmt: skip
 
     def _prompts(self, prompts: Sequence[str], count: int, take: int) -> list[str]:
-        """The next prompts: all are used before one comes again, in an order that differs from round to round."""
+        """The next prompts: all are used before one is repeated, in a different order each time."""
         chosen = []
         for i in range(take * count, (take + 1) * count):
             turn, place = divmod(i, len(prompts))
@@ -304,10 +306,10 @@ class Tuner:
 
 
 def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredStep]) -> None:
-    """Brings a trajectory into line with the committed steps.
+    """Makes a trajectory agree with the committed steps.
 
-    A process that was killed may have written a step that it never committed, or committed one that it never wrote; and
-    a damaged or missing file is written anew.
+    A process that was killed may have written a step without committing it, or committed one without writing it. A damaged
+    or missing file is written anew.
     """
     committed = [
         Record(*each)
@@ -330,7 +332,7 @@ def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredSt
 
 
 def stop_with_the_page(stop: threading.Event) -> None:
-    """Stops when the page's process is gone, even if it was killed: its end of our standard input is closed then."""
+    """Sets `stop` when the page's process is gone, even if it was killed: the pipe to standard input is then closed."""
 
     def wait() -> None:
         sys.stdin.buffer.read()
@@ -342,14 +344,14 @@ def stop_with_the_page(stop: threading.Event) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder, as zorl judge made it")
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder, as created by zorl judge")
     run = parser.parse_args().run
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     stop_with_the_page(stop)
     if sys.platform != "win32":
-        os.nice(5)  # the page goes first
+        os.nice(5)  # the page has priority
     where = JudgeSettings.read(run).store(run)
     with RunFolder(run).claimed(), JudgmentStore(where) as store, store.tuning():
         try:

@@ -1,4 +1,4 @@
-"""People as a judge: the pairs go into a judgment store, the verdicts come out of it when they are given."""
+"""People as a judge: pairs go into a judgment store, and verdicts come out of it once they are given."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class HumanJudge:
     given meanwhile. One run at a time asks in a store: another's open question is withdrawn.
 
     Args:
-        store: that a page shows, in this process or another. A path opens one.
-        poll_seconds: between two looks into it, at most 1.
+        store: the store that a page shows, in this process or another; or the path or URL of one, which is created if it is
+            missing (see `JudgmentStore`).
+        poll_seconds: seconds between two looks into the store, at most 1.
 
     Raises:
-        ValueError: `poll_seconds` is out of range, or there is no store at the path.
+        ValueError: `poll_seconds` is out of range, or the store cannot be opened.
     """
 
     __name__ = "human"

@@ -10,10 +10,9 @@ from sqlalchemy import Connection, bindparam, exists, func, insert, or_, select,
 from zorl.directions import derive_seed
 from zorl.probe import Choice
 from zorl.rewards.judgment_log import Readings, in_queue, log
-from zorl.rewards.judgment_records import AlreadyClosed, Showing
+from zorl.rewards.judgment_records import LONGEST_NAME, AlreadyClosed, Showing
 from zorl.rewards.judgment_tables import COMPARISON, OPEN, PROBE, TIED, WITHDRAWN, pairs, raters, showings
 
-_LONGEST_NAME = 40
 # A repeat comes at least so many pairs after the first time, so that it is not recognised …
 _REPEAT_AFTER = 5
 # … and is one of this many before that.
@@ -81,11 +80,11 @@ class RatersSide(Readings):
         """The id of a rater, who is made when new.
 
         Raises:
-            ValueError: the name is empty, longer than 40 characters, or holds unprintable ones.
+            ValueError: the name is empty, longer than `LONGEST_NAME`, or holds unprintable characters.
         """
         clean = unicodedata.normalize("NFC", name).strip()
-        if not 1 <= len(clean) <= _LONGEST_NAME or not clean.isprintable():
-            raise ValueError(f"a name takes 1 to {_LONGEST_NAME} printable characters, got {clean[:60]!r}")
+        if not 1 <= len(clean) <= LONGEST_NAME or not clean.isprintable():
+            raise ValueError(f"a name takes 1 to {LONGEST_NAME} printable characters, got {clean[:60]!r}")
         with self._database.writing() as connection:
             known = connection.scalar(select(raters.c.id).where(raters.c.name == clean))
             if known is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from zorl.probe import Choice
 
+LONGEST_NAME = 40  # characters of a rater's name
 AUTOMATIC = ""  # who votes on two answers that are the same text; no rater can have this name
 
 

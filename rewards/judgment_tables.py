@@ -24,6 +24,8 @@ from sqlalchemy import (
     text,
 )
 
+from zorl.rewards.judgment_records import LONGEST_NAME
+
 SCHEMA: Final = 1
 
 # Kinds of pairs.
@@ -58,7 +60,7 @@ raters = Table(
     "raters",
     metadata,
     _primary(),
-    Column("name", String(40), nullable=False, unique=True),
+    Column("name", String(LONGEST_NAME), nullable=False, unique=True),
     Column("created", Float(53), nullable=False),
 )
 

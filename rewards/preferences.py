@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zorl.probe import Choice
 from zorl.rewards.majority import majority
+from zorl.whole_files import whole_file
 
 if TYPE_CHECKING:
     from zorl.rewards.judgment_store import JudgmentStore
@@ -77,8 +78,6 @@ def _messages(value: str) -> list[dict[str, str]] | None:
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All of a file or nothing of it."""
-    whole = path.with_name(f"{path.name}.new")
-    with whole.open("w", encoding="utf-8") as file:
+    """One JSON object per line; the file is complete or not there at all."""
+    with whole_file(path) as new, new.open("w", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-    whole.replace(path)

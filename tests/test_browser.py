@@ -259,7 +259,7 @@ def test_a_screen_reader_is_told_of_the_new_pair(site: Site) -> None:
         announcer = page.get_by_role("status").filter(has_text="New pair")
         expect(announcer).to_contain_text(page.locator(".z-a .z-text").inner_text())
         assert announcer.get_attribute("aria-live") == "polite"
-        expect(page.get_by_role("progressbar")).to_have_attribute("aria-label", re.compile("Verdicts to step"))
+        expect(page.get_by_role("progressbar")).to_have_attribute("aria-label", re.compile("Verdicts for step"))
         expect(page.get_by_role("region", name="Answer A")).to_be_visible()
 
 
@@ -304,11 +304,11 @@ def test_a_run_goes_back_after_a_question(site: Site) -> None:
         page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
         page.locator("#rewind-step input").fill("1")
         page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("The model is back.")
+        expect(page.locator("#rewind-said")).to_contain_text("The model is back at that step.")
         assert asked == ["Go back to step 1? The steps after it are undone, and their verdicts stay in the raw log."]
         page.locator("#rewind-step input").fill("1000")
         page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("so a step from 0 to")
+        expect(page.locator("#rewind-said")).to_contain_text("choose a step from 0 to")
 
 
 def test_a_prompt_of_one_s_own_is_answered_by_both_models(site: Site) -> None:

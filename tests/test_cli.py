@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from zorl.apps.cli import main
 from zorl.apps.commands import COMMANDS, TRAIN
+from zorl.apps.inputs import number
 from zorl.probe import Choice
 from zorl.rewards import JudgmentStore
 from zorl.trajectory import Trajectory
@@ -247,7 +249,7 @@ def test_a_classifier_that_zorl_has_not_seen_answers_with_its_own_labels(
     ("flags", "message"),
     [
         (["--head", "words"], "--head takes classifier, got 'words'"),
-        (["--head", "classifier", *QUESTION], "--head classifier needs no --label_words"),
+        (["--head", "classifier", *QUESTION], "--head classifier and --label_words exclude each other"),
         (["--head", "classifier", "--prompt", "{text}", "--label_column", "no"], "'no'"),
     ],
 )
@@ -388,14 +390,65 @@ def test_replay_says_when_the_saved_weights_are_not_those_of_the_trajectory(
     assert "nothing was written" in outcome.err
 
 
+def suggested(text: str) -> list[list[str]]:
+    """The commands that training prints at its end."""
+    return [shlex.split(line)[1:] for line in text.partition("Try next")[2].splitlines() if line]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [["--text_column", "text", "--label_column", "label"], ["--label_column", "label"], ["--text_column", "text"], []],
+)
 def test_the_commands_that_training_suggests_work(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = suggested(zorl(train(files, "out", *columns)).out)
+    assert [words[0] for words in commands] == ["eval", "predict", "replay"]
+    assert [zorl(words).code for words in commands] == [0, 0, 0]
+
+
+def test_suggested_commands_read_the_same_split_of_a_data_set(
     zorl: Callable[..., Outcome], files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = zorl(train(files, "out", "--text_column", "text", "--label_column", "label")).out
-    suggested = [shlex.split(line)[1:] for line in text.partition("Try next")[2].splitlines() if line]
-    assert [words[0] for words in suggested] == ["eval", "predict", "replay"]
-    assert [zorl(words).code for words in suggested] == [0, 0, 0]
+    for split, name in (("train", "train"), ("validation", "dev")):
+        (tmp_path / "data" / "two").mkdir(parents=True, exist_ok=True)
+        shutil.copy(files.path(f"{name}.tsv"), tmp_path / "data" / "two" / f"{split}.tsv")
+    card = 'configs:\n- config_name: two\n  sep: "\\t"\n  data_files:\n' + "".join(
+        f"  - split: {split}\n    path: two/{split}.tsv\n" for split in ("train", "validation")
+    )
+    (tmp_path / "data" / "README.md").write_text(f"---\n{card}---\n")
+    data = ["--dataset", "data", "--dataset_config", "two", "--eval_split", "validation"]
+    outcome = zorl("train", "--model", files.bert, *data, *QUESTION, *SHORT, "--reward", "f1", "--output_dir", "out")
+    assert outcome.code == 0, outcome.err
+    score, predict, _ = suggested(outcome.out)
+    assert zorl([*score, "--json"]).json["n"] == 24
+    assert zorl([*predict, "--json"]).json["n"] == 24
+
+
+@pytest.mark.parametrize(
+    ("goal", "names"),
+    [
+        (["--reward", "squad_f1", "--label_column", "label"], ["eval", "predict", "replay"]),
+        (["--loss", "cross_entropy"], ["predict", "replay"]),
+    ],
+)
+def test_where_answers_are_text_training_suggests_eval_with_the_reward_or_not_at_all(
+    zorl: Callable[..., Outcome],
+    files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    goal: list[str],
+    names: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    question = ["--prompt", "{text} it was", "--max_completion_length", "4", "--max_steps", "2"]
+    outcome = zorl("train", "--model", files.gpt2, "--dataset", files.path("train.tsv"), *question, *goal)
+    assert outcome.code == 0, outcome.err
+    commands = suggested(outcome.out)
+    assert [words[0] for words in commands] == names
+    assert {zorl(words).code for words in commands} == {0}
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------
@@ -479,7 +532,7 @@ def test_a_causal_model_is_tuned_on_the_text_that_it_generates(
     assert found["rewards"]["short"] == found["reward"] == pytest.approx(result["eval_reward"])
     assert "accuracy" not in found
     without = zorl("eval", "--model", out, "--dataset", files.path("dev.tsv"))
-    assert (without.code, "--reward is needed" in without.err) == (2, True)
+    assert (without.code, "--reward is required" in without.err) == (2, True)
 
 
 @pytest.fixture(scope="module")
@@ -689,7 +742,7 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
         (["--judge", "reward:f2"], "unknown reward 'f2'"),
         (["--judge", "humans"], "unknown judge 'humans'; a judge is human, reward:NAME"),
         (["--judge", "REWARDS:judge", "--judgments", "j.sqlite"], "leave it out, or take 'human'"),
-        (["--judgments", "j.sqlite"], "--judgments is where people judge: it goes with --judge human"),
+        (["--judgments", "j.sqlite"], "--judgments is only for --judge human"),
         (["--judge", "reward:f1", "--reward", "f1"], "exactly one of --reward, --judge and --loss"),
         (["--epsilon", "0"], "epsilon must be a positive number or 'auto', got '0'"),
         (["--learning_rate", "-0.001"], "learning_rate must be positive, got -0.001"),
@@ -761,7 +814,7 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line(
     outcome = zorl("train", "--config", files.write("twice.yaml", text))
     assert (outcome.code, outcome.out) == (2, "")
     assert "twice.yaml" in outcome.err
-    assert "'seed' is there twice" in outcome.err
+    assert "the key 'seed' occurs twice" in outcome.err
     assert "line 3" in outcome.err
 
 
@@ -812,7 +865,12 @@ def test_profile_measures_each_way_of_tuning_and_draws_it(
     assert all(word in text for word in ("inference, one forward", "MeZO on LoRA", "AdamW", "largest here"))
     assert zorl("profile", "--batch_size", "0").err.strip().endswith("--batch_size must be at least 1, got 0")
     too_long = zorl("profile", "--model", files.gpt2, "--length", "1000", "--plot", str(plot))
-    assert "the model reads 96 tokens at most" in too_long.err
+    assert "the model reads at most 96 tokens" in too_long.err
+
+
+def test_a_number_that_json_does_not_have_is_null() -> None:
+    assert [number(value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
+    assert number(0.12345678) == 0.1234568
 
 
 # --- diagnose ---------------------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ def right(completions, label, **columns):
         stop.unlink()
         raise KeyboardInterrupt
     return [float(c == str(t)) for c, t in zip(completions, label)]
+
+def inapplicable(completions, **columns):
+    return [None] * len(completions)
 '''
 
 
@@ -70,7 +73,7 @@ def test_cells_are_run_once_and_make_one_table(files: Path, tmp_path: Path, caps
     assert main(words(files, out, "--methods", "zero_shot", "threshold", "--seeds", "1", "2")) == 0
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
-    assert "one fitted threshold a label" in shown
+    assert "one fitted threshold per label" in shown
     first = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
     assert {path.stem for path in first} == {"zero_shot-1", "zero_shot-2", "threshold-1", "threshold-2"}
 
@@ -117,7 +120,7 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     trajectory = tmp_path / "broken" / "runs" / "mezo-3" / "trajectory.zorl"
     (files / "stop").write_text(str(trajectory))
     assert main(words(files, tmp_path / "broken", *more)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert trajectory.exists()
     assert not cells(tmp_path / "broken")
     assert main(words(files, tmp_path / "broken", *more)) == 0
@@ -127,6 +130,16 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     assert {k: v for k, v in found.items() if k not in measured} == {
         k: v for k, v in expected.items() if k not in measured
     }
+
+
+def test_a_metric_that_applies_to_no_row_leaves_its_place_in_the_table_empty(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    metrics = ["--metrics", "accuracy", f"{files / 'rewards.py'}:inapplicable"]
+    assert main(words(files, tmp_path, "--methods", "zero_shot", "--seeds", "1", "--json", *metrics)) == 0
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))["rows"]
+    assert row["inapplicable"] is None
+    assert "Infinity" not in (tmp_path / "cells" / "zero_shot-1.json").read_text()
 
 
 def test_options_of_each_row(files: Path, tmp_path: Path):

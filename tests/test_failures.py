@@ -268,7 +268,7 @@ def test_an_update_that_runs_out_of_memory_halfway_loses_nothing(
     "error",
     [
         MemoryError(),
-        torch.OutOfMemoryError("memory does not suffice for a forward"),
+        torch.OutOfMemoryError("out of memory in a forward pass"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
@@ -278,7 +278,7 @@ def test_the_command_line_says_that_memory_ran_out(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cli, "_run", fail)
     assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err.startswith("zorl: error: memory does not suffice")
+    assert capsys.readouterr().err.startswith("zorl: error: out of memory")
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from zorl.apps import optimize_f1
+from zorl.apps.cli import main
 from zorl.apps.embedded import REVIEWER
 from zorl.replay import replay
 from zorl.run_folder import RunFolder
@@ -30,15 +32,19 @@ def test_the_demo_learns_and_writes_what_it_says(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "macro_f1.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("zero-shot", "one fitted threshold", "tuned with zorl", "Try next"))
+    (rewind,) = [shlex.split(line) for line in printed.splitlines() if "zorl replay" in line]
+    assert main(rewind[1:]) == 0
+    assert "step 20: SHA-256" in capsys.readouterr().out
+    assert (tmp_path.with_name(f"{tmp_path.name}-step20") / "model.safetensors").is_file()
 
     assert result["resumed_from_step"] == 0
-    assert "went on from step" not in printed
+    assert "was continued from step" not in printed
     again = optimize_f1.main(["--output_dir", str(tmp_path), "--steps", "40"])
     assert (
         again["resumed_from_step"] == 40
     )  # a finished run: no step is made, and its seconds are not passed off as the run's
     assert again["weights_sha256"] == result["weights_sha256"]
-    assert "The run went on from step 40" in capsys.readouterr().out
+    assert "The run was continued from step 40" in capsys.readouterr().out
 
     header, records = read(tmp_path / "trajectory.zorl")
     model, tuned_parameters = RunFolder(tmp_path).rebuild(header, str(REVIEWER))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -107,7 +108,7 @@ def test_an_empty_answer_says_so() -> None:
 
 def test_the_status_counts_verdicts_to_the_next_step_and_a_message_cannot_break_out_of_it() -> None:
     shown = status_html(_progress(steps=1, votes_needed=4, votes_given=3, message='"><script>'))
-    assert "<b>3</b> of 4 verdicts to step 2" in shown
+    assert "<b>3</b> of 4 verdicts for step 2" in shown
     assert "<b>1</b> step done" in shown
     assert "<script" not in shown
     assert "Step 1 is being prepared" in status_html(_progress())
@@ -139,6 +140,13 @@ def test_the_win_rate_counts_ties_as_halves_and_leaves_abstentions_out() -> None
 def test_the_win_rate_looks_back_on_the_latest_comparisons_alone() -> None:
     votes = [(step, Choice.SECOND if step < 10 else Choice.FIRST) for step in range(30) for _ in range(2)]
     assert win_rate(votes)[-1].value == 1.0
+
+
+def test_a_window_that_cuts_into_a_step_keeps_its_latest_verdicts_whoever_won() -> None:
+    votes = [(1, Choice.FIRST if i % 2 else Choice.SECOND) for i in range(40)]
+    assert [(p.value, p.n) for p in win_rate(votes)] == [(0.5, 20)]
+    lost_at_last = [(1, Choice.FIRST)] * 20 + [(1, Choice.SECOND)] * 20
+    assert win_rate(lost_at_last)[0].value == 0.0
 
 
 def test_the_decided_share_is_of_opinions() -> None:
@@ -364,7 +372,7 @@ def test_a_file_of_users_is_read_and_what_is_wrong_with_it_is_said(tmp_path: Pat
     assert read_users(file) == {"ada": "se:cret", "bob": "x"}
     for content, message in (
         ("ada", "line 1: expected name:password"),
-        ("ada:x\nada:y", "line 2: the name 'ada' is there twice"),
+        ("ada:x\nada:y", "line 2: the name 'ada' occurs twice"),
         ("\n", "names nobody"),
     ):
         file.write_text(content)
@@ -406,7 +414,7 @@ def test_prompts_are_read_from_text_and_tables(tmp_path: Path, name: str, conten
     ("name", "content", "message"),
     [
         ("a.txt", " \n", "holds no prompt"),
-        ("a.md", "x", "expected a .txt file with a prompt a line"),
+        ("a.md", "x", "expected a .txt file with one prompt per line"),
         ("a.csv", "text\nx\n", "no column 'prompt'"),
         ("a.jsonl", '{"prompt": 3}\n', "prompt 1: expected a text, found 3"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "prompt 2: expected a text, found ' '"),
@@ -422,8 +430,10 @@ def test_what_is_wrong_with_a_file_of_prompts_is_said(tmp_path: Path, name: str,
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "lets other machines in, so it needs --password, or --users FILE"),
+        (["--password", "open sesame", "--users", "users.txt"], "leave one of them out"),
+        (["--epsilon", "abc"], "epsilon must be a positive number or 'auto', got 'abc'"),
         (["--model", "/no/such/model"], "there is no such folder"),
-        (["--model", str(REVIEWER)], "--prompts is needed with --model"),
+        (["--model", str(REVIEWER)], "--prompts is required with --model"),
         (["--prompts", "none.txt"], "there is no file 'none.txt'"),
         (["--guidelines", "none.txt"], "there is no such file"),
         (["--votes_per_pair", "0"], "votes_per_pair must be a whole number from 1 on"),
@@ -435,6 +445,33 @@ def test_a_flag_that_does_not_fit_is_explained(
 ) -> None:
     assert main(["judge", "--run", str(tmp_path / "run"), "--no_browser", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("epsilon", "abc", "a positive number or 'auto'"),
+        ("epsilon", "-0.1", "a positive number or 'auto'"),
+        ("epsilon", "inf", "a positive number or 'auto'"),
+        ("learning_rate", -1.0, "a positive number"),
+        ("learning_rate", math.inf, "a positive number"),
+        ("temperature", 0.0, "a positive number"),
+        ("temperature", math.nan, "a positive number"),
+        ("brake", -1.0, "0 or a positive number"),
+        ("max_drift", -1.0, "0 or a positive number"),
+        ("max_drift", math.nan, "0 or a positive number"),
+        ("comparisons_per_step", -3, "at least 0"),
+        ("prompts_per_step", 0, "at least 1"),
+        ("directions", 0, "at least 1"),
+        ("max_completion_length", 0, "at least 1"),
+        ("seed", -1, "in 0 … 2⁶³−1"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused_before_anything_starts(
+    setting: str, value: object, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{setting} must be {expected}, got {value!r}")):
+        JudgeSettings("model", ["one"], **{setting: value})  # type: ignore[arg-type]
 
 
 def test_a_run_goes_on_as_it_was_begun_and_refuses_to_be_another(tmp_path: Path) -> None:
@@ -459,7 +496,7 @@ def test_a_child_that_ends_is_started_again_and_the_reason_is_told(tmp_path: Pat
     supervisor.start()
     _until(lambda: len(told) >= 3)
     supervisor.stop()
-    assert told[0] == "It ended unexpectedly (exit status 3): out of <luck>. It is started again in 0 s."
+    assert told[0] == "It ended unexpectedly (exit status 3): out of <luck>. Restarting in 0 s."
     assert starts.read_text().startswith("xxx")
 
 

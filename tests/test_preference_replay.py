@@ -106,10 +106,11 @@ def test_steps_make_preferred_answers_likelier_and_repeat_themselves(parts):
         mezo = MeZO(parameters.items(), lr=0.1, epsilon=0.05, n_spsa=8, update="normalized")
         before = scores(replay, CENTRE).mean()
         for _ in range(20):
-            asked = replay.step(mezo)
+            record = replay.step(mezo)
         assert mezo.steps == 20
         assert scores(replay, CENTRE).mean() > before + 0.5
-        assert asked.figures["replay/agreement"] == 1.0
+        assert len(record.projected) == 8
+        assert replay.ask([CENTRE], step=20).figures["replay/agreement"] == 1.0
         found.append(parameters.sha256())
     assert found[0] == found[1]
 

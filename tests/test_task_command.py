@@ -240,8 +240,8 @@ def test_a_sample_has_its_sizes_and_the_labels_in_proportion(
     for sizes, message in (
         (["12"], "--sample takes two numbers, of rows to train on and of rows to hold out, got [12]"),
         (["12", "0"], "got [12, 0]"),
-        (["1000", "500"], "--sample 1000 500 takes 1500 rows, and there are"),
-        (["12", "6", "--k_shot", "4"], "--k_shot and --sample are two ways of drawing rows: give one"),
+        (["1000", "500"], "--sample 1000 500 needs 1500 rows, but there are only"),
+        (["12", "6", "--k_shot", "4"], "--k_shot and --sample are two ways of drawing rows: give only one"),
     ):
         assert message in error_of(capsys, "train", *data, "--sample", *sizes)
 
@@ -250,10 +250,10 @@ def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path, capsys: p
     bert, data = ["--model", folder / "bert"], ["--dataset", folder / "sst2"]
     assert "did you mean 'sst2'" in error_of(capsys, "eval", "--task", "sst22", *bert, *data)
     assert "causal language models alone" in error_of(capsys, "eval", "--task", "multirc", *bert, *data)
-    assert "--text_column does not go with --task" in error_of(
+    assert "--text_column cannot be combined with --task" in error_of(
         capsys, "eval", "--task", "sst2", *bert, *data, "--text_column", "text"
     )
-    assert "--dataset is needed" in error_of(capsys, "eval", "--task", folder / "mood.py", *bert)
+    assert "--dataset is required" in error_of(capsys, "eval", "--task", folder / "mood.py", *bert)
     assert "has no column 'gold'" in error_of(capsys, "eval", "--task", "sst2", *bert, *data, "--label_column", "gold")
     assert "the label 'negative' has 20 rows" in error_of(
         capsys, "train", "--task", "sst2", *bert, *data, "--k_shot", "16", "--output_dir", tmp_path / "out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,11 @@ def judge(store: JudgmentStore, until: Callable[[], bool], choose: Callable[[Any
 def records_of(step: StoredStep) -> list[Record]:
     own = [Record(step.projected, step.coefficients)] if step.projected else []
     return [*own, *(Record(*each) for each in step.replayed)]
+
+
+def unpacked(archive: str, folder: Path) -> str:
+    shutil.unpack_archive(archive, folder)
+    return str(folder)
 
 
 def shorter(showing: Any) -> Choice:
@@ -210,7 +216,7 @@ def test_going_back_gives_the_weights_of_that_step_again(run: Path):
     number = store.request("rewind", {"step": 7})
     last = Tuner(run)
     assert not last._answer_requests()
-    assert store.request_result(number) == {"error": "step 7 is not behind: 2 steps are made"}
+    assert store.request_result(number) == {"error": "cannot go back to step 7: only 2 steps have been made"}
     last.mezo.close()
 
 
@@ -227,8 +233,8 @@ def test_requests_are_answered(run: Path):
     assert empty == {"error": "type a prompt first"}
     assert unknown == {"error": "there is no request 'sing'"}
     assert export is not None
-    assert Path(export["path"]).is_file()
-    load_model(str(Path(export["path"]).with_suffix("")))
+    assert list((run / "export").iterdir()) == [Path(export["path"])], "one file, and no unpacked copy beside it"
+    load_model(unpacked(export["path"], run / "unpacked"))
 
 
 def test_too_much_drift_pauses_until_people_say_go_on(run: Path):
@@ -275,7 +281,7 @@ def test_the_exported_model_says_what_the_tuned_one_says(parts: Kind, tmp_path: 
     tuner = Tuner(run)
     with torch.no_grad():
         tuner.model.lm_head.bias.normal_(0.0, 2.0)
-    exported = load_model(str(Path(tuner._export()["path"]).with_suffix("")))
+    exported = load_model(unpacked(tuner._export()["path"], tmp_path / "unpacked"))
     said = [
         Generation(Scratch(m, ParameterSet(m.named_parameters())), tuner.tokenizer, Prompt("{prompt}"), max_new_tokens=8)
         .answers([{"prompt": "the film was"}], [CENTRE], noise_seed=1)

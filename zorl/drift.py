@@ -8,7 +8,6 @@ repeat themselves.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +19,23 @@ from torch import nn
 from zorl.answer_logits import AnswerLogits, TokenAnswer, chosen, divergence
 from zorl.generation import Generation
 from zorl.parameters import ParameterSet
-from zorl.perturbation import Scratch
+from zorl.perturbation import Scratch, replica
 from zorl.probe import CENTRE
 from zorl.prompts import Answer
 
 
 def starting_evaluator(model: nn.Module, parameters: ParameterSet) -> Scratch:
-    """Runs the model as it is *now*, whatever becomes of it: with a copy of the tuned parameters, sharing everything else.
+    """Runs the model as it is *now*, whatever becomes of it: with copies of the tuned parameters, sharing everything else.
 
     Make it before `MeZO` resumes a trajectory, while the parameters hold the base weights.
     """
-    copies = {id(tensor): tensor.detach().clone() for tensor in parameters.values()}
-    parts = {id(p): nn.Parameter(copies[id(p)], requires_grad=False) for p in model.parameters() if id(p) in copies}
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    module = copy.deepcopy(model, memo=shared | parts)
-    return Scratch(module, ParameterSet((name, parts[id(tensor)]) for name, tensor in parameters.items()))
+    kept = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in parameters.values()}
+    module = replica(model)
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in kept:
+                setattr(part, name, kept[id(parameter)])
+    return Scratch(module, ParameterSet((name, kept[id(tensor)]) for name, tensor in parameters.items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from zorl.directions import derive_seed
 from zorl.mezo import MeZO
 from zorl.objectives import Asked
 from zorl.probe import Point, Scores
+from zorl.trajectory import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +124,16 @@ class PreferenceReplay:
             figures["replay/kl"] = torch.stack(drifts).sum().item() / (len(before) * len(points))
         return Asked(Scores.of_losses(torch.stack(losses)), figures)
 
-    def step(self, mezo: MeZO) -> Asked:
-        """One step of MeZO on judged pairs: ask, evaluate, tell, step."""
+    def step(self, mezo: MeZO) -> Record:
+        """One step of MeZO on judged pairs: ask, evaluate, tell, step. Returns what the trajectory holds of it.
+
+        Raises:
+            ValueError: there are no judged pairs yet.
+        """
         probe = mezo.ask()
-        asked = self.ask(probe.points, probe.step)
-        mezo.tell(probe.id, asked.answers)
+        record = mezo.tell(probe.id, self.ask(probe.points, probe.step).answers)
         mezo.step()
-        return asked
+        return record
 
     def _drawn(self, step: int) -> list[Preference]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "replay", step))

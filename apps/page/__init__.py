@@ -1,1 +1,1 @@
-"""The page that people judge on, in the browser. It holds no model: what it shows and what it is told is in the store."""
+"""The page on which people judge, in the browser. It holds no model: everything that it shows or records is in the store."""

@@ -1,4 +1,4 @@
-"""The API for other programs, over gradio_client: the Judge tab without the browser."""
+"""The API for other programs, over gradio_client: the Judge tab without a browser."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from zorl.rewards.judgment_records import Showing
 
 
 def build(desk: Desk) -> None:
-    """Adds /next_pair, /vote, /undo and /progress. `rater` is a name; where raters sign in it may be empty."""
+    """Adds /next_pair, /vote, /undo and /progress. `rater` is a name; it may be empty if raters sign in."""
 
     def who(rater: str, request: gr.Request) -> str:
         return desk.name(rater, request.username)
 
     def next_pair(rater: str, request: gr.Request) -> dict[str, Any] | None:
-        """The pair to judge: showing (its id), prompt, first and second; null where there is none yet: ask again."""
+        """The pair to judge: showing (its id), prompt, first and second; null if there is none yet: ask again later."""
         try:
             return _told(desk.next_pair(who(rater, request)).showing)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def vote(rater: str, showing: int, choice: str, request: gr.Request) -> dict[str, Any] | None:
-        """Keeps a verdict: first, second, tie, "both bad" or abstain. It is durable when this returns. Gives the next pair."""
+        """Records a verdict (first, second, tie, "both bad" or abstain), durably, and returns the next pair."""
         try:
             turn = desk.vote(who(rater, request), showing, _choice(choice))
         except ValueError as error:
@@ -36,14 +36,14 @@ def build(desk: Desk) -> None:
         return _told(turn.showing)
 
     def undo(rater: str, request: gr.Request) -> dict[str, Any] | None:
-        """Takes this rater's latest verdict back and gives its pair again; an error where a step has used it."""
+        """Takes back this rater's latest verdict and returns its pair; an error if a step has already used the verdict."""
         try:
-            return _told(desk.store.undo(desk.store.rater(who(rater, request))))
+            return _told(desk.take_back(who(rater, request)))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def progress(rater: str, request: gr.Request) -> dict[str, Any]:
-        """Steps done, verdicts to the next step, pairs in the queue, and what the model does."""
+        """Steps done, verdicts needed for the next step, pairs in the queue, and what the model is doing."""
         try:
             return asdict(desk.progress(who(rater, request) if rater or desk.logins else None))
         except ValueError as error:
@@ -61,7 +61,7 @@ def _choice(choice: str) -> Choice:
 
 
 def _told(showing: Showing | None) -> dict[str, Any] | None:
-    """What a rater may know of a pair, under the names of `Showing`."""
+    """What a rater may know about a pair, under the names of `Showing`."""
     if showing is None:
         return None
     return {"showing": showing.id, "prompt": showing.prompt, "first": showing.first, "second": showing.second}

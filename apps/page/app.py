@@ -1,4 +1,4 @@
-"""The page: a head, four tabs, and how it is served."""
+"""The page: its head and four tabs, and how it is served."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from zorl.apps.page.desk import Desk
 from zorl.apps.page.markup import text
 from zorl.apps.page.security import Guard, is_local
 from zorl.apps.page.theme import theme
+from zorl.rewards.judgment_records import LONGEST_NAME
 from zorl.rewards.judgment_store import JudgmentStore
 
-NAME_KEY, NAME_SECRET = "zorl-rater", "not a secret"  # where a browser keeps the rater's name; it outlives a restart
+NAME_KEY, NAME_SECRET = "zorl-rater", "not a secret"  # where the browser stores the rater's name
 
 
 class Page:
@@ -25,11 +26,11 @@ class Page:
 
     Args:
         store: the run's judgments.
-        settings: what the run is made of.
-        run: its folder.
-        scratch: an empty folder for the files that people fetch.
-        auth: says whether a name and a password fit; None: nobody signs in.
-        guidelines: for the raters; None: those that ship with zorl.
+        settings: the settings of the run.
+        run: the run's folder.
+        scratch: an empty folder for the files that people download.
+        auth: says whether a name and a password are valid; None: nobody signs in.
+        guidelines: guidelines for the raters; None: those that ship with zorl.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Page:
         self.desk = Desk(store, logins=auth is not None)
         guidelines = _text("guidelines.txt") if guidelines is None else guidelines
         with gr.Blocks(title=f"zorl judge: {run.name}", analytics_enabled=False) as self.blocks:
-            api.build(self.desk)  # first, for the names: /vote is this one
+            api.build(self.desk)  # first, so that these endpoints get their plain names
             name, remembered = self._head(run, settings)
             with gr.Tabs() as tabs:
                 with gr.Tab("Judge", id="judge"):
@@ -60,21 +61,21 @@ class Page:
                     export_tab.build(store, run, scratch)
 
     def open(self, host: str = "127.0.0.1", port: int | None = None) -> str:
-        """Serves the page, in threads of its own, and gives its address.
+        """Serves the page, in its own threads, and returns its address.
 
         Raises:
-            OSError: the port is taken, or the host is not an address of this machine.
+            OSError: the port is in use, or the host is not an address of this machine.
         """
         _, address, _ = self.blocks.launch(
             server_name=host,
             server_port=port,
             auth=self.auth,
-            auth_message="Sign in under the name that your verdicts are kept with.",
+            auth_message="Your verdicts are kept under the name that you sign in with.",
             theme=theme(),
-            # Not as `css`: Gradio would write every rule twice, under a selector of its own.
+            # Not as `css`: Gradio would write every rule twice, under its own selector.
             head=f"<style>{_text('page.css')}</style><script>{_text('keys.js')}</script>",
             app_kwargs={"middleware": [Middleware(Guard, local=is_local(host))]},
-            # Files are served from the scratch folder; the environment is not asked for more.
+            # Only files in the scratch folder are served, whatever the environment says.
             allowed_paths=[str(self.scratch)],
             max_file_size=1,
             share=False,
@@ -103,7 +104,7 @@ class Page:
             name = gr.Textbox(
                 label="Judging as",
                 elem_id="who",
-                max_length=40,
+                max_length=LONGEST_NAME,
                 max_lines=1,
                 interactive=self.auth is None,
                 scale=0,

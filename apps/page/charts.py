@@ -1,4 +1,4 @@
-"""Small line charts in SVG: they follow light and dark, fit any width, and come with their figures in a table."""
+"""Small line charts in SVG: they adapt to light and dark mode and to any width, and have a table of their figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zorl.apps.page.markup import table_html, text
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value at a step, out of `n` observations; `low` and `high` bound it where it is uncertain."""
+    """A value at a step, from `n` observations; `low` and `high` are the ends of its interval, if it has one."""
 
     step: int
     value: float
@@ -38,14 +38,14 @@ def chart_html(
     shown: Callable[[float], str] = percent,
     empty: str = "Nothing to show yet.",
 ) -> str:
-    """One figure: a title, the latest number in large type, a sentence, and the line with its band.
+    """One chart: a title, the latest value in large type, a sentence, and the line with its band.
 
     Args:
         points: in the order of their steps.
-        top: the value at the upper edge; None: what the points need.
-        line: a value to draw a dashed line at, such as chance.
-        shown: writes a value.
-        empty: a sentence in place of the line where there are no points.
+        top: the value at the upper edge; None: chosen to fit the points.
+        line: the value of a dashed line, such as chance.
+        shown: formats a value.
+        empty: a sentence that replaces the line if there are no points.
     """
     head = f'<h2>{text(title)}</h2><p class="z-headline">{text(headline)}</p><p class="z-about">{text(about)}</p>'
     if not points:
@@ -87,7 +87,7 @@ def chart_html(
 
 
 def _ceiling(largest: float) -> float:
-    """The next of 1, 2, 5, 10, … times a power of ten."""
+    """The smallest of 1, 2, 5, 10, … times a power of ten that is not below `largest`."""
     if largest <= 0:
         return 1.0
     power = 10.0 ** len(str(int(largest))) if largest >= 1 else 1.0

@@ -1,4 +1,4 @@
-"""What the tabs are built from: HTML of our own, and how handlers are called."""
+"""Building blocks of the tabs: blocks of HTML, and how handlers are called."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-# Handlers that read or write the store and nothing else: answered at once, any number side by side, no part of the API.
+# For handlers that only read or write the store: answered at once, any number in parallel, not part of the API.
 LIGHT: dict[str, Any] = {
     "queue": False,
     "show_progress": "hidden",
@@ -16,5 +16,5 @@ LIGHT: dict[str, Any] = {
 
 
 def html_block(html: str = "", elem_id: str | None = None) -> gr.HTML:
-    """HTML in the style of page.css alone. It must be made by `zorl.apps.page.markup`, which leaves nothing unescaped."""
+    """HTML that is styled by page.css only. It must come from `zorl.apps.page.markup`, which escapes everything."""
     return gr.HTML(html, elem_id=elem_id, apply_default_css=False, js_on_load=None)

@@ -1,4 +1,4 @@
-"""Who judges what: between the page, or a program, and the store."""
+"""The raters' actions, between the page (or a program) and the store."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import secrets
 from dataclasses import dataclass, field
 
 from zorl.probe import Choice
-from zorl.rewards.judgment_records import AlreadyClosed, Progress, Showing
+from zorl.rewards.judgment_records import LONGEST_NAME, AlreadyClosed, Progress, Showing
 from zorl.rewards.judgment_store import JudgmentStore
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a rater gets back: the pair to judge now, or None where there is none yet, and a sentence, mostly empty."""
+    """What a rater gets back: the pair to judge now (None if there is none yet), and a notice, which is usually empty."""
 
     showing: Showing | None
     notice: str = ""
@@ -20,10 +20,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Desk:
-    """Every method takes the rater's name and answers from the store alone: no model, nothing to wait for.
+    """Every method takes the rater's name and answers from the store only: no model is involved, nobody waits.
 
     Attributes:
-        logins: raters sign in, and judge under the name that they signed in with.
+        logins: whether raters sign in, and judge under the name that they signed in with.
     """
 
     store: JudgmentStore
@@ -31,15 +31,15 @@ class Desk:
     _raters: dict[str, int] = field(default_factory=dict, repr=False)
 
     def name(self, given: str | None, login: str | None) -> str:
-        """Whose verdict it is: the login where there is one, else the name that was given.
+        """The rater's name: the login if raters sign in, else the given name.
 
         Raises:
-            ValueError: a name that is not the login's, or none at all.
+            ValueError: there is no name, or it is not that of the login.
         """
         said = (given or "").strip()
         if not self.logins:
             if not said:
-                raise ValueError("A rater needs a name: 1 to 40 characters.")
+                raise ValueError(f"A rater needs a name of 1 to {LONGEST_NAME} characters.")
             return said
         if not login:
             raise ValueError("Sign in first.")
@@ -48,7 +48,7 @@ class Desk:
         return login
 
     def next_pair(self, name: str) -> Turn:
-        """The pair that this rater has in front of them, or the next one.
+        """The pair that this rater has in front of them, or else the next one.
 
         Raises:
             ValueError: the name is empty or too long.
@@ -56,10 +56,10 @@ class Desk:
         return Turn(self.store.next_pair(self._rater(name)))
 
     def vote(self, name: str, showing: int, choice: Choice) -> Turn:
-        """Keeps a verdict, durably, and answers with the next pair. A verdict that comes too late is explained.
+        """Records a verdict, durably, and returns the next pair. If the verdict came too late, the notice says so.
 
         Raises:
-            ValueError: see `next_pair`; or this showing is not this rater's.
+            ValueError: see `next_pair`; or this pair was not shown to this rater.
         """
         rater = self._rater(name)
         notice = ""
@@ -70,19 +70,27 @@ class Desk:
         return Turn(self.store.next_pair(rater), notice)
 
     def undo(self, name: str) -> Turn:
-        """Takes the latest verdict back and answers with its pair; where that cannot be, with the reason and the pair at hand.
+        """Takes back the latest verdict and returns its pair; if that is impossible, the current pair and the reason.
 
         Raises:
             ValueError: see `next_pair`.
         """
-        rater = self._rater(name)
         try:
-            return Turn(self.store.undo(rater), "Taken back. Judge it again.")
+            return Turn(self.take_back(name), "Taken back. Judge it again.")
         except ValueError as error:  # AlreadyClosed is one
-            return Turn(self.store.next_pair(rater), str(error))
+            return Turn(self.store.next_pair(self._rater(name)), str(error))
+
+    def take_back(self, name: str) -> Showing:
+        """Takes back the latest verdict and returns its pair.
+
+        Raises:
+            AlreadyClosed: a step has already used the verdict.
+            ValueError: see `next_pair`; or this rater has no verdict to take back.
+        """
+        return self.store.undo(self._rater(name))
 
     def progress(self, name: str | None = None) -> Progress:
-        """How far the run is, as this rater sees it.
+        """The progress of the run, as this rater sees it.
 
         Raises:
             ValueError: see `next_pair`.
@@ -96,5 +104,5 @@ class Desk:
 
 
 def new_name() -> str:
-    """For a rater who has not said who they are: no two browsers share one."""
+    """A random name for a rater who has not given one."""
     return f"rater {secrets.token_hex(2)}"

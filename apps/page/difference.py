@@ -8,15 +8,15 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import NamedTuple
 
-# A word with the space in front of it. Scripts without spaces go character by character.
+# A word with the space in front of it. In scripts without spaces: one character.
 _WORD = re.compile(
     r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u9fff\uac00-\ud7af]+(?:['’][^\W]+)*|\S)|\s+$"
 )
-_LARGEST = 1_000_000  # words of one middle times words of the other: beyond, matching takes longer than a click may
+_LARGEST = 1_000_000  # product of the word counts of two middles, beyond which matching would take too long for a click
 
 
 class Part(NamedTuple):
-    """A stretch of an answer, and whether it is missing from the other one."""
+    """A part of an answer, and whether it is missing from the other answer."""
 
     text: str
     differs: bool
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def difference(first: str, second: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """Both texts in parts. The parts of a text joined are the text; space alone never differs."""
+    """The parts of both texts. Joined, they give the text; white space alone never counts as a difference."""
     a, b = _WORD.findall(first), _WORD.findall(second)
     words_a, words_b = [word.strip() for word in a], [word.strip() for word in b]
     head = _common(words_a, words_b)
@@ -41,12 +41,12 @@ def difference(first: str, second: str) -> tuple[tuple[Part, ...], tuple[Part, .
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many words they begin with alike."""
+    """The number of words that both have in common at the beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _parts(words: Sequence[str], same: Sequence[bool]) -> Iterable[Part]:
-    """Neighbours alike in kind are put together. The space in front of a stretch that differs is left outside it."""
+    """Joins neighbouring words of the same kind. The space in front of a part that differs is left outside it."""
     text, differs = "", False
     for word, alike in zip(words, same, strict=True):
         bare = word.lstrip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from zorl.apps.page.tuner_requests import Requests
 from zorl.rewards.judgment_store import JudgmentStore
 from zorl.rewards.preferences import write_events, write_preferences
 
-SECONDS = 0.7  # between two looks for the model
+SECONDS = 0.7  # between two checks whether the model is ready
 WRITING = "Writing the tuned model…"
 # Clicks the link that Gradio has just put behind a hidden button.
 FETCH = """(id) => {
@@ -30,13 +29,13 @@ def build(store: JudgmentStore, run: Path, folder: Path) -> None:
 
     Args:
         run: the run's folder.
-        folder: where files are made for people to fetch; Gradio serves copies of these, and nothing else.
+        folder: the folder for files to download; Gradio serves copies of these, and nothing else.
     """
     with gr.Row(elem_classes="z-exports", equal_height=True):
         _file(
             "Preferences",
-            "JSON Lines with prompt, chosen and rejected, as TRL's DPOTrainer reads them. The majority of the verdicts "
-            "on a pair; ties are left out.",
+            "JSON Lines with prompt, chosen and rejected, for TRL's DPOTrainer: the majority verdict on each pair, without "
+            "ties.",
             "preferences",
             lambda: _preferences(store, folder),
         )
@@ -50,14 +49,14 @@ def build(store: JudgmentStore, run: Path, folder: Path) -> None:
         _model(store, run, folder)
         _file(
             "Trajectory",
-            "The few kilobytes that turn the starting model into the tuned one, at any step: zorl replay.",
+            "The few kilobytes from which zorl replay rebuilds the tuned model at any step.",
             "trajectory",
             lambda: _trajectory(run, folder),
         )
 
 
 def _file(title: str, about: str, id: str, make: Callable[[], tuple[Path, str]]) -> None:
-    """A card with a button. A click makes the file afresh and hands it to the browser."""
+    """A card with a button. A click writes the file anew and downloads it."""
     with gr.Column(elem_classes="z-file"):
         button, said = _card(title, about, id)
         link = gr.DownloadButton(visible="hidden", elem_id=f"fetch-{id}")
@@ -74,7 +73,7 @@ def _file(title: str, about: str, id: str, make: Callable[[], tuple[Path, str]])
 
 
 def _model(store: JudgmentStore, run: Path, folder: Path) -> None:
-    """The same for the model, which the process that tunes has to write."""
+    """The same for the model, which the tuner has to write."""
     wanted = Requests(store, "export_model")
     with gr.Column(elem_classes="z-file"):
         button, said = _card(
@@ -90,14 +89,14 @@ def _model(store: JudgmentStore, run: Path, folder: Path) -> None:
             return wanted.ask(), gr.Timer(active=True), notice_html(wanted.waiting(WRITING))
 
         def look(request: float | None) -> tuple[Any, ...]:
-            """Timer, link, message, and which link to click."""
+            """Returns the timer, the link, the message, and which link to click."""
             try:
                 result = wanted.answer(int(request)) if request else {}
                 if result is None:
                     return gr.skip(), gr.skip(), notice_html(wanted.waiting(WRITING)), ""
                 if not result:
                     return gr.Timer(active=False), gr.skip(), gr.skip(), ""
-                file = _zipped(Path(str(result["path"])), run, folder)
+                file = _served(Path(str(result["path"])), run, folder)
             except (ValueError, OSError) as error:
                 return gr.Timer(active=False), gr.skip(), notice_html(str(error)), ""
             return gr.Timer(active=False), str(file), notice_html("The model is ready."), "fetch-model"
@@ -116,7 +115,7 @@ def _preferences(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
     file = folder / "preferences.jsonl"
     written = write_preferences(store, file)
     if not written.preferences:
-        raise ValueError(f"There is no preference yet: {written.ties} ties, {written.abstained} without an opinion.")
+        raise ValueError(f"There are no preferences yet: {written.ties} ties, {written.abstained} without an opinion.")
     return (
         file,
         f"{written.preferences} preferences. Left out: {written.ties} ties, {written.abstained} without an opinion.",
@@ -131,23 +130,18 @@ def _events(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
 def _trajectory(run: Path, folder: Path) -> tuple[Path, str]:
     source = run / "trajectory.zorl"
     if not source.is_file():
-        raise ValueError("There is no trajectory yet: the first step has not been made.")
+        raise ValueError("There is no trajectory yet: no step has been made.")
     return Path(shutil.copy(source, folder / "trajectory.zorl")), ""
 
 
-def _zipped(path: Path, run: Path, folder: Path) -> Path:
-    """What the tuner wrote, a folder or a file of the run, as one file to fetch.
+def _served(path: Path, run: Path, folder: Path) -> Path:
+    """A copy of the file that the tuner wrote, where Gradio serves it.
 
     Raises:
-        ValueError: it is not a part of the run.
+        ValueError: the file is not in the run's folder.
     """
     if not path.resolve().is_relative_to(run.resolve()):
-        raise ValueError(f"The model was written to {path}, outside the run's folder {run}: fetch it from there.")
-    if path.is_file():
-        return Path(shutil.copy(path, folder / path.name))
-    target = folder / "model.zip"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # weights do not shrink
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(path))
-    return target
+        raise ValueError(
+            f"The model was written to {path}, which is not in the run's folder {run}: copy it from there."
+        )
+    return Path(shutil.copy(path, folder / path.name))

@@ -1,4 +1,4 @@
-"""What the Progress tab draws, out of the store: plain numbers, no HTML."""
+"""The figures that the Progress tab draws: plain numbers, no HTML."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from zorl.apps.page.charts import Point
 from zorl.probe import Choice
 from zorl.rewards.agreement import Share
 
-WINDOW = 20  # comparisons that one point of the win rate looks back on
+WINDOW = 20  # latest comparisons that one point of the win rate covers
 
 
 def win_rate(votes: Sequence[tuple[int, Choice]]) -> list[Point]:
-    """The current model's share against the starting one, at each step that has comparisons.
+    """The current model's win rate against the starting one, at each step that has comparisons.
 
     Args:
         votes: step of the current model, and the verdict with the current model as the first.
 
     Returns:
-        Per step the share of the last `WINDOW` opinions up to it, ties as halves, with its 95% interval. (Within a step
-        the order of verdicts does not matter: all of them speak of the same model.)
+        For each step the share of the latest `WINDOW` opinions up to that step which the current model wins, with its 95%
+        interval. Ties count as halves. The opinions on one step stay in the order of `votes`.
     """
-    known = sorted((step, choice.preference) for step, choice in votes if choice is not Choice.ABSTAIN)
+    opinions = [(step, choice.preference) for step, choice in votes if choice is not Choice.ABSTAIN]
+    # By the step alone: sorting by preference too would put the wins last, where the window keeps them.
+    known = sorted(opinions, key=lambda opinion: opinion[0])
     last = {step: i for i, (step, _) in enumerate(known, 1)}
     points = []
     for step, end in last.items():
@@ -33,7 +35,7 @@ def win_rate(votes: Sequence[tuple[int, Choice]]) -> list[Point]:
 
 
 def decided_share(votes: Iterable[tuple[int, Choice]]) -> list[Point]:
-    """Of the opinions on each step, the share that preferred a side."""
+    """The share of the opinions on each step that prefer one side."""
     steps: dict[int, list[bool]] = defaultdict(list)
     for step, choice in votes:
         if choice is not Choice.ABSTAIN:

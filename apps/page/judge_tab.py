@@ -14,9 +14,9 @@ from zorl.apps.page.markup import answers_html, notice_html, prompt_html, text
 from zorl.probe import Choice
 from zorl.rewards.judgment_records import Progress, Showing
 
-SECONDS = 1.0  # between two looks at the store, where nobody clicks
+SECONDS = 1.0  # between two updates from the store while nobody clicks
 WAITING = "The model is writing the next pairs…"
-# label, id, the verdict, how it is styled; the keys are in keys.js, and page.css prints them on the buttons
+# Label, id and verdict. The keys are in keys.js; page.css prints them on the buttons.
 BUTTONS = (
     ("A is better", "vote-a", Choice.FIRST),
     ("Tie", "vote-tie", Choice.TIE),
@@ -32,14 +32,14 @@ STATES = {
     "stopped": "stopped",
     "failed": "failed",
 }
-DOWN = ("failed", "stopped", "paused")  # states in which no pair is going to come by itself
+DOWN = ("failed", "stopped", "paused")  # states in which no new pair will appear by itself
 
 
 def pair_html(showing: Showing | None, progress: Progress) -> str:
     """The pair in front of a rater. `data-showing` tells keys.js which pair is on the screen."""
     if showing is None:
         said = progress.tuner.get("message") if progress.tuner.get("state") in DOWN else ""
-        more = f"<p>{text(said)}</p>" if said else "<p>This page goes on by itself.</p>"
+        more = f"<p>{text(said)}</p>" if said else "<p>They will appear here as soon as they are ready.</p>"
         return f'<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span><h2>{WAITING}</h2>{more}</div>'
     return (
         f'<article class="z-pair" data-showing="{showing.id}"><section class="z-prompt" aria-label="Prompt">'
@@ -49,14 +49,14 @@ def pair_html(showing: Showing | None, progress: Progress) -> str:
 
 
 def status_html(progress: Progress) -> str:
-    """Verdicts to the next step, steps done, pairs in the queue, and what the model does."""
+    """Verdicts needed for the next step, steps done, pairs in the queue, and what the model is doing."""
     state = str(progress.tuner.get("state", "starting"))
     step = progress.steps + 1
     needed, given = progress.votes_needed, progress.votes_given
-    said = f"<b>{given}</b> of {needed} verdicts to step {step}" if needed else f"Step {step} is being prepared"
+    said = f"<b>{given}</b> of {needed} verdicts for step {step}" if needed else f"Step {step} is being prepared"
     bar = (
         f'<div class="z-bar" role="progressbar" aria-valuemin="0" aria-valuemax="{max(needed, 1)}" aria-valuenow="{given}" '
-        f'aria-label="Verdicts to step {step}"><i style="width:{min(given / max(needed, 1), 1.0):.0%}"></i></div>'
+        f'aria-label="Verdicts for step {step}"><i style="width:{min(given / max(needed, 1), 1.0):.0%}"></i></div>'
     )
     facts = "".join(
         f"<li><b>{number}</b> {label}</li>"
@@ -74,7 +74,7 @@ def status_html(progress: Progress) -> str:
 
 
 def guidelines_html(guidelines: str) -> str:
-    """The first line is the question, and stays in view; the rest folds away. Lines that begin with a dash are a list."""
+    """The first line is the question and stays in view; the rest can be folded. Lines that begin with a dash form a list."""
     question, _, rest = guidelines.strip().partition("\n")
     blocks = []
     for block in rest.strip().split("\n\n"):
@@ -95,13 +95,13 @@ def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, reme
     Args:
         blocks: the page.
         name: the field with the rater's name.
-        remembered: where the browser keeps it; None where raters sign in.
+        remembered: where the browser stores the name; None if raters sign in.
     """
     html_block(guidelines_html(guidelines), elem_id="guidelines")
     status = html_block(elem_id="status")
     notice = html_block(elem_id="notice")
     pair = html_block(pair_html(None, desk.progress()), elem_id="pair")
-    # The page says which pair it shows: a verdict on what is no longer there is never taken for one on what came after.
+    # The page says which pair it shows, so that a late verdict never counts for the pair after it.
     showing = gr.Number(0, visible=False, precision=0)
     with gr.Column(elem_id="actions"):
         with gr.Row(elem_id="verdicts", equal_height=True):
@@ -136,7 +136,7 @@ def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, reme
         return turned(desk.undo, given, request)
 
     def look(shown: float | None, given: str, request: gr.Request) -> tuple[Any, ...]:
-        """Of the timer: fetches a pair where none is shown, else no more than the figures."""
+        """Called by the timer: fetches a pair if none is shown, else only updates the status."""
         if not shown:
             found = turned(desk.next_pair, given, request)
             return (*found[:3], gr.skip())

@@ -1,4 +1,4 @@
-// Keys for the Judge tab, and what a screen reader is told. Model text passes through here as text alone.
+// Keys of the Judge tab, and announcements for screen readers. Text of the model is handled as plain text only.
 (() => {
   const KEYS = {
     a: "vote-a", ArrowLeft: "vote-a", b: "vote-b", ArrowRight: "vote-b",
@@ -7,7 +7,7 @@
   const PRINTED = {
     "vote-a": "a ArrowLeft", "vote-b": "b ArrowRight", "vote-tie": "t", "vote-bad": "x", "vote-skip": "s", undo: "u",
   };
-  const BUSY = 3000; // milliseconds after which a verdict that was not answered may be given again
+  const BUSY = 3000; // milliseconds after which a verdict without an answer may be given again
   const WRITING = "input, textarea, select, [contenteditable], [role=tab], [role=slider], [role=radio], dialog";
   let pair = null;
   let shown = null;
@@ -27,7 +27,7 @@
     button.click();
   });
 
-  // One verdict for what is on the screen, however often a button or a key is pressed before the next pair is there.
+  // One verdict per pair, however often a button or key is pressed before the next pair appears.
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("#actions button");
     if (!button || button.id === "undo") return;
@@ -66,7 +66,7 @@
     announcer.textContent = `${note} ${news}`.trim();
   };
 
-  // What a reader has opened stays open when its figures change.
+  // Details that somebody has opened stay open when their figures change.
   const open = new Set();
   const key = (details) => details.closest("[aria-label]")?.getAttribute("aria-label").split(":")[0] ?? "";
   document.addEventListener("toggle", (event) => {
@@ -75,7 +75,7 @@
     else if (event.target.isConnected) open.delete(key(event.target));
   }, true);
 
-  // The page is built by script, and again when a tab is opened: find its parts whenever they change.
+  // Gradio builds the page by script, and again when a tab is opened: find its parts whenever they change.
   const settle = () => {
     if (!announcer.isConnected) document.body.append(announcer);
     const found = document.getElementById("pair");

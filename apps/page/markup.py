@@ -1,4 +1,4 @@
-"""HTML that is safe to show: whatever comes from a model, a file or a rater goes through `text`."""
+"""HTML that is safe to show: everything that comes from a model, a file or a rater passes through `text`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from zorl.apps.page.difference import Part, difference
 
 
 def text(value: object) -> str:
-    """A value as characters: no tag, no attribute, no entity survives in it."""
+    """A value as plain characters: no tag, attribute or entity survives."""
     return html.escape(str(value), quote=True)
 
 
 def prompt_html(prompt: str) -> str:
-    """A prompt; one that is a conversation is shown turn by turn."""
+    """A prompt. A conversation is shown turn by turn."""
     turns = _turns(prompt)
     if turns is None:
         return f'<div class="z-text" dir="auto">{text(prompt)}</div>'
@@ -26,10 +26,10 @@ def prompt_html(prompt: str) -> str:
 
 
 def answers_html(first: str, second: str, titles: tuple[str, str], letters: tuple[str, str] = ("", "")) -> str:
-    """Two answers side by side, with the words marked that the other one does not have.
+    """Two answers side by side. Words that the other answer does not have are marked.
 
     Args:
-        titles: headings of the two.
+        titles: the headings of the two answers.
         letters: badges in front of the headings.
     """
     cards = []
@@ -50,7 +50,7 @@ def notice_html(message: str) -> str:
 
 
 def table_html(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; the first cell of a row is its heading."""
+    """A table. The first cell of each row is its heading."""
     head = "".join(f'<th scope="col">{text(heading)}</th>' for heading in headings)
     body = "".join(
         f'<tr><th scope="row">{text(name)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells)}</tr>'
@@ -67,13 +67,13 @@ def _part(part: Part) -> str:
 
 
 def _plain(answer: str) -> str:
-    """An answer; of one that is a conversation, what was said."""
+    """An answer as text; of a conversation, the contents of its messages."""
     turns = _turns(answer)
     return answer if turns is None else "\n\n".join(content for _, content in turns)
 
 
 def _turns(value: str) -> list[tuple[str, str]] | None:
-    """Role and content of each message, where the text is a conversation in JSON."""
+    """Role and content of each message, if the text is a conversation in JSON; else None."""
     if not value.startswith("[{"):
         return None
     try:

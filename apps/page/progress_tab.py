@@ -1,4 +1,4 @@
-"""The Progress tab: what the verdicts have done to the model, and who gave them."""
+"""The Progress tab: how the verdicts have changed the model, and who gave them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zorl.apps.page.tuner_requests import Requests
 from zorl.rewards.agreement import Agreement, Share, agreement
 from zorl.rewards.judgment_store import JudgmentStore
 
-SECONDS = 2.0  # between two looks, and how old a chart may be
+SECONDS = 2.0  # between two updates; also the maximum age of a chart
 TITLE = "Progress"
 NO_STEP = "No step has been made yet."
 BACK = "Going back…"
@@ -30,7 +30,7 @@ SURE = """(step) => confirm(`Go back to step ${step}? The steps after it are und
 
 @dataclass
 class Charts:
-    """The tab's HTML, made at most once in `SECONDS` however many people look at it."""
+    """The tab's HTML, drawn at most once every `SECONDS`, however many people look at it."""
 
     store: JudgmentStore
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -38,7 +38,7 @@ class Charts:
     _html: tuple[str, str] = ("", "")
 
     def html(self) -> tuple[str, str]:
-        """Charts, and the table of raters."""
+        """The charts, and the table of raters."""
         with self._lock:
             if time.monotonic() - self._made >= SECONDS:
                 self._html = self._draw()
@@ -60,12 +60,14 @@ class Charts:
 
 
 def build(tabs: gr.Tabs, store: JudgmentStore) -> None:
-    """Fills the tab; it is kept up to date while it is the one on the screen."""
+    """Fills the tab, and keeps it up to date while it is visible."""
     charts = Charts(store)
     with gr.Column(elem_id="charts-column"):
         drawn = html_block(elem_id="charts")
         table = html_block(elem_id="raters")
-    seen = gr.Textbox(visible=False)  # of what the browser has: the same again would close what people have opened
+    seen = gr.Textbox(
+        visible=False
+    )  # digest of what the browser shows: sending the same again would close what people have opened
     timer = gr.Timer(SECONDS, active=False)
 
     def look(known: str | None) -> tuple[Any, ...]:
@@ -84,26 +86,26 @@ def build(tabs: gr.Tabs, store: JudgmentStore) -> None:
 
 
 def _go_back(store: JudgmentStore) -> gr.Button:
-    """Undoes the latest steps; and a button to go on, for when tuning has paused because of drift, which it returns."""
+    """Adds the controls that undo the latest steps. Returns the button that continues after a pause because of drift."""
     wanted, on = Requests(store, "rewind"), Requests(store, "go_on")
     html_block(
-        '<div class="z-part"><h2>Go back</h2><p>Undoes the latest steps: the model is again what it was after the step '
-        "that you name, and tuning goes on from there. Nothing is lost from the raw log.</p></div>"
+        '<div class="z-part"><h2>Go back</h2><p>Undoes the latest steps: the model returns to its state after the '
+        "given step, and tuning continues from there. The raw log keeps everything.</p></div>"
     )
     with gr.Row(elem_id="rewind", equal_height=False):
         step = gr.Number(0, label="Step", minimum=0, precision=0, elem_id="rewind-step", scale=0, min_width=140)
         button = gr.Button("Go back to this step", elem_id="rewind-button", scale=0, min_width=200)
-        resume = gr.Button("Go on despite the drift", visible=False, elem_id="go-on", scale=0, min_width=200)
+        resume = gr.Button("Continue despite the drift", visible=False, elem_id="go-on", scale=0, min_width=200)
     said = html_block(elem_id="rewind-said")
     asked = gr.Number(0, visible=False, precision=0)
     timer = gr.Timer(1.0, active=False)
 
     def ask(wished: float | None) -> tuple[Any, ...]:
-        if wished is None:  # not sure
+        if wished is None:  # the dialog was cancelled
             return gr.skip(), gr.skip(), gr.skip()
         done = len(store.steps())
         if not 0 <= wished < done:
-            sorry = f"{done} steps are made, so a step from 0 to {done - 1} can be gone back to." if done else NO_STEP
+            sorry = f"{done} steps have been made: choose a step from 0 to {done - 1}." if done else NO_STEP
             return gr.skip(), gr.skip(), notice_html(sorry)
         return wanted.ask(step=int(wished)), gr.Timer(active=True), notice_html(wanted.waiting(BACK))
 
@@ -113,13 +115,13 @@ def _go_back(store: JudgmentStore) -> gr.Button:
                 return gr.skip(), notice_html(wanted.waiting(BACK))
         except ValueError as error:
             return gr.Timer(active=False), notice_html(str(error))
-        return gr.Timer(active=False), notice_html("The model is back.")
+        return gr.Timer(active=False), notice_html("The model is back at that step.")
 
     def go_on() -> str:
         if store.tuner().get("state") != "paused":
             return notice_html("Tuning is not paused.")
         on.ask()
-        return notice_html("Tuning goes on with the next verdicts.")
+        return notice_html("Tuning continues with the next verdicts.")
 
     button.click(ask, [step], [asked, timer, said], js=SURE, **LIGHT)
     timer.tick(look, [asked], [timer, said], **LIGHT)
@@ -129,10 +131,10 @@ def _go_back(store: JudgmentStore) -> gr.Button:
 
 def _win_rate(points: list[Point]) -> str:
     last = points[-1] if points else None
-    about = "Share of blind comparisons that the current model wins against the starting one; ties are halves."
+    about = "Share of blind comparisons that the current model wins against the starting model; ties count as halves."
     if last is not None and last.low is not None and last.high is not None:
         about = (
-            f"of the latest {last.n} blind comparisons go to the current model, ties as halves. 95% interval: "
+            f"of the latest {last.n} blind comparisons are won by the current model; ties count as halves. 95% interval: "
             f"{last.low:.0%} to {last.high:.0%}."
         )
     return chart_html(
@@ -142,7 +144,7 @@ def _win_rate(points: list[Point]) -> str:
         points,
         top=1.0,
         line=0.5,
-        empty="The first comparisons come with the first steps.",
+        empty="Comparisons start after the first step.",
     )
 
 
@@ -150,7 +152,7 @@ def _decided(points: list[Point]) -> str:
     return chart_html(
         "Decided share",
         percent(points[-1].value) if points else "–",
-        "of the verdicts on the latest step prefer a side. The rest are ties, which tell the model little.",
+        "of the verdicts on the latest step prefer one answer. The rest are ties, which teach the model little.",
         points,
         top=1.0,
         empty="Nobody has judged yet.",
@@ -161,7 +163,7 @@ def _drift(points: list[Point]) -> str:
     return chart_html(
         "Drift",
         plain(points[-1].value) if points else "–",
-        "nats a token between the current and the starting model. Answers that please and make no sense drift far.",
+        "nats per token between the current and the starting model. A high value warns of answers that no longer make sense.",
         points,
         shown=plain,
         empty=NO_STEP,
@@ -169,11 +171,11 @@ def _drift(points: list[Point]) -> str:
 
 
 def _agreement(found: Agreement) -> str:
-    about = "Krippendorff's alpha: 1 is full agreement between raters, 0 is what chance gives."
+    about = "Krippendorff's alpha: 1 is perfect agreement between raters, 0 is agreement by chance."
     facts = (
-        ("Pairs that several raters judged", str(found.shared_pairs)),
-        ("The answer on the left wins", _share(found.first)),
-        ("Same opinion on a repeat, sides swapped", _share(found.consistency)),
+        ("Pairs judged by several raters", str(found.shared_pairs)),
+        ("The left answer wins", _share(found.first)),
+        ("Same verdict when sides are swapped", _share(found.consistency)),
     )
     listed = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
     return (
@@ -191,10 +193,10 @@ def _raters(found: Agreement) -> str:
         "Verdicts",
         "Left wins",
         "Consistent",
-        "With the others",
+        "Agrees with others",
         "Ties",
         "Skipped",
-        "Seconds a verdict",
+        "Seconds per verdict",
     )
     rows = [
         (

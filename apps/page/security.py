@@ -12,13 +12,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Gradio's front end is made of inline scripts and functions built from text; whatever is not served by the page is refused.
+from zorl.rewards.judgment_records import LONGEST_NAME
+
+# Gradio's front end consists of inline scripts and functions built from text; anything not served by the page is refused.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-# What Gradio serves and this page has no use for: files from a browser, and fetching from other machines.
+# Routes of Gradio that this page does not need: uploads, and fetching from other machines.
 CLOSED = (
     "/gradio_api/upload",
     "/gradio_api/proxy=",
@@ -30,12 +32,12 @@ CLOSED = (
 
 
 class Guard:
-    """ASGI middleware: a strict Content-Security-Policy, no unused routes, no requests from other sites, and on this machine's
-    own address no other name.
+    """ASGI middleware: sets a strict Content-Security-Policy and refuses unused routes, requests from other sites and, if the
+    page is served on this machine's own address, any other host name.
 
-    The name is checked because a foreign site can point its own name at 127.0.0.1 (DNS rebinding), and would then be
-    read by the browser as the same site. Other sites are refused because a browser sends the cookie of somebody who has
-    signed in along with whatever they ask for.
+    The host name is checked because another site can point its own name at 127.0.0.1 (DNS rebinding); the browser would
+    then treat the page as part of that site. Other sites are refused because a browser sends the cookie of somebody who
+    has signed in along with their requests.
     """
 
     def __init__(self, app: ASGIApp, local: bool) -> None:
@@ -47,12 +49,10 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if self.local and not is_local(_host(Headers(scope=scope).get("host", ""))):
-            await PlainTextResponse("This page answers to the name localhost alone.", 403)(scope, receive, send)
+            await PlainTextResponse("This page can only be opened as localhost.", 403)(scope, receive, send)
             return
         if is_foreign(scope["method"], Headers(scope=scope)):
-            await PlainTextResponse("This page answers to itself alone, and to no other site.", 403)(
-                scope, receive, send
-            )
+            await PlainTextResponse("This page does not accept requests from other sites.", 403)(scope, receive, send)
             return
         if scope["path"].startswith(CLOSED):
             await PlainTextResponse("Not found", 404)(scope, receive, send)
@@ -70,10 +70,10 @@ class Guard:
 
 
 def is_foreign(method: str, headers: Headers) -> bool:
-    """Whether a browser says that another site's page makes the request; a link to this one may be followed from anywhere.
+    """Whether another site's page makes the request, according to the browser. Links to this page may be followed from anywhere.
 
-    What a browser says of it in `Sec-Fetch-Site` no script can change, and no proxy that knows the page by another name. Where
-    the connection is not encrypted browsers leave it out, and the request's origin has to be the host that is asked.
+    Browsers say so in `Sec-Fetch-Site`, which no script can change, nor a proxy that knows the page by another name. On an
+    unencrypted connection browsers leave it out; then the request's origin must be the requested host.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -87,7 +87,7 @@ def is_foreign(method: str, headers: Headers) -> bool:
 
 
 def is_local(host: str) -> bool:
-    """Whether an address or name is this machine's own, out of reach for others."""
+    """Whether an address or name is local to this machine, so that others cannot reach it."""
     if host.lower() == "localhost":
         return True
     try:
@@ -97,10 +97,10 @@ def is_local(host: str) -> bool:
 
 
 def read_users(path: Path) -> dict[str, str]:
-    """Names and passwords from a file of lines `name:password`; empty lines and lines that begin with # are left out.
+    """Reads names and passwords from lines `name:password`. Empty lines and lines that begin with # are ignored.
 
     Raises:
-        ValueError: a line is something else, a name is there twice, or there is none; the message names file and line.
+        ValueError: a line has another form, a name occurs twice, or there is no name. The message names file and line.
     """
     users: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
@@ -111,7 +111,7 @@ def read_users(path: Path) -> dict[str, str]:
         if not (colon and name and password):
             raise ValueError(f"{path}, line {number}: expected name:password")
         if name in users:
-            raise ValueError(f"{path}, line {number}: the name {name!r} is there twice")
+            raise ValueError(f"{path}, line {number}: the name {name!r} occurs twice")
         users[name] = password
     if not users:
         raise ValueError(f"{path} names nobody: expected lines such as ada:her-password")
@@ -119,23 +119,23 @@ def read_users(path: Path) -> dict[str, str]:
 
 
 def sign_in(password: str | None, users: Mapping[str, str]) -> Callable[[str, str], bool] | None:
-    """What Gradio asks when somebody signs in; None where nobody has to.
+    """The function with which Gradio checks names and passwords; None if nobody has to sign in.
 
-    With a password for all, any name may sign in, and is the rater's name.
+    With one password for everybody, raters may sign in with any name, under which they then judge.
     """
     if password is None and not users:
         return None
 
     def check(name: str, given: str) -> bool:
         expected = users.get(name, "") if users else password or ""
-        known = bool(expected) and 0 < len(name.strip()) <= 40 and name.isprintable()
+        known = bool(expected) and 0 < len(name.strip()) <= LONGEST_NAME and name.isprintable()
         return hmac.compare_digest(given.encode(), expected.encode()) and known
 
     return check
 
 
 def _host(header: str) -> str:
-    """The host of a Host header, without the port."""
+    """The host in a Host header, without the port."""
     if header.startswith("["):
         return header.partition("]")[0] + "]"
     return header.partition(":")[0]

@@ -1,4 +1,4 @@
-"""Colours and type: paper, ink, and one accent. Fonts are those of the machine, so that nothing is fetched."""
+"""Colours and fonts: paper, ink and one accent colour. Fonts are those of the system, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
 def theme() -> Base:
-    """The theme; the colours of answers and charts are in page.css."""
+    """The theme. The colours of answers and charts are in page.css."""
     base = Base(
         primary_hue=colors.teal,
         secondary_hue=colors.teal,

@@ -1,4 +1,4 @@
-"""The Try it tab: one prompt, answered by the model as it was and as it is."""
+"""The Try it tab: one prompt, answered by the starting model and by the current one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from zorl.apps.page.markup import answers_html, notice_html
 from zorl.apps.page.tuner_requests import Requests
 from zorl.rewards.judgment_store import JudgmentStore
 
-SECONDS = 0.5  # between two looks for the answer
+SECONDS = 0.5  # between two checks for the answer
 LONGEST = 4000  # characters of a prompt
 WRITING = "Both models are writing…"
 
 
 def build(store: JudgmentStore, example: str) -> None:
-    """Fills the tab; `example` stands in the empty field."""
+    """Fills the tab. `example` is the placeholder of the prompt field."""
     tries = Requests(store, "try")
     html_block(
-        '<div class="z-part"><h2>Before and after</h2><p>The same prompt, answered by the starting model and by the model '
-        "as your verdicts have made it, with the same draws of chance.</p></div>"
+        '<div class="z-part"><h2>Before and after</h2><p>The same prompt, answered by the starting model and by the '
+        "current model, with the same random numbers.</p></div>"
     )
     with gr.Row(equal_height=False, elem_id="ask"):
         prompt = gr.Textbox(

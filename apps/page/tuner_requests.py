@@ -1,4 +1,4 @@
-"""What the page asks of the process that tunes: written to the store, answered there, looked for by a timer."""
+"""Requests of the page to the tuner: written to the store and answered there; a timer checks for the answer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Requests:
     kind: str
 
     def ask(self, **payload: Any) -> int:
-        """Writes a request down and gives its id; nobody waits."""
+        """Writes a request and returns its id, without waiting."""
         return self.store.request(self.kind, payload)
 
     def answer(self, request: int) -> dict[str, Any] | None:
-        """The answer, or None where there is none yet.
+        """The answer, or None if there is none yet.
 
         Raises:
-            ValueError: the answer is that it cannot be done; the message says why.
+            ValueError: the tuner could not carry out the request; the message says why.
         """
         result = self.store.request_result(request)
         if result is not None and "error" in result:
@@ -31,7 +31,7 @@ class Requests:
         return result
 
     def waiting(self, otherwise: str) -> str:
-        """What to tell somebody who waits: `otherwise`, unless the process that would answer is down."""
+        """What to tell somebody who waits: `otherwise`, unless the tuner is down."""
         tuner = self.store.tuner()
         if tuner.get("state") in ("failed", "stopped"):
             return f"The model is not running at the moment: {tuner.get('message') or tuner['state']}"
