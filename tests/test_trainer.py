@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
@@ -797,6 +798,54 @@ def test_a_model_made_in_memory_is_resumed_from_its_kept_first_values(
     trainer = make(**options())
     trainer.train(resume_from_checkpoint=True)
     assert weights(trainer) == end
+
+
+def changed_model(path: str, change: str) -> Any:
+    """A saved model that was changed after it was loaded, as by fine-tuning or by more tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    if change == "values":
+        with torch.no_grad():
+            model.transformer.ln_f.weight.mul_(1.5)
+    elif change == "vocabulary":
+        torch.manual_seed(0)  # new embeddings are drawn
+        model.resize_token_embeddings(model.config.vocab_size + 3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [("none", set()), ("values", {"transformer.ln_f.weight"}), ("vocabulary", {"transformer.wte.weight"})],
+)
+def test_a_model_that_was_changed_in_memory_keeps_what_its_checkpoint_does_not_hold(
+    make: Callable[..., MeZOTrainer], base: Callable[[str], str], tmp_path: Path, change: str, kept: set[str]
+):
+    path = base("gpt2")
+    settings = {
+        "max_steps": 4, "n_spsa": "1", "learning_rate": 5e-2, "eval_strategy": "steps", "eval_steps": 1,
+        "save_strategy": "best", "load_best_model_at_end": True, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "processing_class": AutoTokenizer.from_pretrained(path), "eval_dataset": EVAL, "settings": settings,
+    }  # fmt: skip
+    trainer = make(model=changed_model(path, change), **options)
+    trainer.train()
+    folder = RunFolder(tmp_path / "out")
+    assert folder.init.exists() == bool(kept)
+    assert not kept or load_file(folder.init).keys() == kept
+    header, records = read(folder.trajectory, trainer.step)
+    if change == "vocabulary":
+        with pytest.raises(TrajectoryError, match="began with a model that was changed in memory. Give the folder"):
+            folder.rebuild(header)
+        changed_model(path, change).save_pretrained(tmp_path / "changed")
+        _, rebuilt = folder.rebuild(header, str(tmp_path / "changed"))
+    else:
+        _, rebuilt = folder.rebuild(header)
+    replay(header, records, rebuilt)
+    assert rebuilt.sha256() == weights(trainer)
+
+    again = make(model=changed_model(path, change), **options)
+    again.train(resume_from_checkpoint=True)
+    assert weights(again) == weights(trainer)
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------------

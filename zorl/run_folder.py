@@ -1,14 +1,14 @@
 """The files of a run: what is in its folder, and how the base weights come back.
 
 trajectory.zorl      every step: with the base weights, the trained weights
-init.safetensors     parameters that no base checkpoint holds (adapters, new heads, models made in memory)
+init.safetensors     first values that the base checkpoint does not hold: adapters, new heads, weights changed in memory
 trainer_state.json   the Trainer's log, for resuming it
 zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -62,27 +62,39 @@ class RunFolder:
             lock.release()
 
     @torch.no_grad()
-    def keep_init(self, parameters: Mapping[str, torch.Tensor], *, writes: bool = True) -> str:
-        """Saves parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+    def keep_init(
+        self, named: Mapping[str, torch.Tensor], names: Collection[str], *, writes: bool = True
+    ) -> str | None:
+        """Saves the first values of a new run's parameters; the parameters of a run that continues get theirs back.
 
         Args:
-            parameters: the tuned ones, and those that stay as they are but that the base checkpoint lacks.
-            writes: False where another process has saved them.
+            named: the model's parameters by canonical name.
+            names: those whose first values a new run saves: the base checkpoint does not hold them.
+            writes: False where another process saves them.
+
+        Returns:
+            The SHA-256 of what is saved; None where nothing is.
 
         Raises:
             TrajectoryError: the run has a trajectory, but its first values are gone or damaged.
             OSError: they could not be written.
         """
-        if writes and not self.trajectory.exists():  # a file of a run that never made a step counts for nothing
+        header: dict[str, Any] = {}
+        if self.trajectory.exists():
+            header = read(self.trajectory, until=0)[0]
+            if header["init_sha256"] is None:
+                return None
+        elif not names:
+            return None
+        elif writes:  # a file left by a run that never made a step is overwritten
             with whole_file(self.init) as new:
-                save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, new)
-        header = read(self.trajectory, until=0)[0] if self.trajectory.exists() else {}
+                save_file({name: named[name].detach().contiguous().clone() for name in names}, new)
         tensors = self._read_init(header)
-        kept = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if kept == {name: (tensor.shape, tensor.dtype) for name, tensor in parameters.items()}:
-            for name, tensor in parameters.items():
-                tensor.copy_(tensors[name])
-        return tensors_sha256(tensors)  # where they are other parameters, the trajectory says which
+        found = {name: (named[name].shape, named[name].dtype) for name in tensors.keys() & named.keys()}
+        if found == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+            for name, tensor in tensors.items():
+                named[name].copy_(tensor)
+        return tensors_sha256(tensors)  # where the model has other parameters, the trajectory says which
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         write_json(self.settings, settings)
@@ -136,7 +148,7 @@ class RunFolder:
             model: name or path of the base; by default the one in the header.
 
         Raises:
-            TrajectoryError: the base is another model than the run's, or has other weights.
+            TrajectoryError: the base is another model than the run's, or has other weights or shapes.
         """
         recorded = {name: dtype for name, _, dtype in header["parameters"]}
         name = model or header["model"]
@@ -163,6 +175,12 @@ class RunFolder:
             named = {canonical_name(n): p for n, p in loaded.named_parameters()}
             with torch.no_grad():
                 for key, tensor in self._read_init(header).items():
+                    if named[key].shape != tensor.shape:
+                        raise TrajectoryError(
+                            f"{key!r} has shape {list(tensor.shape)} in the run and {list(named[key].shape)} in {name!r}: the run "
+                            "began with a model that was changed in memory. Give the folder of such a model, or build it in a "
+                            "script and use zorl.replay.replay"
+                        )
                     named[key].copy_(tensor)
         check_base(header, loaded)
         return loaded, tuned
@@ -176,6 +194,29 @@ def check_base(header: Mapping[str, Any], model: torch.nn.Module) -> None:
             f"the base weights differ from the run's: their SHA-256 is {found[:16]}…, the trajectory's is "
             f"{header['base_sha256'][:16]}… (base model {header['model']!r})"
         )
+
+
+def changed_since_saved(
+    tensors: Mapping[str, torch.Tensor], name: str, dtype: str, classes: Sequence[str] | None
+) -> set[str]:
+    """Names of a model's tensors that its checkpoint does not hold with these very values: all where none can be loaded.
+
+    Args:
+        tensors: by canonical name.
+        name: name or path of the checkpoint; empty for a model made in memory.
+        dtype: that of the model.
+        classes: those of a classifier.
+    """
+    try:
+        loaded = load_model(name, dtype, classes=classes) if name else torch.nn.Module()
+    except (OSError, ValueError, ImportError):
+        return set(tensors)
+    saved = {canonical_name(key): tensor for key, tensor in loaded.named_parameters()}
+    return {
+        key
+        for key, tensor in tensors.items()
+        if key not in saved or saved[key].dtype != tensor.dtype or not torch.equal(saved[key], tensor.cpu())
+    }
 
 
 def peft_to_json(model: Any) -> dict[str, Any] | None:

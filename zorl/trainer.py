@@ -60,7 +60,7 @@ from zorl.probe import CENTRE, Probe, Scores
 from zorl.progress import Progress
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardError, RewardFunctions
-from zorl.run_folder import RunFolder, peft_to_json
+from zorl.run_folder import RunFolder, changed_since_saved, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.stopping import Stopping
@@ -152,6 +152,7 @@ class MeZOTrainer(ForwardTrainer):
         if loss == "cross_entropy" and not prompt.chooses:
             args = copy.copy(args)
             args.temperature = 0.0  # taught token by token, nothing is sampled
+        self._given_by_name = isinstance(model, str)
         name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
         if args.quantize is not None and not isinstance(model, str):
             raise ValueError(
@@ -400,15 +401,17 @@ class MeZOTrainer(ForwardTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""
         if self.mezo is None:
+            new = not self.folder.trajectory.exists()
+            not_in_base = processes.first(lambda: sorted(self._not_in_base())) if new else []
             with processes.first_goes_ahead():
-                self.mezo = self._make_optimizer()
+                self.mezo = self._make_optimizer(not_in_base)
             processes.agree("the model, the data or the settings", self.mezo.header)
             if self.mezo.truncated:
                 print(f"{self.mezo.truncated}; continuing from there")
         self.optimizer = self.mezo
         return self.mezo
 
-    def _make_optimizer(self) -> MeZO:
+    def _make_optimizer(self, not_in_base: Sequence[str]) -> MeZO:
         args = self.args
         self.folder.path.mkdir(parents=True, exist_ok=True)
         return MeZO(
@@ -430,19 +433,18 @@ class MeZOTrainer(ForwardTrainer):
             comparison=args.comparison,  # type: ignore[arg-type]
             trajectory=self.folder.trajectory,
             writes=processes.index() == 0,
-            header=self._header(),
+            header=self._header(not_in_base),
         )
 
-    def _header(self) -> dict[str, Any]:
-        """What else decides where a run goes, or how its base is rebuilt."""
+    def _header(self, not_in_base: Sequence[str]) -> dict[str, Any]:
+        """What else decides where a run goes, or how its base is rebuilt.
+
+        Args:
+            not_in_base: the parameters whose first values a new run saves.
+        """
         args = self.args
         named = {canonical_name(name): values for name, _, values in named_stored(self.model)}  # type: ignore[arg-type]
-        first = self._not_in_base()
-        init = (
-            self.folder.keep_init({name: named[name] for name in first}, writes=processes.index() == 0)
-            if first
-            else None
-        )
+        init = self.folder.keep_init(named, not_in_base, writes=processes.index() == 0)
         return {
             "model": self.base_name,
             "peft": peft_to_json(self.model),
@@ -463,10 +465,17 @@ class MeZOTrainer(ForwardTrainer):
         }
 
     def _not_in_base(self) -> set[str]:
-        """What no base checkpoint holds: an adapter's parameters, a new or untied head's, those of a model made in memory."""
-        made_here = peft_to_json(self.model) is not None or not self.base_name
-        added = {canonical_name(name) for name, _ in self._added}
-        return self._not_in_checkpoint | added | (set(self.tuned) if made_here else set())
+        """What the base checkpoint does not hold: an adapter, a new or untied head, and what was changed in memory.
+
+        A model given as an object is compared with its checkpoint, which is loaded for that: no value is saved twice.
+        """
+        first = self._not_in_checkpoint | {canonical_name(name) for name, _ in self._added}
+        if peft_to_json(self.model) is not None:
+            return first | set(self.tuned)
+        rest = {name: tensor for name, tensor in self.tuned.items() if name not in first}
+        if rest and not self._given_by_name:
+            first |= changed_since_saved(rest, self.base_name, self._dtype, self.prompt.classes)
+        return first
 
     @property
     def _dtype(self) -> str:
