@@ -1082,6 +1082,19 @@ def test_a_folder_that_holds_a_run_is_not_trained_into(make: Callable[..., MeZOT
         make("new").train(resume_from_checkpoint=True)
 
 
+def test_a_run_is_continued_from_its_own_folder_alone(make: Callable[..., MeZOTrainer], tmp_path: Path):
+    make(callbacks=[StopAt(2)]).train()
+    before = (tmp_path / "out" / "trajectory.zorl").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"resume_from_checkpoint='.*/other' is not output_dir, '.*/out': a run continues"
+    ):
+        make().train(resume_from_checkpoint=str(tmp_path / "other"))
+    assert (tmp_path / "out" / "trajectory.zorl").read_bytes() == before
+    trainer = make()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "elsewhere" / ".." / "out"))
+    assert trainer.step == 6
+
+
 @peft_warning
 def test_two_runs_cannot_write_one_folder(make: Callable[..., MeZOTrainer], tmp_path: Path):
     """Even where the second starts before the first has made a step: its first values would replace the first's."""

@@ -244,24 +244,32 @@ class MeZOTrainer(ForwardTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | Path | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Trains, or continues a run: bitwise where an uninterrupted one would be.
 
         Args:
-            resume_from_checkpoint: True continues the run in `output_dir`; the model must hold the base weights.
+            resume_from_checkpoint: True, or the path of `output_dir`, continues the run there; the model must hold the base
+                weights.
 
         Raises:
             FileExistsError: `output_dir` holds a run and it was not asked to continue.
-            ValueError: there is nothing to continue, or the update needs a learning rate.
+            ValueError: there is nothing to continue, it is to be continued from another folder, or the update needs a learning
+                rate.
             TrajectoryError: the run there is of another model or other settings, its trajectory is damaged, or another
                 process is writing it.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset is needed to train")
         self.args.needed_learning_rate()
+        if isinstance(resume_from_checkpoint, str | Path):
+            if Path(resume_from_checkpoint).resolve() != self.folder.path.resolve():
+                raise ValueError(
+                    f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not output_dir, {str(self.folder.path)!r}: a run "
+                    "continues in its own folder, so give that as output_dir"
+                )
         with self.folder.claimed() if processes.index() == 0 else contextlib.nullcontext():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
