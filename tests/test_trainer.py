@@ -958,6 +958,8 @@ def test_exactly_one_objective_is_given(base: Callable[[str], str], options: dic
         ),
         ({"train_dataset": []}, "train_dataset is empty"),
         ({"eval_dataset": []}, "eval_dataset is empty"),
+        ({"eval_dataset": {"a": EVAL, "b": []}}, r"eval_dataset\['b'\] is empty"),
+        ({"eval_dataset": {"a": [{"label": "good"}]}}, "uses the column 'text', which the data does not have"),
         (
             {"train_dataset": [row for row in TRAIN if row["label"] == "good"]},
             "train_dataset has one class only: all 16 rows have label='good'",
@@ -1139,3 +1141,6 @@ def test_training_without_rows_and_evaluating_without_rows_are_refused(make: Cal
         make(train_dataset=None).train()
     with pytest.raises(ValueError, match="eval_dataset is needed to evaluate"):
         make().evaluate()
+    for empty in ([], iter(()), {"a": []}):
+        with pytest.raises(ValueError, match="eval_dataset is empty"):
+            make().evaluate(empty)

@@ -223,7 +223,9 @@ def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
 
 
 def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> Any:
-    """A data set as a list of rows, once checked against the prompt. Iterable data sets and None stay as they are.
+    """A data set as a list of rows that suit the prompt, a dictionary of data sets as one of lists.
+
+    Iterable data sets and None stay as they are.
 
     Args:
         name: of the argument, for messages.
@@ -232,7 +234,9 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> 
         ValueError: it is empty, lacks a column, has a label without a label word or one that is none of the row's options, or,
             if it is to be trained on, has one class only.
     """
-    if dataset is None or isinstance(dataset, dict | datasets.IterableDataset | torch.utils.data.IterableDataset):
+    if isinstance(dataset, dict):
+        return {key: checked_rows(part, f"{name}[{key!r}]", prompt, label_column) for key, part in dataset.items()}
+    if dataset is None or isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
         return dataset
     rows = dataset.to_list() if isinstance(dataset, Dataset) else list(dataset)
     if not rows:

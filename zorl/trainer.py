@@ -523,7 +523,11 @@ class MeZOTrainer(ForwardTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Scores θ once over the whole split: rewards and metrics, each as `eval_<name>`, and `eval_reward`."""
+        """Scores θ once over the whole split: rewards and metrics, each as `eval_<name>`, and `eval_reward`.
+
+        Raises:
+            ValueError: there is no data set, it is empty, or its rows do not suit the prompt.
+        """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, dict):
             return {
@@ -533,7 +537,7 @@ class MeZOTrainer(ForwardTrainer):
             }
         if dataset is None:
             raise ValueError("eval_dataset is needed to evaluate")
-        rows = _as_rows(dataset)
+        rows = checked_rows(list(dataset), "eval_dataset", self.prompt, self.args.label_column)
         start = time.perf_counter()
         figures = self.objective.evaluate(rows)
         seconds = time.perf_counter() - start
@@ -549,8 +553,7 @@ class MeZOTrainer(ForwardTrainer):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """The completions of θ (label names for prompts with label words)."""
-        rows = _as_rows(test_dataset)
-        (answers,) = self.policy.answers(rows, [CENTRE])
+        (answers,) = self.policy.answers(list(test_dataset), [CENTRE])
         return PredictionOutput([a.completion for a in answers], None, {})  # type: ignore[arg-type]
 
     # --- where tuning starts ---------------------------------------------------------------------------------------
@@ -663,7 +666,3 @@ class MeZOTrainer(ForwardTrainer):
     @property
     def _rows_a_step(self) -> int:
         return self.args.per_device_train_batch_size * processes.count() * self.args.gradient_accumulation_steps
-
-
-def _as_rows(dataset: Any) -> list[dict[str, Any]]:
-    return dataset if isinstance(dataset, list) else list(dataset)
