@@ -222,17 +222,18 @@ def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
     return loaded
 
 
-def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> Any:
+def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str, *, training: bool = False) -> Any:
     """A data set as a list of rows that suit the prompt, a dictionary of data sets as one of lists.
 
     Iterable data sets and None stay as they are.
 
     Args:
-        name: of the argument, for messages.
+        name: that of the argument, for messages.
+        training: whether the rows are to be trained on, which takes two classes or more.
 
     Raises:
-        ValueError: it is empty, lacks a column, has a label without a label word or one that is none of the row's options, or,
-            if it is to be trained on, has one class only.
+        ValueError: it is empty, lacks a column, has a label without a label word or one that is not among the row's options, or
+            has a single class to train on.
     """
     if isinstance(dataset, dict):
         return {key: checked_rows(part, f"{name}[{key!r}]", prompt, label_column) for key, part in dataset.items()}
@@ -246,13 +247,13 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> 
         options = prompt.options_of(row)
         if label_column in row and row[label_column] not in options:
             raise ValueError(
-                f"{name}, row {number}: {label_column}={row[label_column]!r} is none of the options in {prompt.options!r}, "
+                f"{name}, row {number}: {label_column}={row[label_column]!r} is not among the options in {prompt.options!r}, "
                 f"{list(options)}; it must be the text of the right one"
             )
     if prompt.labels and label_column in rows[0]:
         labels = [row[label_column] for row in rows]
         prompt.check_labels(labels, label_column)
-        if name == "train_dataset" and len(set(map(str, labels))) == 1:
+        if training and len(set(map(str, labels))) == 1:
             raise ValueError(
                 f"{name} has one class only: all {len(rows)} rows have {label_column}={labels[0]!r}, so there is nothing "
                 "to learn to tell apart"

@@ -177,9 +177,9 @@ class RunFolder:
                 for key, tensor in self._read_init(header).items():
                     if named[key].shape != tensor.shape:
                         raise TrajectoryError(
-                            f"{key!r} has shape {list(tensor.shape)} in the run and {list(named[key].shape)} in {name!r}: the run "
-                            "began with a model that was changed in memory. Give the folder of such a model, or build it in a "
-                            "script and use zorl.replay.replay"
+                            f"{key!r} has shape {list(tensor.shape)} in the run and {list(named[key].shape)} in {name!r}: the "
+                            "run began with a model that was changed in memory. Give the folder of such a model, or build it in "
+                            "a script and use zorl.replay.replay"
                         )
                     named[key].copy_(tensor)
         check_base(header, loaded)

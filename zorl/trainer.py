@@ -175,13 +175,13 @@ class MeZOTrainer(ForwardTrainer):
             raise ValueError("processing_class is needed: the model has no name or path to load a tokenizer from")
         self.base_name = name
         processing_class = processing_class if processing_class is not None else load_processing_class(name)
-        train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
+        train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column, training=True)
         self._new_head, self._not_in_checkpoint = False, set[str]()  # of a classifier
         if is_classifier(network):
             rows = train_dataset if isinstance(train_dataset, list) else []
             labels = [row[args.label_column] for row in rows if args.label_column in row]
             prompt = prepare_classifier(network, prompt, processing_class, labels)
-            train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column)
+            train_dataset = checked_rows(train_dataset, "train_dataset", prompt, args.label_column, training=True)
             self._new_head, self._not_in_checkpoint = has_new_head(network), parameters_not_in_checkpoint(network)
         eval_dataset = checked_rows(eval_dataset, "eval_dataset", prompt, args.label_column)
         self.tuned = ParameterSet(select(network, args.parameters))
@@ -264,12 +264,12 @@ class MeZOTrainer(ForwardTrainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset is needed to train")
         self.args.needed_learning_rate()
-        if isinstance(resume_from_checkpoint, str | Path):
-            if Path(resume_from_checkpoint).resolve() != self.folder.path.resolve():
-                raise ValueError(
-                    f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not output_dir, {str(self.folder.path)!r}: a run "
-                    "continues in its own folder, so give that as output_dir"
-                )
+        origin = resume_from_checkpoint
+        if isinstance(origin, str | Path) and Path(origin).resolve() != self.folder.path.resolve():
+            raise ValueError(
+                f"resume_from_checkpoint={str(origin)!r} is not output_dir, {str(self.folder.path)!r}: a run continues in its "
+                "own folder, so give that as output_dir"
+            )
         with self.folder.claimed() if processes.index() == 0 else contextlib.nullcontext():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
