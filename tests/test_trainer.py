@@ -29,7 +29,7 @@ from zorl.replay import replay
 from zorl.reward_functions import RewardError
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
-from zorl.trajectory import TrajectoryError, read
+from zorl.trajectory import Trajectory, TrajectoryError, read
 
 PROMPT = Prompt("{text} It was {mask}.", {"bad": "terrible", "good": "great"})
 SUBJECTS = ("film", "story", "plot", "ending", "book", "answer")
@@ -1122,7 +1122,8 @@ def test_two_runs_cannot_write_one_folder(make: Callable[..., MeZOTrainer], tmp_
 def test_resuming_with_other_settings_is_refused(make: Callable[..., MeZOTrainer]):
     make(callbacks=[StopAt(2)]).train()
     for settings, message in (
-        ({"per_device_train_batch_size": 4}, r"batch was \[8, 1\], is now \[4, 1\]"),
+        ({"per_device_train_batch_size": 4}, "rows_per_step was 8, is now 4$"),
+        ({"max_length": 50, "top_k": 5}, "max_length was None, is now 50; top_k was None, is now 5$"),
         ({"seed": 3}, "seed was 42, is now 3"),
         ({"n_spsa": "2", "learning_rate": 2.4e-2}, "n_spsa was '8', is now '2'"),
     ):
@@ -1134,6 +1135,38 @@ def test_resuming_with_other_settings_is_refused(make: Callable[..., MeZOTrainer
         make(train_dataset=TRAIN[:20]).train(resume_from_checkpoint=True)
     with pytest.raises(TrajectoryError, match=r"the model (lacks|also has) \d+ of the trajectory's parameters"):
         make(kind="gpt2").train(resume_from_checkpoint=True)
+
+
+def test_a_run_continues_with_the_rows_of_a_step_divided_otherwise(make: Callable[..., MeZOTrainer]):
+    end = tuned(make("straight"))
+    make(callbacks=[StopAt(2)]).train()
+    trainer = make(settings={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    trainer.train(resume_from_checkpoint=True)
+    assert weights(trainer) == end
+
+
+def test_a_trajectory_whose_header_has_lists_of_settings_is_replayed_and_continued(make: Callable[..., MeZOTrainer]):
+    """As earlier versions wrote it."""
+    end = tuned(make("straight"))
+    first = make(callbacks=[StopAt(2)])
+    first.train()
+    header, records = read(first.folder.trajectory)
+    answers = [header.pop(name) for name in ("max_length", "max_completion_length", "temperature", "top_k", "top_p")]
+    assert header.pop("rows_per_step") == 8
+    first.folder.trajectory.unlink()
+    earlier = Trajectory.create(first.folder.trajectory, {**header, "answers": answers, "batch": [8, 1]})
+    for record in records:
+        earlier.append(record)
+    earlier.close()
+    header, records = read(first.folder.trajectory)
+    _, rebuilt = first.folder.rebuild(header)
+    replay(header, records, rebuilt)
+    assert rebuilt.sha256() == weights(first)
+    with pytest.raises(TrajectoryError, match="settings: temperature was 1.0, is now 0.5$"):
+        make(settings={"temperature": 0.5}).train(resume_from_checkpoint=True)
+    trainer = make()
+    trainer.train(resume_from_checkpoint=True)
+    assert weights(trainer) == end
 
 
 def test_training_without_rows_and_evaluating_without_rows_are_refused(make: Callable[..., MeZOTrainer]):

@@ -467,8 +467,12 @@ class MeZOTrainer(ForwardTrainer):
             "learning_rate": args.learning_rate,
             "label_reward": args.label_reward,
             "evaluation": type(self.evaluator).__name__.lower(),
-            "answers": [args.max_length, args.max_completion_length, args.temperature, args.top_k, args.top_p],
-            "batch": [args.per_device_train_batch_size * processes.count(), args.gradient_accumulation_steps],
+            "max_length": args.max_length,
+            "max_completion_length": args.max_completion_length,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "rows_per_step": self._rows_a_step,
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
         }
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 import zlib
@@ -37,7 +38,6 @@ from zorl.schedules import Directions
 from zorl.whole_files import whole_file, writing
 
 SCHEMA = 1
-_UNSAID = {"estimator": "spsa"}  # what went without saying before there was a choice
 _MAGIC = b"ZORL"
 _STEPS_A_BLOCK = 16
 _U32 = struct.Struct("<I")
@@ -251,13 +251,21 @@ def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> Non
 
 def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises TrajectoryError naming the settings in which a run differs from the one that it wants to continue."""
-    recorded = {**_UNSAID, **recorded}
+    recorded = _in_present_terms(recorded)
     different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
     if different:
         found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
-        if "batch" in different and recorded.get("batch"):
-            found += f" (per_device_train_batch_size times the number of processes has to be {recorded['batch'][0]})"
         raise TrajectoryError(f"the trajectory was recorded with other settings: {found}")
+
+
+def _in_present_terms(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header with the names of today's settings: earlier versions had no choice of estimators, and wrote two lists."""
+    present = {"estimator": "spsa", **header}
+    answers = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
+    present.update(zip(answers, present.pop("answers", ()), strict=False))
+    if "batch" in present:
+        present["rows_per_step"] = math.prod(present.pop("batch"))
+    return present
 
 
 def _encode_header(header: dict[str, Any]) -> bytes:
