@@ -753,18 +753,16 @@ def test_a_run_that_is_killed_at_random_points_continues_to_the_same_bits(base: 
     assert trajectory.read_bytes() == (tmp_path / "straight" / "trajectory.zorl").read_bytes()
 
 
-def test_a_torn_trajectory_continues_from_its_last_whole_step(
-    make: Callable[..., MeZOTrainer], tmp_path: Path, capsys: Any
-):
+def test_a_torn_trajectory_continues_from_its_last_whole_step(make: Callable[..., MeZOTrainer], tmp_path: Path):
     settings = {"max_steps": 20}
     end = tuned(make("straight", settings=settings))
     make(settings=settings, callbacks=[StopAt(18)]).train()
     path = tmp_path / "out" / "trajectory.zorl"
     path.write_bytes(path.read_bytes()[:-3])
     trainer = make(settings=settings)
-    trainer.train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="a write was cut short, or a bit flipped.*; the run continues from there"):
+        trainer.train(resume_from_checkpoint=True)
     assert weights(trainer) == end
-    assert "a write was cut short, or a bit flipped" in capsys.readouterr().out
 
 
 def test_a_run_without_a_step_is_no_run_and_leaves_nothing_to_the_next(

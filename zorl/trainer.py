@@ -11,6 +11,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -415,7 +416,7 @@ class MeZOTrainer(ForwardTrainer):
                 self.mezo = self._make_optimizer(not_in_base)
             processes.agree("the model, the data or the settings", self.mezo.header)
             if self.mezo.truncated:
-                print(f"{self.mezo.truncated}; continuing from there")
+                warnings.warn(f"{self.mezo.truncated}; the run continues from there", stacklevel=2)
         self.optimizer = self.mezo
         return self.mezo
 
