@@ -14,8 +14,8 @@ from zorl.directions import DISTRIBUTIONS, Distribution, key
 from zorl.forward_gradient import DirectionalDerivative, ForwardGradient
 from zorl.kernels import reference
 from zorl.label_loss import LabelLoss
+from zorl.loss_objectives import CrossEntropy
 from zorl.mezo import MeZO
-from zorl.objectives import CrossEntropy
 from zorl.parameters import ParameterSet
 from zorl.probe import CENTRE, Point, Scores, Slopes
 from zorl.prompts import Prompt
@@ -122,9 +122,9 @@ def test_the_trainer_follows_slopes(parts: Callable[[str], Any], tmp_path: Any):
 
 
 def test_what_has_no_slope_is_refused(parts: Callable[[str], Any], tmp_path: Any):
-    with pytest.raises(ValueError, match="differentiates a loss, and reward_funcs has no slope"):
+    with pytest.raises(ValueError, match="differentiates a loss, and a reward or a judge has no slope"):
         tune(parts, tmp_path, reward_funcs=lambda completions, **_: [0.0] * len(completions))
-    with pytest.raises(ValueError, match="differentiates a loss, and judge has no slope"):
+    with pytest.raises(ValueError, match="differentiates a loss, and a reward or a judge has no slope"):
         tune(parts, tmp_path, judge=lambda **_: [])
     with pytest.raises(ValueError, match="returns a number without a derivative"):
         tune(parts, tmp_path, loss=lambda model, rows: 1.0).train()

@@ -39,20 +39,14 @@ from zorl.data import checked_rows
 from zorl.directions import canonical_name, derive_seed
 from zorl.forward_gradient import DirectionalDerivative
 from zorl.forward_trainer import ForwardTrainer
+from zorl.goal import Goal
 from zorl.head_tuning import Calibration, LabelGoal, fit_bias, fit_head
+from zorl.judge_objective import Judge
 from zorl.linear_probe import probe
+from zorl.loss_objectives import CallableLoss, CrossEntropy, LossFunction
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import (
-    Asked,
-    CallableLoss,
-    CrossEntropy,
-    Judge,
-    LossFunction,
-    Objective,
-    RewardObjective,
-    make_objective,
-)
+from zorl.objectives import Asked
 from zorl.offload import is_away, named_stored
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Evaluator, Scratch
@@ -61,6 +55,7 @@ from zorl.probe import CENTRE, Probe, Scores
 from zorl.progress import Progress
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardError, RewardFunctions
+from zorl.reward_objective import RewardObjective
 from zorl.run_folder import RunFolder, changed_since_saved, peft_to_json
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
@@ -86,7 +81,7 @@ class MeZOTrainer(ForwardTrainer):
         model: a name or path, a model, or a PeftModel.
         reward_funcs: one function or several with TRL's signature; see `zorl.reward_functions`. Exactly one of
             `reward_funcs`, `judge` and `loss` is given.
-        judge: compares two completions; see `zorl.objectives.Judge`.
+        judge: compares two completions; see `zorl.judge_objective.Judge`.
         loss: `"cross_entropy"`, or `loss(model, rows)` → a float or one per row. Cross entropy is that of the label in
             `args.label_column` among the label words or options; without these, of the text in that column, token by token
             given those before it (see `zorl.teacher_forcing`), and answers are then decoded greedily.
@@ -124,35 +119,18 @@ class MeZOTrainer(ForwardTrainer):
         callbacks: list[TrainerCallback] | None = None,
         reward_processing_classes: Any | None = None,
     ) -> None:
-        given = [
-            name
-            for name, value in (("reward_funcs", reward_funcs), ("judge", judge), ("loss", loss))
-            if value is not None
-        ]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of reward_funcs, judge and loss: got {found}")
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
         if processes.index() > 0:
             args = copy.copy(args)
             args.disable_tqdm = True  # the first process shows how far the run is
-        if args.estimator == "forward_gradient" and processes.count() > 1:
-            raise ValueError("estimator='forward_gradient' runs in one process; with several use estimator='spsa'")
-        args = args.judged() if judge is not None else args
-        if judge is not None and args.estimator in ("one_sided", "one_point"):
-            raise ValueError(
-                f"a judge compares two sides of a direction, and estimator={args.estimator!r} looks at one: use "
-                "estimator='spsa', or a reward or loss in place of the judge"
-            )
-        if args.estimator == "forward_gradient" and loss is None:
-            raise ValueError(
-                f"estimator='forward_gradient' differentiates a loss, and {given[0]} has no slope: use estimator='spsa', or "
-                "give a loss"
-            )
+        rewards = (
+            None
+            if reward_funcs is None
+            else RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes)
+        )
+        self.goal = Goal(rewards, judge, loss, RewardFunctions(metrics) if metrics else None)
         prompt = prompt if prompt is not None else Prompt("{prompt}")
-        if loss == "cross_entropy" and not prompt.chooses:
-            args = copy.copy(args)
-            args.temperature = 0.0  # taught token by token, nothing is sampled
+        args = self.goal.settings(args, prompt)
         self._given_by_name = isinstance(model, str)
         name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
         if args.quantize is not None and not isinstance(model, str):
@@ -223,14 +201,6 @@ class MeZOTrainer(ForwardTrainer):
         else:
             self.evaluator = kinds[args.evaluation](self.model, self.tuned, args.distribution)  # type: ignore[operator]
         self.folder = RunFolder(Path(str(args.output_dir)))
-        self._goal: dict[str, Any] = {
-            "rewards": None
-            if reward_funcs is None
-            else RewardFunctions(reward_funcs, self.args.reward_weights, reward_processing_classes),
-            "judge": judge,
-            "loss": loss,
-            "metrics": RewardFunctions(metrics) if metrics else None,
-        }
         self._use_prompt(prompt)
         self._batch: list[dict[str, Any]] = []
         self._since_log: list[dict[str, float]] = []
@@ -643,9 +613,8 @@ class MeZOTrainer(ForwardTrainer):
     def _use_prompt(self, prompt: Prompt) -> None:
         self.prompt = prompt
         self.policy = make_policy(self.evaluator, self.processing_class, prompt, self.args)
-        self.objective: Objective = make_objective(
+        self.objective = self.goal.objective(
             self.policy,
-            **self._goal,
             label_column=self.args.label_column,
             label_reward=self.args.label_reward,  # type: ignore[arg-type]
         )
