@@ -27,13 +27,8 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from zorl import offload, processes
 from zorl.adapters import adapt, is_peft, prepare
-from zorl.classifier_head import (
-    ClassifierHead,
-    has_new_head,
-    is_classifier,
-    parameters_not_in_checkpoint,
-    prepare_classifier,
-)
+from zorl.classifier_head import ClassifierHead
+from zorl.classifier_models import has_new_head, is_classifier, parameters_not_in_checkpoint, prepare_classifier
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
 from zorl.directions import canonical_name, derive_seed
