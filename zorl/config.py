@@ -23,6 +23,7 @@ from zorl.schedules import Directions
 from zorl.updates import measured_in_weights
 
 DIRECTIONS = 8  # a step of estimator="one_sided", of which seven are worth something
+ANSWERING = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
 _INFINITE = float("inf")
 # The settings that are numbers: whole ones with the smallest, the others with the interval.
 _WHOLE = {
@@ -359,6 +360,11 @@ class MeZOConfig(TrainingArguments):
         times = Directions.parse(self.n_spsa).start if self.update == "normalized" else 1
         args.learning_rate = default_learning_rate(self.tune, parameters) * times
         return args
+
+    @property
+    def answering(self) -> dict[str, Any]:
+        """The settings that decide how prompts are read and answered, by name."""
+        return {name: getattr(self, name) for name in ANSWERING}
 
     def needed_learning_rate(self) -> float:
         """`learning_rate`, once it is known.

@@ -6,25 +6,41 @@ training: continuing a run, and going back to its best step, replay the trajecto
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from zorl import processes
 from zorl.config import MeZOConfig
 from zorl.mezo import MeZO
 from zorl.offload import is_away
 from zorl.parameters import ParameterSet
+from zorl.progress import Progress
+from zorl.prompts import Prompt
 from zorl.replay import replay
 from zorl.run_folder import RunFolder
+from zorl.sampling import StratifiedSampler
+from zorl.stopping import Stopping
 from zorl.trajectory import read
-from zorl.whole_files import whole_file
+from zorl.tuned_model import TunedModel
+from zorl.whole_files import whole_file, writing
+
+
+class Minibatch:
+    """Rows as dictionaries of raw columns. Its own type, so that nobody walks through the texts to move tensors."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = list(rows)
 
 
 class ForwardTrainer(Trainer):
@@ -32,9 +48,168 @@ class ForwardTrainer(Trainer):
 
     args: MeZOConfig
     folder: RunFolder
+    tuned_model: TunedModel
     tuned: ParameterSet
+    prompt: Prompt
     mezo: MeZO | None = None
     _rewound_to: int | None = None
+
+    def __init__(self, *, args: MeZOConfig, **options: Any) -> None:
+        # A process has one GPU. Trainer would multiply the batch by the number of those that it sees, for a DataParallel that
+        # is never made here.
+        if args.n_gpu > 1:
+            args._n_gpu = 1
+        if args.should_save:  # Trainer makes the folder, and says less where it cannot
+            with writing(Path(str(args.output_dir))):
+                Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
+        try:
+            super().__init__(args=args, data_collator=Minibatch, **options)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if "to be installed" not in str(error):  # what report_to names
+                raise
+            raise ImportError(str(error)) from error
+        # Trainer derives how it scales losses from the model's forward, which is not called here.
+        self.model_accepts_loss_kwargs = False
+        self.progress = Progress()
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(self.progress)
+        if args.early_stopping_patience is not None or args.stop_below_gain is not None:
+            self.add_callback(Stopping(args.early_stopping_patience, args.stop_below_gain))
+
+    # --- a run -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, header: Mapping[str, Any] | None) -> None:
+        """Readies all but the weights for a new run, or for the one with this header."""
+        raise NotImplementedError
+
+    def _make_optimizer(self, not_in_base: Sequence[str]) -> MeZO:
+        """The optimizer that writes the run's trajectory.
+
+        Args:
+            not_in_base: the parameters whose first values a new run saves.
+        """
+        raise NotImplementedError
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains, or continues a run: bitwise where an uninterrupted one would be.
+
+        Args:
+            resume_from_checkpoint: True, or the path of `output_dir`, continues the run there; the model must hold the base
+                weights.
+
+        Raises:
+            FileExistsError: `output_dir` holds a run and it was not asked to continue.
+            ValueError: there is nothing to continue, it is to be continued from another folder, or the update needs a learning
+                rate.
+            TrajectoryError: the run there is of another model or other settings, its trajectory is damaged, or another
+                process is writing it.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is needed to train")
+        self.args.needed_learning_rate()
+        origin = resume_from_checkpoint
+        if isinstance(origin, str | Path) and Path(origin).resolve() != self.folder.path.resolve():
+            raise ValueError(
+                f"resume_from_checkpoint={str(origin)!r} is not output_dir, {str(self.folder.path)!r}: a run continues in its "
+                "own folder, so give that as output_dir"
+            )
+        with self.folder.claimed() if processes.index() == 0 else contextlib.nullcontext():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        exists = self.folder.trajectory.exists()
+        processes.agree(f"whether {self.folder.trajectory} exists (they must share output_dir)", exists)
+        if exists and not resume_from_checkpoint:
+            raise FileExistsError(
+                f"{self.folder.trajectory} holds a run: continue it with resume_from_checkpoint=True, or choose "
+                "another output_dir"
+            )
+        if resume_from_checkpoint and not exists:
+            raise ValueError(f"there is no run to continue: {self.folder.trajectory} does not exist")
+        self._rewound_to = None
+        try:
+            header = read(self.folder.trajectory, until=0)[0] if exists else None
+            self._begin(header)
+            if header is not None and self.mezo is not None:
+                # This very trainer has run before: the trajectory is replayed onto the base weights.
+                self.folder.restore_base(header, self.model, self.tuned)  # type: ignore[arg-type]
+                self.mezo = None
+            self.create_optimizer()
+            assert self.mezo is not None
+            if exists:
+                with processes.first_goes_ahead():
+                    self.save_log(self._state_at(self.mezo.steps))
+            output = super().train(str(self.folder.path) if exists else None, trial, ignore_keys_for_eval)
+            self.check_processes()
+            return output
+        finally:
+            self.progress.close()
+            if self.mezo is not None:
+                self.mezo.close()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""
+        if self.mezo is None:
+            new = not self.folder.trajectory.exists()
+            not_in_base = (
+                processes.first(lambda: sorted(self.tuned_model.not_in_base(self.prompt.classes))) if new else []
+            )
+            with processes.first_goes_ahead():
+                self.mezo = self._make_optimizer(not_in_base)
+            processes.agree("the model, the data or the settings", self.mezo.header)
+            if self.mezo.truncated:
+                warnings.warn(f"{self.mezo.truncated}; the run continues from there", stacklevel=2)
+        self.optimizer = self.mezo
+        return self.mezo
+
+    @property
+    def step(self) -> int:
+        """The step whose weights the model holds: the last one, or the best that it was rewound to."""
+        return self._rewound_to if self._rewound_to is not None else 0 if self.mezo is None else self.mezo.steps
+
+    def check_processes(self) -> None:
+        """Checks that all processes hold the same weights, by their SHA-256.
+
+        Raises:
+            ProcessError: they do not.
+        """
+        if processes.count() > 1:
+            processes.agree("their weights", self.tuned.sha256())
+
+    # --- the rows ----------------------------------------------------------------------------------------------------
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that each probe is scored on, those of all processes and accumulated minibatches."""
+        return self.args.per_device_train_batch_size * processes.count() * self.args.gradient_accumulation_steps
+
+    def calibration_rows(self) -> list[dict[str, Any]]:
+        """The training rows to fit a start to; none of a data set that is read as a stream."""
+        rows: Any = self.train_dataset
+        if not isinstance(rows, list):
+            return []
+        size = min(self.args.calibration_rows, len(rows))
+        sampler = StratifiedSampler(len(rows), size, self._labels(), self.args.seed)
+        return [rows[i] for i in itertools.islice(sampler, sampler.batch_size)]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Minibatches that keep the proportions of the labels, so that a metric over a batch means something."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not isinstance(dataset, list):
+            return super()._get_train_sampler(dataset)
+        return StratifiedSampler(len(dataset), self.rows_per_step, labels=self._labels(), seed=self.args.seed)
+
+    def _labels(self) -> list[str] | None:
+        """The labels of the training rows, where there are any."""
+        rows: Any = self.train_dataset
+        column = self.args.label_column
+        return [str(row[column]) for row in rows] if self.prompt.labels and column in rows[0] else None
 
     # --- what Trainer does for backpropagation ---------------------------------------------------------------------
 

@@ -8,9 +8,8 @@ zorl.json            prompt, label words and objective, so that `zorl eval --mod
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -194,45 +193,3 @@ def check_base(header: Mapping[str, Any], model: torch.nn.Module) -> None:
             f"the base weights differ from the run's: their SHA-256 is {found[:16]}…, the trajectory's is "
             f"{header['base_sha256'][:16]}… (base model {header['model']!r})"
         )
-
-
-def changed_since_saved(
-    tensors: Mapping[str, torch.Tensor], name: str, dtype: str, classes: Sequence[str] | None
-) -> set[str]:
-    """Names of a model's tensors that its checkpoint does not hold with these very values: all where none can be loaded.
-
-    Args:
-        tensors: by canonical name.
-        name: name or path of the checkpoint; empty for a model made in memory.
-        dtype: that of the model.
-        classes: those of a classifier.
-    """
-    try:
-        loaded = load_model(name, dtype, classes=classes) if name else torch.nn.Module()
-    except (OSError, ValueError, ImportError):
-        return set(tensors)
-    saved = {canonical_name(key): tensor for key, tensor in loaded.named_parameters()}
-    return {
-        key
-        for key, tensor in tensors.items()
-        if key not in saved or saved[key].dtype != tensor.dtype or not torch.equal(saved[key], tensor.cpu())
-    }
-
-
-def peft_to_json(model: Any) -> dict[str, Any] | None:
-    """The adapter's configuration as JSON values; None for a model without an adapter."""
-    configs = getattr(model, "peft_config", None)  # transformers models may carry one as well as PeftModel
-    if not configs:
-        return None
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, set | tuple | list):
-            return sorted(map(plain, value)) if isinstance(value, set) else [plain(v) for v in value]
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        return value if isinstance(value, str | int | float | bool | None) else None
-
-    result: dict[str, Any] = plain(next(iter(configs.values())).to_dict())
-    return result
