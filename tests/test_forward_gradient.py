@@ -132,7 +132,7 @@ def test_what_has_no_slope_is_refused(parts: Callable[[str], Any], tmp_path: Any
         ForwardGradient().project(Scores(torch.zeros(2, 1)), 1, 0.1)
     with pytest.raises(ValueError, match="expected slopes along 2 directions, got 1"):
         ForwardGradient().project(Slopes((1.0,)), 2, 0.1)
-    with pytest.raises(ValueError, match="a closure does not show the model that it runs"):
+    with pytest.raises(ValueError, match="differentiates the model, which a closure does not show"):
         MeZO([("w", torch.ones(3))], estimator="forward_gradient").step(lambda: 1.0)
     optimizer = MeZO([("w", torch.ones(3))])
     with pytest.raises(ValueError, match="SPSA takes scores or verdicts, not slopes"):

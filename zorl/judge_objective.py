@@ -19,8 +19,8 @@ from zorl.reward_objective import RewardObjective
 class Judge(Protocol):
     """Compares completions without knowing where they come from.
 
-    It is called with keywords: prompts, the two completions of each, `request_id` (a text that names the run and step, so
-    that a judge that is asked again after a restart knows the question), and the data set's columns.
+    It is called with keywords: prompts, the two completions of each, `request_id` (a text that identifies the run and step,
+    so that a judge that is asked again after a restart recognises the question), and the columns of the data set.
     """
 
     def __call__(
@@ -36,7 +36,7 @@ class Judge(Protocol):
 
 @dataclass(slots=True)
 class JudgeObjective:
-    """A judge's opinion on the two sides of each direction. It never learns which side is which.
+    """A judge's verdicts on the two sides of each direction. It never learns which side is which.
 
     Identical answers tie without being shown. The order of each pair is drawn from (seed, direction, row).
     """
@@ -85,10 +85,10 @@ class JudgeObjective:
 
 
 def _columns_for_judge(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The columns that a judge gets; the column `prompt` is in its prompts.
+    """The columns for a judge, without `prompt`, which is in its prompts.
 
     Raises:
-        ValueError: a column bears the name of one of its other arguments.
+        ValueError: a column has the name of another argument of judges.
     """
     columns = {name: column for name, column in columns_of(rows).items() if name != "prompt"}
     if clash := sorted(columns.keys() & {"prompts", "first", "second", "request_id"}):

@@ -25,8 +25,8 @@ LossFunction = Callable[[Any, Sequence[Row]], Any]
 
 @dataclass(slots=True)
 class CrossEntropy:
-    """The negative log-likelihood of what is right, one number a row (MeZO's objective): of the true label among the answers to
-    choose from, or of the text that is to be generated.
+    """The negative log-likelihood of the right answer, one number per row (MeZO's objective): of the true label among the
+    answers to choose from, or of the text that is to be generated.
     """
 
     policy: Policy
@@ -74,15 +74,17 @@ class CallableLoss:
         return {"reward": -loss, "loss": loss}
 
     def losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
-        """Of each row at each point, `(points, rows)`, or `(points, 1)` where the loss is one number; float64."""
+        """The losses of each row at each point, `(points, rows)`, or `(points, 1)` where the loss is one number; float64."""
         # A loss may be one number for all rows, so processes share the points.
         parts = processes.share(points, lambda mine: {str(i): self._evaluate(rows, p) for i, p in enumerate(mine)})
         return torch.stack([part[str(i)] for part in parts for i in range(len(part))])
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
         value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
-        # On the CPU, where a plain number lies: a loss may be NaN at one point and a GPU's tensor at the next.
+        # On the CPU, like a plain number: a loss may be NaN at one point and a GPU's tensor at the next.
         losses = torch.as_tensor(value, dtype=torch.float64).reshape(-1).cpu()
         if len(losses) not in (1, len(rows)):
-            raise ValueError(f"the loss returned {len(losses)} numbers for {len(rows)} rows; return one, or one a row")
+            raise ValueError(
+                f"the loss returned {len(losses)} numbers for {len(rows)} rows; return one, or one per row"
+            )
         return losses

@@ -25,13 +25,13 @@ from zorl.scoring import LabelWords
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What reward functions are told of rows, besides the answers."""
+    """What reward functions get besides the answers."""
 
     prompts: list[Any]
     columns: dict[str, list[Any]]
 
     def of(self, rows: Sequence[int]) -> _Batch:
-        """Those of the rows with these indices."""
+        """The part for the rows with these indices."""
         columns = {name: [column[i] for i in rows] for name, column in self.columns.items()}
         return _Batch([self.prompts[i] for i in rows], columns)
 
@@ -42,8 +42,8 @@ class RewardObjective:
 
     Args:
         metrics: functions that are recorded at evaluations and never optimised.
-        label_reward: of a prompt with label words or options: "expected" under their probabilities (see
-            `zorl.expected_reward`), or of the "best" one.
+        label_reward: the reward for a prompt with label words or options: "expected" under their probabilities (see
+            `zorl.expected_reward`), or that of the "best" one.
         trainer_state: transformers' `TrainerState`, handed on to the functions as TRL does.
     """
 
@@ -52,7 +52,7 @@ class RewardObjective:
     metrics: RewardFunctions | None = None
     label_reward: LabelReward = "expected"
     trainer_state: Any = None
-    _scores_sets: bool = False  # known from the first batch on
+    _scores_sets: bool = False  # known after the first batch
 
     @property
     def name(self) -> str:
@@ -93,14 +93,14 @@ class RewardObjective:
         return self._of_draws(rows, every, scores, noise_seed, DRAWS)
 
     def _of_every_label(self, rows: Sequence[Row], every: Sequence[Sequence[Answer]]) -> RewardValues:
-        """Of each label as the answer to each row, row by row."""
+        """The rewards of each label as the answer to each row, row by row."""
         pairs = [(row, answer) for row, answers in zip(rows, every, strict=True) for answer in answers]
         return self._score(self.rewards, self._batch([row for row, _ in pairs]), [answer for _, answer in pairs])
 
     def _of_draws(
         self, rows: Sequence[Row], every: Sequence[Sequence[Answer]], scores: Tensor, noise_seed: int, draws: int
     ) -> Asked:
-        """Of answers drawn by the labels' probabilities `(points, rows, labels)`."""
+        """The mean rewards of answers drawn from the labels' probabilities `(points, rows, labels)`."""
         batch = self._batch(rows)
         values = [
             [self._score(self.rewards, batch, [of[i] for of, i in zip(every, at, strict=True)]) for at in draw]

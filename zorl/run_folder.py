@@ -1,6 +1,6 @@
-"""The files of a run: what is in its folder, and how the base weights come back.
+"""The files of a run: what is in its folder, and how the base weights are restored.
 
-trajectory.zorl      every step: with the base weights, the trained weights
+trajectory.zorl      every step; with the base weights it gives the trained weights
 init.safetensors     first values that the base checkpoint does not hold: adapters, new heads, weights changed in memory
 trainer_state.json   the Trainer's log, for resuming it
 zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
@@ -40,10 +40,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps the folder, made if need be, to this run for the block.
+        """Reserves the folder for this run during the block, and makes it where it does not exist.
 
         Raises:
-            TrajectoryError: another run has it.
+            TrajectoryError: another run is using it.
             OSError: it cannot be written.
         """
         with writing(self.path):
@@ -99,7 +99,7 @@ class RunFolder:
         write_json(self.settings, settings)
 
     def read_settings(self) -> dict[str, Any]:
-        """The settings that a run saved; empty for a folder that is not a run's.
+        """The settings that a run saved; empty for a folder without a run.
 
         Raises:
             ValueError: the file is damaged.
@@ -111,7 +111,7 @@ class RunFolder:
 
     @torch.no_grad()
     def restore_base(self, header: Mapping[str, Any], model: torch.nn.Module, parameters: ParameterSet) -> None:
-        """Writes the base weights back into the tuned parameters, and into those that the base checkpoint lacks.
+        """Writes the base weights back into the tuned parameters and those that the base checkpoint lacks.
 
         Raises:
             TrajectoryError: the result is not what the run started from.
@@ -141,10 +141,10 @@ class RunFolder:
         return tensors
 
     def rebuild(self, header: Mapping[str, Any], model: str | None = None) -> tuple[Any, ParameterSet]:
-        """The run's model with its base weights, and the parameters that it tunes.
+        """The run's model with its base weights, and the tuned parameters.
 
         Args:
-            model: name or path of the base; by default the one in the header.
+            model: name or path of the base model; by default the one in the header.
 
         Raises:
             TrajectoryError: the base is another model than the run's, or has other weights or shapes.
