@@ -150,7 +150,7 @@ def test_nan_is_an_error(classifier: Callable[[str], Classifier]):
 
 def test_a_model_without_such_a_head_is_refused(parts: Callable[[str], Any], classifier: Callable[[str], Classifier]):
     bert = parts("bert")
-    with pytest.raises(TypeError, match="need a sequence-classification model, which BertForMaskedLM is not"):
+    with pytest.raises(TypeError, match="need a sequence-classification model; BertForMaskedLM is not one"):
         ClassifierHead(bert.evaluator, bert.tokenizer, PROMPT)
     with pytest.raises(ValueError, match="head has 3 outputs, and there are 2 classes"):
         classifier("bert").policy(prompt=Prompt("{text}", classes=("a", "b")))

@@ -64,7 +64,7 @@ class ClassifierHead(Choosing):
             raise ValueError(f"the prompt {prompt.template!r} has no classes for the model's head to choose from")
         if not is_classifier(module):
             raise TypeError(
-                f"the prompt has classes, which need a sequence-classification model, which {type(module).__name__} is not; "
+                f"the prompt has classes, which need a sequence-classification model; {type(module).__name__} is not one: "
                 "load it with AutoModelForSequenceClassification"
             )
         config = module.config.get_text_config()

@@ -106,7 +106,7 @@ class RunFolder:
         """
         if not self.settings.is_file():
             return {}
-        settings: dict[str, Any] = read_json(self.settings, "give the run's own command again, which writes it anew")
+        settings: dict[str, Any] = read_json(self.settings, "run the same command again, which rewrites it")
         return settings
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """MeZOTrainer: the Hugging Face Trainer that users know, without a backward pass.
 
-`training_step` asks a probe, has it answered and tells; `optimizer.step()`, which Trainer calls next, moves θ. What
-Trainer assumes of backpropagation is switched off in `MeZOConfig` and `zorl.forward_trainer`.
+`training_step` asks a probe, has it answered and tells; `optimizer.step()`, which Trainer calls next, moves θ. `MeZOConfig`
+and `zorl.forward_trainer` switch off what Trainer does for backpropagation.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from zorl.tuned_model import TunedModel
 from zorl.twin import Twin, twin_or_scratch
 from zorl.whole_files import writing
 
-_STEPS_WITHOUT_REWARD = 10  # after which a reward that never applies is taken for a mistake
+_STEPS_WITHOUT_REWARD = 10  # after which a reward that has never applied is an error
 
 
 class MeZOTrainer(ForwardTrainer):
-    """Maximises rewards, minimises a loss, or follows a judge, with forward passes alone.
+    """Maximises rewards, minimises a loss, or follows a judge, with forward passes only.
 
     Args:
         model: a name or path, a model, or a PeftModel.
@@ -59,7 +59,7 @@ class MeZOTrainer(ForwardTrainer):
             `reward_funcs`, `judge` and `loss` is given.
         judge: compares two completions; see `zorl.judge_objective.Judge`.
         loss: `"cross_entropy"`, or `loss(model, rows)` → a float or one per row. Cross entropy is that of the label in
-            `args.label_column` among the label words or options; without these, of the text in that column, token by token
+            `args.label_column` among the label words or options; without these, that of the text in the column, each token
             given those before it (see `zorl.teacher_forcing`), and answers are then decoded greedily.
         args: settings; the default writes to `zorl_output`.
         train_dataset: rows with the columns of the prompt and of the rewards.
@@ -98,7 +98,7 @@ class MeZOTrainer(ForwardTrainer):
         args = args if args is not None else MeZOConfig(output_dir="zorl_output")
         if processes.index() > 0:
             args = copy.copy(args)
-            args.disable_tqdm = True  # the first process shows how far the run is
+            args.disable_tqdm = True  # only the first process shows progress
         rewards = (
             None
             if reward_funcs is None
@@ -130,7 +130,7 @@ class MeZOTrainer(ForwardTrainer):
             callbacks=callbacks,
         )
         self.args: MeZOConfig
-        # A loss of the user's own may read weights in any way, and computes one point at a time anyhow.
+        # A user's own loss may read weights in any way, and computes one point at a time in any case.
         kinds = {"twin": Twin, "scratch": Scratch, "auto": Scratch if callable(loss) else twin_or_scratch}
         self.derivative: DirectionalDerivative | None = None
         if args.estimator == "forward_gradient":
@@ -154,12 +154,12 @@ class MeZOTrainer(ForwardTrainer):
         elif header is not None:
             recorded = Prompt.from_dict(header["prompt"])
             if replace(recorded, label_head=None) == replace(self.prompt, label_head=None):
-                self._change_prompt(recorded)  # where it differs in more, the trajectory says so
+                self._change_prompt(recorded)  # any other difference is reported when the trajectory is read
             self.starting_point.forwards = header["calibration_forwards"]
         self.starting_point.forget()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Gathers the rows of accumulated minibatches, then asks one probe on all of them and tells."""
+        """Gathers the rows of accumulated minibatches, then asks one probe about all of them and tells."""
         assert self.mezo is not None
         self._batch += inputs.rows
         zero = torch.zeros((), device=self.args.device)
@@ -170,7 +170,7 @@ class MeZOTrainer(ForwardTrainer):
             self.objective.trainer_state = self.state
         probe, sent_before = self.mezo.ask(), processes.exchanged_bytes
         asked = self._ask(rows, probe)
-        if isinstance(asked.answers, Scores):  # one process's numbers for all: another's may differ in the last bit
+        if isinstance(asked.answers, Scores):  # all use the first process's numbers: others may differ in the last bit
             scores = asked.answers.values
             told = processes.first(lambda: scores.tolist())
             asked = replace(asked, answers=Scores(torch.tensor(told, dtype=scores.dtype)))
@@ -194,7 +194,7 @@ class MeZOTrainer(ForwardTrainer):
         return zero - (0.0 if math.isnan(reward) else reward)
 
     def _ask(self, rows: list[dict[str, Any]], probe: Probe) -> Asked:
-        """The objective's answers to a probe; with forward gradients the slopes of its losses."""
+        """The objective's answers to a probe; with forward gradients, the slopes of its losses."""
         if self.derivative is None:
             return self.objective.ask(rows, probe.points, derive_seed(self.args.seed, "noise", probe.step))
         objective = self.objective
@@ -225,12 +225,12 @@ class MeZOTrainer(ForwardTrainer):
 
     @property
     def forwards(self) -> int:
-        """Evaluations of a batch that the run has spent: one for each point of a probe, and those of the calibration."""
+        """The run's evaluations of a batch so far: one for each point of a probe, and those of the calibration."""
         return self.calibration_forwards + (0 if self.mezo is None else self.mezo.forwards)
 
     @property
     def calibration_forwards(self) -> int:
-        """Those of the calibration."""
+        """The evaluations of a batch for the calibration."""
         return self.starting_point.forwards
 
     def _make_optimizer(self, not_in_base: Sequence[str]) -> MeZO:
@@ -259,7 +259,7 @@ class MeZOTrainer(ForwardTrainer):
         )
 
     def _header(self, not_in_base: Sequence[str]) -> dict[str, Any]:
-        """What else decides where a run goes, or how its base is rebuilt.
+        """The settings that decide where a run goes, and how its base is rebuilt.
 
         Args:
             not_in_base: the parameters whose first values a new run saves.
@@ -330,7 +330,7 @@ class MeZOTrainer(ForwardTrainer):
         figures = self.objective.evaluate(rows)
         seconds = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        metrics[f"{metric_key_prefix}_forwards"] = self.forwards  # spent on tuning up to here
+        metrics[f"{metric_key_prefix}_forwards"] = self.forwards  # spent on tuning so far
         metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
         metrics[f"{metric_key_prefix}_samples_per_second"] = round(len(rows) / max(seconds, 1e-9), 3)
         self.log(dict(metrics))
@@ -350,14 +350,14 @@ class MeZOTrainer(ForwardTrainer):
         """Fits biases or a head for the labels to training rows.
 
         Those for label words are kept in the prompt and change no weight; a linear probe writes the last layer of a classifier.
-        The rows count among the run's forwards, as batches. Does nothing where there are no labels, no rewards, or a head
-        that the prompt came with.
+        The rows count towards the run's forward passes, as batches. Nothing happens without labels or a reward, or where the
+        prompt came with a head.
 
         Args:
             kind: "auto", "head", "bias", "probe" or "none"; by default `args.calibration`.
 
         Raises:
-            ValueError: it is for the other kind of model, or a probe finds no true labels, or none of a class.
+            ValueError: the kind is for another kind of model, or a probe finds no true labels, or none of some class.
         """
         chosen = kind if kind is not None else self.args.calibration
         if isinstance(self.policy, ClassifierHead):
@@ -369,7 +369,7 @@ class MeZOTrainer(ForwardTrainer):
                 self._change_prompt(prompt)
 
     def _change_prompt(self, prompt: Prompt) -> None:
-        """Another prompt, in forwards of the size that has been found to fit."""
+        """Replaces the prompt, and keeps the batch size that was found to fit."""
         self.args.forward_batch_size = self.policy.forwards.batch_size
         self._use_prompt(prompt)
 

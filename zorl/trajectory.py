@@ -39,7 +39,7 @@ from zorl.whole_files import whole_file, writing
 
 SCHEMA = 1
 _MAGIC = b"ZORL"
-_STEPS_A_BLOCK = 16
+_STEPS_PER_BLOCK = 16
 _U32 = struct.Struct("<I")
 
 
@@ -183,7 +183,7 @@ class Trajectory:
     def _take(self, data: bytes) -> None:
         self._open += data
         self._open_steps += 1
-        if self._open_steps == _STEPS_A_BLOCK:
+        if self._open_steps == _STEPS_PER_BLOCK:
             self._start += len(self._open) + 4
             self._chain = zlib.crc32(self._open, self._chain)
             self._open, self._open_steps = b"", 0
@@ -293,10 +293,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
     records: list[Record] = []
     position, chain = end, _U32.unpack(data[end - 4 : end])[0]
     while position < len(data):
-        sizes = [bytes_each * directions(len(records) + i) for i in range(_STEPS_A_BLOCK)]
+        sizes = [bytes_each * directions(len(records) + i) for i in range(_STEPS_PER_BLOCK)]
         last = len(data) - position < sum(sizes) + 4
         count = (
-            next((k for k in range(1, _STEPS_A_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0)
+            next((k for k in range(1, _STEPS_PER_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0)
             if last
             else len(sizes)
         )
