@@ -30,7 +30,7 @@ from zorl.apps.inputs import (
     source_of,
     with_trained_classes,
 )
-from zorl.classifier_head import prepare_classifier
+from zorl.classifier_models import prepare_classifier
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of

@@ -35,7 +35,7 @@ from zorl.apps.inputs import (
 from zorl.apps.launcher import is_first
 from zorl.apps.memory import peak_memory_mb
 from zorl.apps.report import Begin
-from zorl.classifier_head import sorted_labels
+from zorl.classifier_models import sorted_labels
 from zorl.data import hold_out
 from zorl.interrupts import terminated_as_interrupted
 from zorl.prompts import Prompt

@@ -36,8 +36,8 @@ from zorl.comparisons import Comparison
 from zorl.directions import derive_seed
 from zorl.drift import distinct_2, starting_evaluator
 from zorl.generation import Generation
+from zorl.judge_objective import JudgeObjective
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import JudgeObjective
 from zorl.output_bias import add_output_bias, output_bias_name
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch

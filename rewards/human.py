@@ -21,7 +21,7 @@ _KEY = "judge:"  # begins the keys of the probes that were asked here
 
 
 class HumanJudge:
-    """Asks people, by way of a judgment store, and waits for them. A `zorl.objectives.Judge`.
+    """Asks people, by way of a judgment store, and waits for them. A `zorl.judge_objective.Judge`.
 
     A question has the same name whenever it is asked: a run that was stopped, and is continued, gets the verdicts that were
     given meanwhile. One run at a time asks in a store: another's open question is withdrawn.

@@ -1,6 +1,6 @@
 """Judges that are no people: a reward function, a classifier or a language model compares the answers.
 
-Each is a `zorl.objectives.Judge`, and takes the place of any other: `judge(prompts=, first=, second=, **columns)` → choices.
+Each is a `zorl.judge_objective.Judge`, and takes the place of any other: `judge(prompts=, first=, second=, **columns)` → choices.
 """
 
 from __future__ import annotations

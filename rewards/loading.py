@@ -35,7 +35,7 @@ from zorl.rewards.classifier import classifier
 from zorl.rewards.text import exact_match, squad_f1
 
 if TYPE_CHECKING:
-    from zorl.objectives import Judge
+    from zorl.judge_objective import Judge
 
 SHIPPED: dict[str, Callable[..., RewardFunction]] = {
     "accuracy": accuracy,

@@ -272,6 +272,49 @@ def parts() -> Callable[[str], Parts]:
     return make_parts
 
 
+@pytest.fixture
+def base(parts: Callable[[str], Any], tmp_path: Path) -> Callable[[str], str]:
+    """The path of a saved tiny model with its tokenizer."""
+
+    def save(kind: str) -> str:
+        path = tmp_path / f"base-{kind}"
+        if not path.exists():
+            parts(kind).model.save_pretrained(path)
+            parts(kind).tokenizer.save_pretrained(path)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def make(base: Callable[[str], str], tmp_path: Path) -> Callable[..., Any]:
+    """A MeZOTrainer with short settings; keywords are its own, `settings` those of MeZOConfig."""
+    from tiny_runs import PROMPT, TRAIN  # slow, and most tests need no trainer
+
+    from zorl import MeZOConfig, MeZOTrainer
+
+    def trainer(
+        folder: str = "out", *, kind: str = "bert", settings: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        config = MeZOConfig(
+            output_dir=str(tmp_path / folder),
+            **{
+                "max_steps": 6,
+                "per_device_train_batch_size": 8,
+                "logging_steps": 2,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "calibration": "none",
+                **(settings or {}),
+            },
+        )
+        objective = {} if options.keys() & {"reward_funcs", "loss", "judge"} else {"loss": "cross_entropy"}
+        defaults = {"model": base(kind), "args": config, "train_dataset": TRAIN, "prompt": PROMPT}
+        return MeZOTrainer(**{**defaults, **objective, **options})
+
+    return trainer
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Models as small as these are faster without a second thread."""

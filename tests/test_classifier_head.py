@@ -14,7 +14,8 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
 from zorl.choosing import Choosing
-from zorl.classifier_head import ClassifierHead, class_names, has_new_head, prepare_classifier, sorted_labels
+from zorl.classifier_head import ClassifierHead
+from zorl.classifier_models import class_names, has_new_head, prepare_classifier, sorted_labels
 from zorl.models import load_model, trained_classes
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch
@@ -149,7 +150,7 @@ def test_nan_is_an_error(classifier: Callable[[str], Classifier]):
 
 def test_a_model_without_such_a_head_is_refused(parts: Callable[[str], Any], classifier: Callable[[str], Classifier]):
     bert = parts("bert")
-    with pytest.raises(TypeError, match="need a sequence-classification model, and BertForMaskedLM is none"):
+    with pytest.raises(TypeError, match="need a sequence-classification model; BertForMaskedLM is not one"):
         ClassifierHead(bert.evaluator, bert.tokenizer, PROMPT)
     with pytest.raises(ValueError, match="head has 3 outputs, and there are 2 classes"):
         classifier("bert").policy(prompt=Prompt("{text}", classes=("a", "b")))

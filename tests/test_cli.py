@@ -585,7 +585,7 @@ def test_options_that_do_not_fit_get_a_sentence(
     assert "BertForMaskedLM fills one mask" in error("--options", "choices", "--model", files.bert)
     wrong = files.write("wrong.jsonl", json.dumps({"premise": "a", "choices": ["b", "c"], "right": 1}) + "\n")
     told = error("--options", "choices", "--dataset", wrong, "--eval_strategy", "no")
-    assert "train_dataset, row 1: right=1 is none of the options in 'choices', ['b', 'c']" in told
+    assert "train_dataset, row 1: right=1 is not among the options in 'choices', ['b', 'c']" in told
 
 
 def test_generation_is_taught_by_its_cross_entropy(

@@ -16,7 +16,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zorl.data import hold_out, label_counts, load_rows
+from zorl.data import checked_rows, hold_out, label_counts, load_rows
+from zorl.prompts import Prompt
 from zorl.tables import read_table
 
 
@@ -331,3 +332,11 @@ def test_rows_without_labels_are_held_out_at_random() -> None:
 def test_shares_out_of_range_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hold_out(numbered([0, 0, 1, 1]), "label", **arguments)
+
+
+def test_rows_to_train_on_need_two_classes_whatever_the_argument_is_called() -> None:
+    prompt = Prompt("{text} It was {mask}.", {"bad": "terrible", "good": "great"})
+    rows = [{"text": "fine", "label": "good"}] * 3
+    assert checked_rows(rows, "train_dataset", prompt, "label") == rows
+    with pytest.raises(ValueError, match="my rows has one class only: all 3 rows have label='good'"):
+        checked_rows(rows, "my rows", prompt, "label", training=True)

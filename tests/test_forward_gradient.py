@@ -14,8 +14,8 @@ from zorl.directions import DISTRIBUTIONS, Distribution, key
 from zorl.forward_gradient import DirectionalDerivative, ForwardGradient
 from zorl.kernels import reference
 from zorl.label_loss import LabelLoss
+from zorl.loss_objectives import CrossEntropy
 from zorl.mezo import MeZO
-from zorl.objectives import CrossEntropy
 from zorl.parameters import ParameterSet
 from zorl.probe import CENTRE, Point, Scores, Slopes
 from zorl.prompts import Prompt
@@ -122,9 +122,9 @@ def test_the_trainer_follows_slopes(parts: Callable[[str], Any], tmp_path: Any):
 
 
 def test_what_has_no_slope_is_refused(parts: Callable[[str], Any], tmp_path: Any):
-    with pytest.raises(ValueError, match="differentiates a loss, and reward_funcs has no slope"):
+    with pytest.raises(ValueError, match="differentiates a loss, and a reward or a judge has no slope"):
         tune(parts, tmp_path, reward_funcs=lambda completions, **_: [0.0] * len(completions))
-    with pytest.raises(ValueError, match="differentiates a loss, and judge has no slope"):
+    with pytest.raises(ValueError, match="differentiates a loss, and a reward or a judge has no slope"):
         tune(parts, tmp_path, judge=lambda **_: [])
     with pytest.raises(ValueError, match="returns a number without a derivative"):
         tune(parts, tmp_path, loss=lambda model, rows: 1.0).train()
@@ -132,7 +132,7 @@ def test_what_has_no_slope_is_refused(parts: Callable[[str], Any], tmp_path: Any
         ForwardGradient().project(Scores(torch.zeros(2, 1)), 1, 0.1)
     with pytest.raises(ValueError, match="expected slopes along 2 directions, got 1"):
         ForwardGradient().project(Slopes((1.0,)), 2, 0.1)
-    with pytest.raises(ValueError, match="a closure does not show the model that it runs"):
+    with pytest.raises(ValueError, match="differentiates the model, which a closure does not show"):
         MeZO([("w", torch.ones(3))], estimator="forward_gradient").step(lambda: 1.0)
     optimizer = MeZO([("w", torch.ones(3))])
     with pytest.raises(ValueError, match="SPSA takes scores or verdicts, not slopes"):

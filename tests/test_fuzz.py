@@ -152,13 +152,13 @@ def test_damaged_first_values_are_refused_and_leave_the_weights(
     first = {"w": torch.linspace(0, 1, 64)}
     save_file(first, folder.init)
     folder.trajectory.unlink(missing_ok=True)
-    digest = folder.keep_init(first)
+    digest = folder.keep_init(first, list(first))
     Trajectory.create(folder.trajectory, {"schema": 1, "n_spsa": "1", "init_sha256": digest}).close()
     intact = folder.init.read_bytes()
     data = damage(intact)
     folder.init.write_bytes(data)
     weights = {"w": torch.zeros(64)}
-    kept, refused = attempt(TrajectoryError, lambda: folder.keep_init(weights))
+    kept, refused = attempt(TrajectoryError, lambda: folder.keep_init(weights, []))
     if refused is not None:
         assert "init.safetensors" in refused
         assert not weights["w"].any()

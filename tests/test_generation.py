@@ -366,7 +366,7 @@ def test_nan_logits_are_no_text(parts, greedy):
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], not 0.0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], not 1.5"),
-        ({"temperature": 0.0}, "temperature must be positive, not 0.0; for the likeliest tokens set greedy=True"),
+        ({"temperature": 0.0}, "temperature must be positive, not 0.0; for the most likely tokens set greedy=True"),
         ({"temperature": float("nan")}, "temperature must be positive, not nan"),
         ({"max_new_tokens": 96}, "max_new_tokens=96 leaves no room for a prompt in 96 tokens"),
         ({"max_length": 6}, "max_new_tokens=6 leaves no room for a prompt in 6 tokens"),
@@ -377,14 +377,25 @@ def test_arguments_out_of_range_are_named(parts, options, message):
         policy(parts("gpt2"), **options)
 
 
-def test_a_prompt_with_label_words_is_not_for_text(parts):
-    with pytest.raises(ValueError, match="has label_words, which LabelWords scores"):
-        policy(parts("gpt2"), Prompt("{text} {mask}", {0: "bad", 1: "good"}))
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Prompt("{text} {mask}", {0: "bad", 1: "good"}),
+        Prompt("{text} {mask}", options="choices"),
+        Prompt("{text}", classes=("bad", "good")),
+    ],
+    ids=["label words", "options", "classes"],
+)
+def test_a_prompt_with_answers_to_choose_from_is_not_for_text(parts, prompt: Prompt):
+    with pytest.raises(
+        ValueError, match="has label_words, options or classes to choose from; generated text needs none"
+    ):
+        policy(parts("gpt2"), prompt)
 
 
 def test_models_that_do_not_generate_are_refused(parts):
-    with pytest.raises(TypeError, match="BertForMaskedLM is none"):
+    with pytest.raises(TypeError, match="which BertForMaskedLM is not"):
         policy(parts("bert"))
     model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2))
-    with pytest.raises(TypeError, match="T5ForConditionalGeneration is none"):
+    with pytest.raises(TypeError, match="which T5ForConditionalGeneration is not"):
         policy(with_model(parts("gpt2"), model))

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from transformers import BertConfig, BertForSequenceClassification
 
-from zorl.objectives import Judge, JudgeObjective
+from zorl.judge_objective import Judge, JudgeObjective
 from zorl.probe import Choice, Point
 from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardError

@@ -402,7 +402,7 @@ def test_a_probe_of_an_earlier_process_is_told_as_if_it_had_been_asked_here():
     again = second.reopen(probe)
     answers = Scores.of_losses([1.0, 0.0])
     assert first.tell(probe.id, answers) == second.tell(again.id, answers)
-    with pytest.raises(ValueError, match="is of step 0, and 1 steps are told already"):
+    with pytest.raises(ValueError, match="is of step 0, and 1 steps have been told already"):
         second.reopen(probe)
     with pytest.raises(ValueError, match="looks along other directions than step 0"):
         MeZO([("w", torch.zeros(3))], seed=1).reopen(probe)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from zorl.goal import Goal
+from zorl.judge_objective import JudgeObjective
 from zorl.label_head import LabelHead
-from zorl.objectives import JudgeObjective, RewardObjective, make_objective
 from zorl.probe import CENTRE, Choice, Point, Scores, Verdicts
 from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardFunctions
+from zorl.reward_objective import RewardObjective
 from zorl.rewards import accuracy
 from zorl.scoring import LabelWords
 
@@ -44,7 +46,7 @@ class Recited:
 
 
 def test_cross_entropy_is_the_negative_log_likelihood_of_the_true_label(policy: LabelWords) -> None:
-    objective = make_objective(policy, loss="cross_entropy")
+    objective = Goal(loss="cross_entropy").objective(policy)
     answers = objective.ask(ROWS, POINTS, 0).answers
     assert isinstance(answers, Scores)
     scores = policy.scores(ROWS, POINTS)
@@ -59,14 +61,14 @@ def test_a_callable_loss_sees_the_model_at_each_point(policy: LabelWords) -> Non
     def loss(model: Any, rows: Sequence[Any]) -> float:
         return float(model.get_input_embeddings()(torch.tensor([5])).detach().sum())
 
-    objective = make_objective(policy, loss=loss)
+    objective = Goal(loss=loss).objective(policy)
     plus, minus = objective.ask(ROWS, POINTS, 0).answers.values[:, 0].tolist()  # type: ignore[union-attr]
     centre = float(weight(torch.tensor([5])).detach().sum())
     assert objective.evaluate(ROWS)["loss"] == pytest.approx(centre)
     assert plus != minus
     assert -(plus + minus) / 2 == pytest.approx(centre, abs=1e-5)  # symmetric around θ
     with pytest.raises(ValueError, match="returned 2 numbers for 3 rows"):
-        make_objective(policy, loss=lambda model, rows: [1.0, 2.0]).evaluate(ROWS)
+        Goal(loss=lambda model, rows: [1.0, 2.0]).objective(policy).evaluate(ROWS)
 
 
 def test_a_set_level_reward_gives_one_score_a_point_and_metrics_are_not_optimised() -> None:
@@ -142,7 +144,7 @@ def test_a_set_reward_may_abstain_in_some_draws(policy: LabelWords) -> None:
 
 
 def test_the_goal_of_cross_entropy_is_the_likelihood_of_the_truth(policy: LabelWords) -> None:
-    goal = make_objective(policy, loss="cross_entropy").label_goal(ROWS)  # type: ignore[attr-defined]
+    goal = Goal(loss="cross_entropy").objective(policy).label_goal(ROWS)  # type: ignore[attr-defined]
     expected = goal.scores[[0, 1, 2], [1, 0, 1]].double()
     assert goal.best(goal.scores, torch.arange(3)) == pytest.approx(expected.mean().item())
     assert goal.best(goal.scores[1:], torch.arange(1, 3)) == pytest.approx(expected[1:].mean().item())
@@ -185,6 +187,6 @@ def test_a_judge_that_skips_pairs_or_invents_words_is_an_error() -> None:
 
 def test_a_loss_that_is_no_loss_is_refused(policy: LabelWords) -> None:
     with pytest.raises(ValueError, match="'cross_entropy' or a function"):
-        make_objective(policy, loss="crossentropy")
+        Goal(loss="crossentropy").objective(policy)
     with pytest.raises(ValueError, match="needs a policy that scores what is right, and Recited"):
-        make_objective(Recited([]), loss="cross_entropy")
+        Goal(loss="cross_entropy").objective(Recited([]))

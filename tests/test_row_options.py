@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from zorl.objectives import RewardObjective, make_objective
+from zorl.goal import Goal
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Point, Scores
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunctions
+from zorl.reward_objective import RewardObjective
 from zorl.rewards import accuracy
 from zorl.row_options import RowOptions
 from zorl.twin import Twin
@@ -120,7 +121,7 @@ def test_rewards_and_cross_entropy_go_by_the_options_probabilities(parts: Callab
     rewarded = RewardObjective(words, RewardFunctions(accuracy())).ask(ROWS, POINTS, 0).answers
     assert isinstance(rewarded, Scores)
     torch.testing.assert_close(rewarded.values, right)
-    objective = make_objective(words, loss="cross_entropy", metrics=RewardFunctions(accuracy()))
+    objective = Goal(loss="cross_entropy", metrics=RewardFunctions(accuracy())).objective(words)
     lost = objective.ask(ROWS, POINTS, 0).answers
     assert isinstance(lost, Scores)
     torch.testing.assert_close(lost.values, right.log())

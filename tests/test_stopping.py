@@ -48,7 +48,7 @@ def test_too_few_looks_say_nothing():
 def test_a_run_stops_where_twice_as_much_would_buy_too_little():
     stopping = Stopping(None, least_gain=0.01)
     flat = [0.7, 0.79, 0.800, 0.801, 0.7995, 0.8, 0.8005, 0.7998]
-    assert "twice the forwards would change the held-out score by" in (stopping.reason(history(flat)) or "")
+    assert "doubling the forward passes would change the held-out score by" in (stopping.reason(history(flat)) or "")
     assert stopping.reason(history([0.1 * i for i in range(8)])) is None, "still rising"
     assert stopping.reason(history([0.7, 0.8, 0.7, 0.8, 0.7, 0.85, 0.7, 0.8])) is None, "too noisy to tell"
     assert stopping.reason(history(flat[:3])) is None

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from zorl.generation import Generation
-from zorl.objectives import make_objective
+from zorl.goal import Goal
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Point, Scores
@@ -142,7 +142,7 @@ def test_a_text_is_cut_to_what_generation_may_say_and_a_prompt_as_for_generation
 def test_the_objective_is_the_loss_and_evaluation_decodes_greedily(parts: Callable[[str], Any]) -> None:
     policy = generation(parts("qwen2"), max_new_tokens=25)
     metric = RewardFunctions(squad_f1())
-    objective = make_objective(policy, loss="cross_entropy", label_column="answers", metrics=metric)
+    objective = Goal(loss="cross_entropy", metrics=metric).objective(policy, label_column="answers")
     losses = TeacherForcing(policy, "answers")(ROWS, POINTS)
     asked = objective.ask(ROWS, POINTS, 0).answers
     assert isinstance(asked, Scores)

@@ -295,7 +295,7 @@ def test_a_trajectory_is_not_overwritten(tmp_path: Path):
     path = tmp_path / "trajectory.zorl"
     written(path, 3)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="exists: resume that run, or remove the file to start anew"):
+    with pytest.raises(FileExistsError, match="exists: resume that run, or remove the file to start again"):
         Trajectory.create(path, HEADER)
     assert path.read_bytes() == before
     Trajectory.resume(path)[0].close()  # the lock was given back

@@ -1,54 +1,53 @@
-"""Labels by a sequence-classification model's own head, at points around θ: the classic way to a label, without words.
+"""Labels from a sequence-classification model's own head, at points around θ: no label words are needed.
 
-Encoders (BERT, RoBERTa and their kin) read their first token, decoders (OPT, GPT-2, Llama, Qwen) the last one that is no padding:
-what transformers' own `forward` does is what is scored here, so a saved model answers the same anywhere.
+Encoders (BERT, RoBERTa and similar) read their first token, decoders (OPT, GPT-2, Llama, Qwen) the last token that is not
+padding. The scores are those of transformers' own `forward`, so a saved model gives the same answers anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zorl import processes
 from zorl.choosing import Choosing
-from zorl.directions import canonical_name
-from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, pad_token_id, padded
+from zorl.classifier_models import check_number, is_classifier, last_linear
+from zorl.encoding import ContextTokenizer, Encoded, PromptEncoder, length_buckets, longest_input, padded
 from zorl.fitting_forwards import FittingForwards
 from zorl.offload import computing_device
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt, Rendered
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from zorl.perturbation import Evaluator
     from zorl.probe import Point
 
 
 class ClassifierHead(Choosing):
-    """Answers rows with the class that the head of a sequence-classification model finds likeliest.
+    """Answers rows with the class that the head of a sequence-classification model finds most likely.
 
     A text is tokenised with the tokenizer's own special tokens, a pair (`{sep}` in the template) by its pair encoding, and both
-    are padded on the right. Values that are too long lose their end, as with transformers' `truncation=True`.
+    are padded on the right. Values that are too long are cut at the end, as with transformers' `truncation=True`.
 
     Args:
         evaluator: runs the model at points.
         processing_class: the model's tokenizer. Its padding side does not matter.
         prompt: with classes, in the order of the model's logits.
-        batch_size: inputs in a forward, at most, those of all points together that it holds.
-        max_length: tokens in an input, at most; by default what the model reads.
+        batch_size: maximum inputs per forward pass, counting those of all points that it evaluates.
+        max_length: maximum tokens per input; by default the most that the model reads.
 
     Attributes:
-        head: the linear layer that makes the logits, of the evaluator's module; None where there is none.
+        head: the linear layer of the evaluator's module that makes the logits; None where there is none.
 
     Raises:
-        ValueError: the prompt has no classes, or another number of them than the model; or the model has no padding token.
-        TypeError: the model is no sequence-classification model.
+        ValueError: the prompt has no classes, or not as many as the model; or the model has no padding token.
+        TypeError: the model is not a sequence-classification model.
     """
 
     def __init__(
@@ -65,18 +64,18 @@ class ClassifierHead(Choosing):
             raise ValueError(f"the prompt {prompt.template!r} has no classes for the model's head to choose from")
         if not is_classifier(module):
             raise TypeError(
-                f"the prompt has classes, which need a sequence-classification model, and {type(module).__name__} is none; "
+                f"the prompt has classes, which need a sequence-classification model; {type(module).__name__} is not one: "
                 "load it with AutoModelForSequenceClassification"
             )
         config = module.config.get_text_config()
         if config.pad_token_id is None:
             raise ValueError("the model's configuration has no pad_token_id, without which it reads one text at a time")
         check_number(prompt.classes, module.config)
-        config.use_cache = False  # of the evaluator's own copy: nothing is generated
+        config.use_cache = False  # the evaluator's own copy of the configuration: nothing is generated
         self.evaluator = evaluator
         self.prompt = prompt
         self.forwards = FittingForwards(evaluator, batch_size)
-        self.head = _last_linear(module, len(prompt.classes))
+        self.head = last_linear(module, len(prompt.classes))
         self._tokenizer = processing_class
         self._contexts = ContextTokenizer(processing_class, prompt)
         self._pad_id: int = config.pad_token_id
@@ -125,7 +124,7 @@ class ClassifierHead(Choosing):
         return {"logits": logits[0].cpu()} | ({} if states is None else {"states": states[0].cpu()})
 
     def _logits(self, encoded: Sequence[Encoded], points: Sequence[Point]) -> tuple[Tensor, Tensor | None]:
-        """Logits `(points, rows, classes)`, and the states that they are made of, `(points, rows, width)`."""
+        """Logits `(points, rows, classes)`, and the states that they are computed from, `(points, rows, width)`."""
         device = computing_device(self.evaluator.module)
         if not encoded or not points:
             return torch.empty(len(points), len(encoded), len(self.prompt.labels), device=device), None
@@ -172,7 +171,7 @@ class ClassifierHead(Choosing):
         )
 
     def _last(self, input_ids: Tensor) -> Tensor:
-        """The last token that is no padding, as transformers finds it; shape `(n,)`."""
+        """The position of the last token that is not padding, as transformers finds it; shape `(n,)`."""
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         return (position * (input_ids != self._pad_id)).argmax(dim=1)
 
@@ -208,127 +207,3 @@ class ClassifierHead(Choosing):
 
     def _encoded(self, ids: Sequence[int], second: int) -> Encoded:
         return Encoded(np.array(list(ids) or [self._pad_id], dtype=np.int32), second)
-
-
-def is_classifier(module: nn.Module) -> bool:
-    """Whether the model, or what an adapter wraps, is one of transformers' sequence-classification models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as MODELS
-
-    names = set(MODELS.values())
-    return any(kind.__name__ in names for inner in module.modules() for kind in type(inner).__mro__)
-
-
-def has_new_head(model: nn.Module) -> bool:
-    """Whether the head was made when the model was loaded: its checkpoint, if any, is that of another kind of model.
-
-    Ask before the model is saved, which makes it one of its own kind.
-    """
-    base = _unwrapped(model)
-    return type(base).__name__ not in (base.config.architectures or [])
-
-
-def class_names(config: Any, labels: Iterable[Any] = (), *, new_head: bool = False) -> tuple[str, ...]:
-    """The names of a model's classes, in the order of its logits.
-
-    They are those of its `id2label`. Where that says no more than LABEL_0, LABEL_1, …, they are the different labels of the data,
-    sorted, for a new head, and 0, 1, … for one that was trained.
-    """
-    named = [str(config.id2label[i]) for i in range(config.num_labels)]
-    if named != [f"LABEL_{i}" for i in range(config.num_labels)]:
-        return tuple(named)
-    return (sorted_labels(labels) if new_head else ()) or tuple(map(str, range(config.num_labels)))
-
-
-def sorted_labels(labels: Iterable[Any]) -> tuple[str, ...]:
-    """The different labels as text, whole numbers by their value and others by the alphabet."""
-    names = {str(label) for label in labels}
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=int) if numbers else sorted(names))
-
-
-def prepare_classifier(
-    model: nn.Module, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, labels: Iterable[Any] = ()
-) -> Prompt:
-    """Agrees on the classes' names: in the prompt, and in the model's configuration, so that they are saved with it.
-
-    The configuration also gets a padding token where it has none: a decoder finds the end of a text by it, and reads a single
-    text at a time without.
-
-    Args:
-        labels: of the training rows, for a new head whose classes nobody has named.
-
-    Raises:
-        ValueError: the model has another number of classes, or the prompt has label words.
-    """
-    base = _unwrapped(model)
-    config: Any = base.config
-    if prompt.label_words is not None:
-        raise ValueError(
-            f"the prompt has label words, and {type(base).__name__} is a sequence-classification model: leave them and "
-            "{mask} out, or load a language model"
-        )
-    if prompt.classes is None:
-        names = class_names(config, labels, new_head=has_new_head(model))
-        check_number(names, config)
-        prompt = replace(prompt, classes=names)
-    check_number(prompt.labels, config)
-    config.id2label = dict(enumerate(prompt.labels))
-    config.label2id = {name: i for i, name in enumerate(prompt.labels)}
-    if config.get_text_config().pad_token_id is None:
-        config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id(tokenizer)
-    return prompt
-
-
-def check_number(classes: Sequence[str], config: PreTrainedConfig) -> None:
-    """Raises ValueError unless there are as many classes as the model has logits, and two at least."""
-    if len(classes) != config.num_labels or len(classes) < 2:
-        raise ValueError(
-            f"the model's head has {config.num_labels} outputs, and there are {len(classes)} classes "
-            f"({', '.join(map(repr, classes[:5]))}); give as many as it has outputs, two at least"
-        )
-
-
-def parameters_not_in_checkpoint(model: nn.Module) -> set[str]:
-    """Canonical names of what the checkpoint of a classifier does not hold, such as a new head's; and of its head, which a
-    linear probe writes. Reads the checkpoint's names alone."""
-    from transformers.utils import logging
-
-    base: Any = _unwrapped(model)
-    missing: set[str] = set()
-    if has_new_head(base) and base.config._name_or_path:
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it has said so when the model was loaded
-        try:
-            _, info = type(base).from_pretrained(
-                base.config._name_or_path,
-                config=base.config,
-                use_safetensors=True,
-                output_loading_info=True,
-                device_map="meta",
-            )
-        except OSError:  # the checkpoint is gone, or a pickle
-            return {canonical_name(name) for name, _ in model.named_parameters()}
-        finally:
-            logging.set_verbosity(verbosity)
-        missing = set(info["missing_keys"])
-    head = _last_linear(model, base.config.num_labels)
-    written = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return {
-        canonical_name(name)
-        for name, parameter in model.named_parameters()
-        # peft keeps the head as it was beside the one that it tunes
-        if id(parameter) in written or canonical_name(name).replace("original_module.", "") in missing
-    }
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    """The transformers model that an adapter wraps."""
-    from peft import PeftModel  # slow
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _last_linear(module: nn.Module, outputs: int) -> nn.Linear | None:
-    """The last linear layer with so many outputs: a head's, and peft's own copy of it where there is one."""
-    found = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
-    return found[-1] if found else None

@@ -22,9 +22,10 @@ from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
 from zorl.updates import measured_in_weights
 
-DIRECTIONS = 8  # a step of estimator="one_sided", of which seven are worth something
+DIRECTIONS = 8  # per step of estimator="one_sided", of which seven are worth something
+ANSWERING = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
 _INFINITE = float("inf")
-# The settings that are numbers: whole ones with the smallest, the others with the interval.
+# The settings that are numbers: whole numbers with their minimum, the others with their interval.
 _WHOLE = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "max_steps": -1, "lora_rank": 1,
     "lora_alpha": 1, "prefix_tokens": 1, "moment_window": 1, "block_scales_every": 2, "calibration_rows": 1,
@@ -59,8 +60,8 @@ _OPTIONAL = (
 class MeZOConfig(TrainingArguments):
     """`TrainingArguments` with the settings of zeroth-order optimisation. Rewards are maximised.
 
-    `per_device_train_batch_size` · `gradient_accumulation_steps` rows make up the batch that each probe is scored on, as a
-    whole. `seed` is the master seed of directions, sampling and order of the data.
+    Each probe is scored on one batch of `per_device_train_batch_size` · `gradient_accumulation_steps` rows. `seed` is the
+    master seed of directions, sampling and the order of the data.
 
     Raises:
         ValueError: a setting is out of range, or belongs to backpropagation and has no meaning here.
@@ -70,34 +71,38 @@ class MeZOConfig(TrainingArguments):
     learning_rate: float = field(  # type: ignore[assignment]  # None until the trainer has seen what is tuned
         default=None,
         metadata={
-            "help": "Typical change of a weight in one step of one direction; with sgd and momentum what the slope is multiplied "
-            "by, which has no default. Default: 3e-4·√(23M/tuned parameters), for LoRA half of it, at most "
+            "help": "Typical change of a weight in one step of one direction; with sgd and momentum the factor of the slope, "
+            "which has no default. Default: 3e-4·√(23M/tuned parameters), half of that for LoRA, at most "
             + ", ".join(f"{scale.learning_rate:g} ({kind})" for kind, scale in SCALES.items())
-            + "; with normalized times the directions that a step averages over."
+            + "; with normalized, multiplied by the directions that a step averages over."
         },
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
     per_device_train_batch_size: int = field(
-        default=64, metadata={"help": "Rows that a probe is scored on. Metrics such as F1 want large batches."}
+        default=64, metadata={"help": "Rows that each probe is scored on. Metrics such as F1 need large batches."}
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "There is no gradient to clip: must stay 0."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Divergence is shown, not hidden."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches are texts: no tensors to pin."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "NaN and infinite losses are logged as they are."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Batches are texts: there are no tensors to pin."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards receive every column."})
     logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
     metric_for_best_model: str | None = field(
-        default="reward", metadata={"help": "Evaluation figure that decides which step was best."}
+        default="reward", metadata={"help": "Evaluation metric that decides which step was best."}
     )
 
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without a better held-out score. Default: never."},
+        metadata={"help": "Stop after this many evaluations without a better held-out score. Default: never."},
     )
     stop_below_gain: float | None = field(
         default=None,
         metadata={
-            "help": "Stop once twice the forwards would raise the held-out score by less than this, by the upper end of a 95% "
-            "confidence interval. Default: never."
+            "help": "Stop once doubling the forward passes would raise the held-out score by less than this, judged by the upper "
+            "end of a 95% confidence interval. Default: never."
         },
     )
 
@@ -113,15 +118,15 @@ class MeZOConfig(TrainingArguments):
     lora_targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Linear layers with an adapter, by the end of their names, such as q_proj v_proj, or all-linear. Default: "
-            "the queries and values of the attention."
+            "help": "Linear layers that get an adapter, by the end of their names, such as q_proj v_proj, or all-linear. "
+            "Default: the queries and values of the attention."
         },
     )
-    prefix_tokens: int = field(default=5, metadata={"help": "Tokens of a prefix."})
+    prefix_tokens: int = field(default=5, metadata={"help": "Number of tokens in a prefix."})
     quantize: str | None = field(
         default=None,
         metadata={
-            "help": "Load the model with weights of int8 (needs torchao) or int4 (bitsandbytes); with tune=lora or prefix. "
+            "help": "Load the model with int8 weights (needs torchao) or int4 weights (bitsandbytes); with tune=lora or prefix. "
             "A model that was saved quantised needs no flag. Default: none."
         },
     )
@@ -130,27 +135,28 @@ class MeZOConfig(TrainingArguments):
         metadata={
             "help": "Size of the perturbation: a number, or 'auto' to keep probes informative. Default: "
             + ", ".join(f"{scale.epsilon} ({kind})" for kind, scale in SCALES.items())
-            + ", by what is tuned."
+            + ", depending on what is tuned."
         },
     )
     n_spsa: str = field(
         default="auto",
         metadata={
-            "help": "Directions a step: a number, or a schedule such as '2-8/1000'. Default: "
+            "help": "Directions per step: a number, or a schedule such as '2-8/1000'. Default: "
             f"{DIRECTIONS} with estimator=one_sided, otherwise 1."
         },
     )
     distribution: str = field(
         default="rank1",
         metadata={
-            "help": "Of the direction z: rank1 or rank4 (sums of products of signs), rademacher (±1) or gaussian (the paper's)."
+            "help": "Distribution of the direction z: rank1 or rank4 (sums of products of signs), rademacher (±1) or gaussian "
+            "(the paper's)."
         },
     )
     evaluation: str = field(
         default="auto",
         metadata={
-            "help": "How points around the model are evaluated. twin: all of a step in one forward, along rank1 and rank4 "
-            "directions; scratch: one after the other, along any. auto: twin where the direction allows it."
+            "help": "How points around the model are evaluated. twin: all points of a step in one forward pass, along rank1 and "
+            "rank4 directions; scratch: one after another, along any direction. auto: twin where the direction allows it."
         },
     )
     update: str = field(
@@ -163,54 +169,56 @@ class MeZOConfig(TrainingArguments):
     estimator: str = field(
         default="auto",
         metadata={
-            "help": "one_sided: a forward a direction, compared with the step's other directions. spsa: two forwards, on either "
-            "side of the model. Default: one_sided; with a judge, or one direction a step, spsa. one_point: a forward a "
-            "direction, compared with the step before. variance_spsa, "
-            "expectation_spsa: blocks of parameters are perturbed by scales of their own, and the estimate is unbiased or "
-            "preconditioned by them. forward_gradient: the slope itself, of losses that can be differentiated."
+            "help": "one_sided: one forward pass per direction, compared with the step's other directions. spsa: two forward "
+            "passes, on either side of the model. Default: one_sided; with a judge, or one direction per step, spsa. one_point: "
+            "one forward pass per direction, compared with the step before. variance_spsa, expectation_spsa: blocks of "
+            "parameters are perturbed by scales of their own, and the estimate is unbiased or preconditioned by them. "
+            "forward_gradient: the slope itself, for losses that can be differentiated."
         },
     )
     block_scales: str = field(
         default="parameter_norms",
         metadata={
-            "help": "Of variance_spsa and expectation_spsa: parameter_norms, or gradient_norms, which are measured with two "
-            "forwards a parameter tensor."
+            "help": "Scales of variance_spsa and expectation_spsa: parameter_norms, or gradient_norms, which are measured with "
+            "two forward passes per parameter tensor."
         },
     )
     block_scales_every: int = field(
         default=1000,
-        metadata={"help": "Steps after which these scales are renewed; gradient_norms takes a step for it."},
+        metadata={"help": "Steps between updates of these scales; gradient_norms uses a whole step for each."},
     )
     beta1: float = field(
-        default=0.9, metadata={"help": "update=momentum and adam: decay of the average of gradients, per step."}
+        default=0.9, metadata={"help": "update=momentum and adam: decay of the moving average of gradients, per step."}
     )
-    beta2: float = field(default=0.95, metadata={"help": "update=adam: decay of the average of their squares."})
+    beta2: float = field(
+        default=0.95, metadata={"help": "update=adam: decay of the moving average of squared gradients, per step."}
+    )
     moment_window: int = field(
         default=64,
         metadata={
-            "help": "Past steps that recomputed averages look back: a step draws so many times its directions, and leaves out "
-            "beta to this power."
+            "help": "Past steps in a recomputed average: each step draws this many times its directions, and leaves out beta to "
+            "this power."
         },
     )
     moments: str = field(
         default="recomputed",
         metadata={
-            "help": "How averages are had: recomputed from the log, without memory of the model's size, or stored, in one "
-            "float32 copy of what is tuned (momentum) or two (adam)."
+            "help": "How the moving averages are obtained: recomputed from the log, which takes no memory of the model's size, "
+            "or stored, in one float32 copy of what is tuned (momentum) or two (adam)."
         },
     )
     comparison: str = field(
         default="share",
         metadata={
-            "help": "What a judge's verdicts say of the difference of two sides: share (the mean preference), logit (as a "
-            "logistic rater would feel it, shrunk) or sign (the majority alone)."
+            "help": "What a judge's verdicts say about the difference of two sides: share (the mean preference), logit (the "
+            "shrunk estimate of a logistic rater) or sign (only the majority)."
         },
     )
     informative_target: float = field(
-        default=0.8, metadata={"help": "Share of directions that find a difference that epsilon=auto keeps."}
+        default=0.8, metadata={"help": "Share of directions that find a difference, which epsilon=auto maintains."}
     )
     parameters: list[str] | None = field(
-        default=None, metadata={"help": "Tune only parameters that match these shell patterns, such as '*.bias'."}
+        default=None, metadata={"help": "Tune only the parameters that match these shell patterns, such as '*.bias'."}
     )
     dtype: str = field(
         default="float32",
@@ -219,23 +227,23 @@ class MeZOConfig(TrainingArguments):
     device_map: str | None = field(
         default=None,
         metadata={
-            "help": "For a model given by name that is larger than a device: auto spreads it over the GPUs, and what they do not "
-            "hold over CPU and disk (see accelerate); weights on disk are read and not tuned. Default: one device."
+            "help": "For a model given by name that is larger than a device: auto spreads it over the GPUs, and what they cannot "
+            "hold over CPU and disk (see accelerate); weights on disk are only read, not tuned. Default: one device."
         },
     )
     label_column: str = field(
         default="label",
         metadata={
-            "help": "Column with the true label: minibatches keep its proportions. With options the text of the right one; "
-            "with loss=cross_entropy and neither label words nor options the text that is to be generated."
+            "help": "Column with the true label: minibatches keep its proportions. With options, the text of the right one; with "
+            "loss=cross_entropy and neither label words nor options, the text to generate."
         },
     )
     label_reward: str = field(
         default="expected",
         metadata={
-            "help": "Prompts with label words or options: 'expected' is the reward under their probabilities, which moves "
-            "with every perturbation (rewards of a whole set, such as F1, are called 8 times a side); 'best' is that of "
-            "the likeliest one."
+            "help": "Prompts with label words or options: 'expected' is the expected reward under their probabilities, which "
+            "changes with every perturbation (rewards of a whole set, such as F1, are called 8 times per side); 'best' is the "
+            "reward of the most likely one."
         },
     )
     calibration: str = field(
@@ -243,32 +251,37 @@ class MeZOConfig(TrainingArguments):
         metadata={
             "help": "Where tuning starts. Label words: 'head': a linear head on the model's last state, tuned by MeZO before the "
             "model is, on the likelihood of the labels that the reward favours (a reward of a whole set is called for each label "
-            "of each row); 'bias': one fitted bias a label, a threshold (about 100 calls a label). Classifiers: 'probe': "
-            "logistic regression on the true labels writes the head's last layer. 'none': neither. 'auto': 'head', and 'probe' "
+            "of each row); 'bias': one fitted bias per label, a threshold (about 100 calls per label). Classifiers: 'probe': "
+            "logistic regression on the true labels sets the head's last layer. 'none': neither. 'auto': 'head', and 'probe' "
             "for a classifier whose head is new."
         },
     )
-    calibration_rows: int = field(default=1024, metadata={"help": "Training rows to fit that start to, at most."})
+    calibration_rows: int = field(
+        default=1024, metadata={"help": "Maximum training rows that this start is fitted to."}
+    )
     check_weights_steps: int = field(
         default=0,
-        metadata={"help": "With several processes: compare their weights by SHA-256 every this many steps, and at the end. 0: at "
-                  "the end alone."},
+        metadata={"help": "With several processes: compare their weights by SHA-256 every this many steps, and at the end. 0: "
+                  "only at the end."},
     )  # fmt: skip
     forward_batch_size: int = field(
         default=64,
-        metadata={"help": "Inputs a forward, at most. It is halved where memory runs out; results do not change."},
+        metadata={"help": "Maximum inputs per forward pass; halved when memory runs out. Results do not depend on it."},
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt; longer texts are cut. Default: what the model takes."}
+        default=None,
+        metadata={"help": "Maximum tokens of a prompt; longer texts are cut. Default: as many as the model takes."},
     )
     max_completion_length: int = field(
-        default=64, metadata={"help": "Tokens to generate, or to teach with loss=cross_entropy."}
+        default=64, metadata={"help": "Maximum tokens to generate, or to teach with loss=cross_entropy."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 decodes greedily."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample among the k likeliest tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample among tokens of this total probability."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 decodes greedily."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample among the k most likely tokens."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample among the most likely tokens with this total probability."}
+    )
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "A weight for each reward function. Default: 1 each."}
+        default=None, metadata={"help": "One weight per reward function. Default: 1 each."}
     )
 
     def __post_init__(self) -> None:
@@ -281,8 +294,7 @@ class MeZOConfig(TrainingArguments):
         for name in ("early_stopping_patience", "stop_below_gain"):
             if getattr(self, name) is not None and self.eval_strategy == "no":
                 raise ValueError(
-                    f"{name} looks at the held-out score, and there are no evaluations: set eval_strategy='steps', or leave "
-                    "it out"
+                    f"{name} needs held-out scores, and there are no evaluations: set eval_strategy='steps', or leave it out"
                 )
         if self.epsilon != "auto":
             try:
@@ -317,7 +329,7 @@ class MeZOConfig(TrainingArguments):
         directions = Directions.parse(self.n_spsa)
         if self.estimator == "one_sided" and min(directions.start, directions.end) < 2:
             raise ValueError(
-                f"estimator='one_sided' compares directions with each other, and n_spsa={self.n_spsa!r} has steps of one alone: "
+                f"estimator='one_sided' compares directions with each other, and n_spsa={self.n_spsa!r} has steps with only one: "
                 "use estimator='spsa', or more directions"
             )
 
@@ -336,11 +348,11 @@ class MeZOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if not isinstance(value, numbers.Real) or not inside(value):  # NaN is inside of nothing
+            if not isinstance(value, numbers.Real) or not inside(value):  # NaN is outside every interval
                 raise ValueError(f"{name} must be {interval}, got {value!r}")
 
     def judged(self) -> MeZOConfig:
-        """The same for a judge, who compares two sides of a direction: what was left open is decided for him."""
+        """A copy for a judge, which compares two sides of a direction: what was left open is decided for it."""
         args = copy.copy(self)
         for name in self._left_open:
             setattr(args, name, "auto")
@@ -348,33 +360,38 @@ class MeZOConfig(TrainingArguments):
         return args
 
     def sized(self, parameters: int) -> MeZOConfig:
-        """The same for so many tuned parameters: a learning rate that was left open is the one that suits them.
+        """A copy for this many tuned parameters: a learning rate that was left open becomes the one that suits them.
 
-        Only where steps have a size of their own: SGD's and momentum's have that of the objective's slope.
+        It stays open for SGD and momentum, whose steps scale with the objective's slope.
         """
         if self.learning_rate is not None or not measured_in_weights(self.update):
             return self
         args = copy.copy(self)
-        # As far as one direction after the other would go: the rule averages over directions.
+        # As far as one direction after another would go: the rule averages over directions.
         times = Directions.parse(self.n_spsa).start if self.update == "normalized" else 1
         args.learning_rate = default_learning_rate(self.tune, parameters) * times
         return args
 
+    @property
+    def answering(self) -> dict[str, Any]:
+        """The settings that decide how prompts are read and answered, by name."""
+        return {name: getattr(self, name) for name in ANSWERING}
+
     def needed_learning_rate(self) -> float:
-        """`learning_rate`, once it is known.
+        """The learning rate.
 
         Raises:
-            ValueError: it was left open, and none suits every objective.
+            ValueError: it was left open, and no default suits every objective.
         """
         if self.learning_rate is None:
             raise ValueError(
                 f"update={self.update!r} multiplies the objective's slope by the learning rate, so no default suits: give "
-                f"learning_rate (`zorl diagnose … --update {self.update}` suggests one), or take update='normalized'"
+                f"learning_rate (`zorl diagnose … --update {self.update}` suggests one), or use update='normalized'"
             )
         return self.learning_rate
 
     def _decide(self, judged: bool) -> None:
-        """What was left open: the estimator, and the directions a step."""
+        """Decides what was left open: the estimator and the directions per step."""
         if self.n_spsa == "auto":
             alone = judged or self.estimator not in ("auto", "one_sided")
             self.n_spsa = "1" if alone else str(DIRECTIONS)
@@ -397,8 +414,8 @@ class MeZOConfig(TrainingArguments):
             "bf16": (self.bf16, "load the model in half precision with dtype='bfloat16' instead"),
             "fp16_full_eval": (self.fp16_full_eval, "load the model in half precision with dtype='float16' instead"),
             "bf16_full_eval": (self.bf16_full_eval, "load the model in half precision with dtype='bfloat16' instead"),
-            "gradient_checkpointing": (self.gradient_checkpointing, "no activations are kept that could be spared"),
-            "activation_checkpointing": (new_name, "no activations are kept that could be spared"),
+            "gradient_checkpointing": (self.gradient_checkpointing, "no activations are kept"),
+            "activation_checkpointing": (new_name, "no activations are kept"),
             "max_grad_norm": (self.max_grad_norm, "there is no gradient; update='normalized' bounds each step"),
             "weight_decay": (self.weight_decay, "a decayed weight cannot be replayed from the trajectory bit for bit"),
             "deepspeed": (self.deepspeed, "one process needs no sharded optimizer states: there are none"),

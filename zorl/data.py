@@ -1,6 +1,6 @@
 """Rows to train and score on: loaded from a file or the hub, counted by label, held out.
 
-`load_rows` tells a file from a data set's name, `zorl.tables` reads the files.
+`load_rows` tells a file from the name of a data set; `zorl.tables` reads the files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from datasets import Dataset
 from zorl.prompts import Prompt
 from zorl.tables import EXTENSIONS, check_columns, did_you_mean, extension, read_table
 
-TEXT, LABEL = "text", "label"  # what columns are called that are given by position
-_A_SCRIPT = "scripts are no longer supported"  # what datasets says of code that comes in place of rows
+TEXT, LABEL = "text", "label"  # the names of columns that are given by position
+_A_SCRIPT = "scripts are no longer supported"  # what datasets says about code in place of rows
 _IN_PARQUET = "refs/convert/parquet"
 
 
 class Rows(NamedTuple):
-    """A data set, and what the asked-for columns are called in it.
+    """A data set, and the names of the requested columns in it.
 
     Attributes:
         dataset: the rows, with all of their columns.
@@ -68,10 +68,10 @@ def load_rows(
 
     Args:
         source: the file, or the name of the data set.
-        text_column: a column that must be there.
+        text_column: a column that must exist.
         label_column: another one.
-        split: of a data set. The default is `train`, or the only one.
-        config: of a data set that has several, such as `sst2` of GLUE.
+        split: the split of a data set. The default is `train`, or the only one.
+        config: the configuration of a data set that has several, such as `sst2` of GLUE.
 
     Raises:
         FileNotFoundError: there is no such file; the message lists the closest names in its folder.
@@ -185,7 +185,7 @@ def apportioned(total: int, sizes: list[int]) -> list[int]:
 
 
 def _is_file(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is meant as a file, there or not, rather than as the name of a data set (or a folder of one)."""
+    """Whether a source means a file, existing or not, rather than the name of a data set (or a folder of one)."""
     path = Path(source).expanduser()
     if path.is_dir():
         return False
@@ -195,12 +195,12 @@ def _is_file(source: str | os.PathLike[str]) -> bool:
 
 
 def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
-    """A data set of the hub, or of a folder; without `split` its rows to train on, or its only ones.
+    """A data set of the hub or a folder; without `split`, its training split or its only one.
 
-    One that comes as a script, which nobody should have to run, is taken from the hub's own copy of it in Parquet files.
+    A data set that comes as a script is loaded from the hub's own copy in Parquet files, so that no script is run.
 
     Raises:
-        ValueError: it cannot be loaded, or has several splits of which none is `train`.
+        ValueError: it cannot be loaded, or has several splits and none is called `train`.
     """
     try:
         try:
@@ -222,17 +222,22 @@ def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
     return loaded
 
 
-def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> Any:
-    """A data set as a list of rows, once checked against the prompt. Iterable data sets and None stay as they are.
+def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str, *, training: bool = False) -> Any:
+    """A data set as a list of rows that suit the prompt, a dictionary of data sets as one of lists.
+
+    Iterable data sets and None stay as they are.
 
     Args:
-        name: of the argument, for messages.
+        name: that of the argument, for messages.
+        training: whether the rows are to be trained on, which takes two classes or more.
 
     Raises:
-        ValueError: it is empty, lacks a column, has a label without a label word or one that is none of the row's options, or,
-            if it is to be trained on, has one class only.
+        ValueError: it is empty, lacks a column, has a label without a label word or one that is not among the row's options, or
+            has a single class to train on.
     """
-    if dataset is None or isinstance(dataset, dict | datasets.IterableDataset | torch.utils.data.IterableDataset):
+    if isinstance(dataset, dict):
+        return {key: checked_rows(part, f"{name}[{key!r}]", prompt, label_column) for key, part in dataset.items()}
+    if dataset is None or isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
         return dataset
     rows = dataset.to_list() if isinstance(dataset, Dataset) else list(dataset)
     if not rows:
@@ -242,13 +247,13 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str) -> 
         options = prompt.options_of(row)
         if label_column in row and row[label_column] not in options:
             raise ValueError(
-                f"{name}, row {number}: {label_column}={row[label_column]!r} is none of the options in {prompt.options!r}, "
+                f"{name}, row {number}: {label_column}={row[label_column]!r} is not among the options in {prompt.options!r}, "
                 f"{list(options)}; it must be the text of the right one"
             )
     if prompt.labels and label_column in rows[0]:
         labels = [row[label_column] for row in rows]
         prompt.check_labels(labels, label_column)
-        if name == "train_dataset" and len(set(map(str, labels))) == 1:
+        if training and len(set(map(str, labels))) == 1:
             raise ValueError(
                 f"{name} has one class only: all {len(rows)} rows have {label_column}={labels[0]!r}, so there is nothing "
                 "to learn to tell apart"

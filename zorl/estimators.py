@@ -1,7 +1,7 @@
 """From answers to one projected gradient per direction: an estimate of z·∇L that never saw a gradient.
 
-The losses' *difference* is all that is used, so any answer to "by how much is one side better?" will do. Rewards become
-losses here, and nowhere else.
+Only the *difference* of losses is used, so any answer to "by how much is one side better?" will do. Rewards become losses
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ EstimatorName = Literal["spsa", "one_sided", "one_point", "variance_spsa", "expe
 class Estimator(Protocol):
     @property
     def sides(self) -> int:
-        """Points a direction."""
+        """Points per direction."""
 
     def points(self, seeds: tuple[int, ...], epsilon: float) -> tuple[Point, ...]:
         """What to evaluate, `sides` points for each seed in turn."""
 
     def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
-        """One projected gradient of the loss a direction: NaN where nobody had an opinion, 0 for a tie."""
+        """The projected gradient of the loss for each direction: NaN where nobody had an opinion, 0 for a tie."""
 
     def losses(self, answers: Answers) -> tuple[float, ...]:
-        """What of the answers later steps need, a float32 a direction, so that it is logged. Empty: nothing."""
+        """What later steps need of the answers and is therefore logged: one float32 per direction, or nothing."""
 
     def observe(self, losses: Sequence[float]) -> None:
-        """Takes a committed step's losses into the estimator's state; called once a step, live and in replay alike."""
+        """Adds a committed step's losses to the estimator's state; called once per step, live and in replay."""
 
 
 @dataclass(frozen=True, slots=True)
 class SPSA:
     """Simultaneous perturbation: g = [L(θ+εz) − L(θ−εz)] / 2ε (Spall 1992, eq. 2.1; MeZO, Definition 1 and Algorithm 1).
 
-    With several seeds each is estimated on its own (n-SPSA, MeZO Algorithm 2).
+    With several seeds each direction is estimated on its own (n-SPSA, MeZO Algorithm 2).
 
     Args:
-        comparison: what verdicts say of the difference of rewards: "share", "logit" or "sign" (see `zorl.comparisons`).
+        comparison: what verdicts say about the difference of rewards: "share", "logit" or "sign" (see `zorl.comparisons`).
 
     Raises:
         ValueError: there is no such comparison.
@@ -63,9 +63,9 @@ class SPSA:
         return tuple(Point(seed, sign * epsilon) for seed in seeds for sign in (1.0, -1.0))
 
     def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
-        """One projected gradient of the loss a direction: NaN where nobody had an opinion, 0 where the sides tie.
+        """The projected gradient of the loss for each direction: NaN where nobody had an opinion, 0 where the sides tie.
 
-        Scores: prompts on which a side abstained are left out, the others averaged. Verdicts: `comparison` makes them a
+        Scores: prompts on which a side abstained are left out, the others averaged. Verdicts: `comparison` turns them into a
         difference of rewards (tie and both bad count half for each side; abstentions are left out).
 
         Raises:
@@ -93,13 +93,13 @@ class SPSA:
 
 
 class OnePoint:
-    """One forward a direction, and the residual of the step before (MeZO, Appendix B.5; Zhang et al. 2022, eq. 3):
+    """One forward pass per direction, and the residual of the step before (MeZO, Appendix B.5; Zhang et al. 2022, eq. 3):
 
         gₜ = [L(θₜ+εzₜ; Bₜ) − L(θₜ₋₁+εzₜ₋₁; Bₜ₋₁)] / ε
 
-    Of several directions a step each is compared with the mean of the step before, which is independent of z and so leaves the
-    estimate unbiased. The first step has nothing to compare with: it abstains, and moves nothing. A step that nobody
-    answered is passed over. Losses are compared as float32, as they are logged.
+    With several directions per step each is compared with the mean of the step before, which is independent of z and so leaves
+    the estimate unbiased. The first step has nothing to compare with: it abstains and moves nothing. A step that nobody
+    answered is skipped. Losses are compared as float32, as they are logged.
     """
 
     sides = 1
@@ -112,7 +112,7 @@ class OnePoint:
         return tuple(Point(seed, epsilon) for seed in seeds)
 
     def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
-        """One projected gradient of the loss a direction; NaN in the first step, and where a point was not scored.
+        """The projected gradient of the loss for each direction; NaN in the first step, and where a point was not scored.
 
         Raises:
             ValueError: the scores are not of `directions` points, or the answers are verdicts.
@@ -138,15 +138,15 @@ class OnePoint:
 
 
 class OneSided:
-    """One forward a direction, compared with the others of the same step:
+    """One forward pass per direction, compared with the others of the same step:
 
         gᵢ = [L(θ+εzᵢ) − mean of L(θ+εzⱼ), j ≠ i] / ε
 
-    As FZOO's batched one-sided differences, with the other directions in the place of L(θ): they cost nothing, and take off
-    what ½ε²zᵀHz adds to all points alike. It is the leave-one-out baseline of Kool et al. (2019, eq. 8) for evolution
-    strategies (Salimans et al. 2017, section 2). n directions cost n forwards where SPSA takes 2n, and are worth n − 1. On a
-    smooth loss the step is n/(n−1) as noisy; on a rough one, where the two sides of a direction have little in common, it
-    is no worse than SPSA's in as many forwards.
+    These are FZOO's batched one-sided differences with the other directions in place of L(θ): they cost nothing extra, and
+    cancel what ½ε²zᵀHz adds to all points alike. It is the leave-one-out baseline of Kool et al. (2019, eq. 8) for evolution
+    strategies (Salimans et al. 2017, section 2). n directions cost n forward passes where SPSA takes 2n, and are worth n − 1.
+    On a smooth loss the step is n/(n−1) times as noisy; on a rough one, where the two sides of a direction have little in
+    common, it is no worse than SPSA's with as many forward passes.
 
     The difference is taken prompt by prompt, over the points that were scored there.
     """
@@ -157,7 +157,7 @@ class OneSided:
         """θ + εz for each seed.
 
         Raises:
-            ValueError: there is one seed alone, which has nothing to be compared with.
+            ValueError: there is only one seed, which has nothing to be compared with.
         """
         if len(seeds) < 2:
             raise ValueError(
@@ -166,8 +166,8 @@ class OneSided:
         return tuple(Point(seed, epsilon) for seed in seeds)
 
     def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
-        """One projected gradient of the loss a direction: 0 for all where no point differs from another on any prompt, NaN
-        where a direction was scored on no prompt that another was scored on.
+        """The projected gradient of the loss for each direction: 0 for all where no two points differ on any prompt, NaN where
+        a direction shares no scored prompt with another.
 
         Raises:
             ValueError: the scores are not of `directions` points, or the answers are verdicts.
@@ -181,7 +181,7 @@ class OneSided:
             raise ValueError(f"expected scores of {directions} points, got {len(losses)}")
         scored = (~losses.isnan()).sum(dim=0)  # points, for each prompt
         known = losses[:, scored > 1]
-        # From the smallest, so that equal losses differ by zero exactly and a tie is one.
+        # Relative to the smallest, so that equal losses differ by exactly zero and tie.
         above = known - known.nan_to_num(nan=math.inf).amin(dim=0)
         n = scored[scored > 1]
         ahead = (above - above.nanmean(dim=0)) * (n / (n - 1))
@@ -196,7 +196,7 @@ class OneSided:
 
 
 def make_estimator(name: EstimatorName, comparison: Comparison) -> Estimator:
-    """A fresh estimator by name. SPSA in modified blocks asks and computes as SPSA does, at other points.
+    """A new estimator by name. SPSA with scaled blocks asks and computes as SPSA does, at other points.
 
     Raises:
         ValueError: there is no such estimator or comparison.
@@ -213,7 +213,7 @@ def make_estimator(name: EstimatorName, comparison: Comparison) -> Estimator:
 
 
 def _preferences(verdicts: Verdicts, directions: int) -> list[list[float]]:
-    """Of each direction, one a verdict: +1 for its plus side, −1 for its minus side, 0 for neither, NaN for no opinion."""
+    """For each direction one preference per verdict: +1 its plus side, −1 its minus side, 0 neither, NaN no opinion."""
     preferences: list[list[float]] = [[] for _ in range(directions)]
     for verdict in verdicts.items:
         direction, side = divmod(verdict.point_a, 2)

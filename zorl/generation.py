@@ -1,10 +1,9 @@
 """Text at points around θ: the only caller of `generate`.
 
-The points of a probe are compared, so what differs between them should be θ alone. Both see the same prompts and the
-same sampling noise (common random numbers; Glasserman & Yao 1992). Sampling is the Gumbel-max trick (Gumbel 1954): the
-largest of log p + Gumbel noise is a sample from p. The noise is a hash of (seed, prompt, position, token), so it
-depends on nothing
-else: not on the batch, its padding, or the order of calls.
+The points of a probe are compared, so only θ should differ between them. All of them see the same prompts and the same
+sampling noise (common random numbers; Glasserman & Yao 1992). Sampling uses the Gumbel-max trick (Gumbel 1954): the token
+with the largest log p + Gumbel noise is a sample from p. The noise is a hash of (seed, prompt, position, token), so it
+depends neither on the batch and its padding nor on the order of calls.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
     from zorl.perturbation import Evaluator
     from zorl.probe import Point
 
-_BLOCK = 1 << 18  # noise is made for this many (row, token) pairs at once, so that it stays in cache
-_GPU_BLOCK = 1 << 24  # which would rather have few large operations
+_BLOCK = 1 << 18  # noise is computed for this many (row, token) pairs at once, so that it stays in cache
+_GPU_BLOCK = 1 << 24  # GPUs prefer few large operations
 
 
 class Generation:
@@ -57,18 +56,18 @@ class Generation:
         evaluator: runs the model at points.
         processing_class: the model's tokenizer. Its padding side does not matter.
         prompt: without label words and options. Rows whose prompt is a conversation get conversational completions.
-        max_new_tokens: tokens of an answer, at most.
+        max_new_tokens: maximum tokens per answer.
         temperature: divides the logits; sampling at 1 follows the model's own probabilities.
-        top_k: sample among this many of the likeliest tokens.
-        top_p: sample among the likeliest tokens that together have this probability.
-        greedy: take the likeliest token; temperature, top_k and top_p then do nothing.
-        batch_size: prompts in a batch, at most, those of all points together that it holds.
-        max_length: tokens of a prompt and its answer, at most; by default what the model reads. The start of the row's
-            values is cut to fit, never the template.
+        top_k: sample among this many of the most likely tokens.
+        top_p: sample among the most likely tokens that together have this probability.
+        greedy: take the most likely token; temperature, top_k and top_p then have no effect.
+        batch_size: maximum prompts per batch, counting those of all points that it evaluates.
+        max_length: maximum tokens of a prompt and its answer; by default the most that the model reads. The start of the
+            row's values is cut to fit, never the template.
 
     Raises:
         ValueError: an argument is out of its range, or the prompt has answers to choose from.
-        TypeError: the model is no causal language model.
+        TypeError: the model is not a causal language model.
     """
 
     def __init__(
@@ -86,20 +85,18 @@ class Generation:
         max_length: int | None = None,
     ) -> None:
         module = evaluator.module
-        if prompt.label_words is not None:
+        if prompt.chooses:
             raise ValueError(
-                f"the prompt {prompt.template!r} has label_words, which LabelWords scores; text needs none"
+                f"the prompt {prompt.template!r} has label_words, options or classes to choose from; generated text needs none"
             )
-        if prompt.options is not None:
-            raise ValueError(f"the prompt {prompt.template!r} has options, which RowOptions scores; text needs none")
         if module.config.is_encoder_decoder or not module.can_generate():
-            raise TypeError(f"text needs a causal language model, and {type(module).__name__} is none")
+            raise TypeError(f"text needs a causal language model, which {type(module).__name__} is not")
         for name, count in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, not {count}")
         if not 0 < temperature < float("inf"):
             raise ValueError(
-                f"temperature must be positive, not {temperature}; for the likeliest tokens set greedy=True"
+                f"temperature must be positive, not {temperature}; for the most likely tokens set greedy=True"
             )
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
@@ -122,9 +119,9 @@ class Generation:
         stops = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id} - {None}
         self.stops = sorted(stops)
         self._pad_id = pad_token_id(processing_class)
-        # What is not set here comes from the model's own generation_config, such as its repetition penalty.
+        # Everything else, such as a repetition penalty, comes from the model's own generation_config.
         self._settings: dict[str, Any] = {
-            "do_sample": False,  # the noise is ours, and so are the next three
+            "do_sample": False,  # sampling, with the next three settings, is done by the logits processors
             "temperature": 1.0,
             "top_k": 50,  # the value that means nothing without do_sample
             "top_p": 1.0,
@@ -176,7 +173,7 @@ class Generation:
         if not rows:
             return [[] for _ in points]
         encoded = self._encode(rows)
-        overhead = FORWARD_TOKENS * self.max_new_tokens  # a batch takes a forward for every token
+        overhead = FORWARD_TOKENS * self.max_new_tokens  # a batch takes one forward pass per token
 
         def prepare(inputs: int) -> Callable[[int], list[list[list[int]]]]:
             buckets = length_buckets([one.length for one in encoded], inputs, overhead)
@@ -199,7 +196,7 @@ class Generation:
         return [encoded.ids.tolist() for encoded in self._encode(rows)]
 
     def _generate(self, prompts: Sequence[Encoded], noise_seed: int) -> list[list[int]]:
-        """Token ids of the answers, each up to and with its end-of-sequence token."""
+        """Token ids of the answers, each up to and including its end-of-sequence token."""
         module = self.evaluator.module
         device = computing_device(module)
         tokens, mask = padded([one.ids for one in prompts], self._pad_id, "left", device)
@@ -220,7 +217,7 @@ class Generation:
         return [self._until_stop(ids) for ids in output[:, tokens.shape[1] :].tolist()]
 
     def _length(self, width: int) -> dict[str, int]:
-        """The limit in the unit of the model's own limit, if it has one: transformers warns of two in different units."""
+        """The limit in the unit of the model's own limit, if it has one: transformers warns about limits in different units."""
         if self.evaluator.module.generation_config.max_new_tokens is not None:
             return {"max_new_tokens": self.max_new_tokens}
         return {"max_length": width + self.max_new_tokens}
@@ -261,7 +258,7 @@ class GumbelNoise(LogitsProcessor):
 
 
 class _NanCheck(LogitsProcessor):
-    """Remembers whether a score was NaN, without waiting for the device at each token."""
+    """Remembers whether any score was NaN, without waiting for the device at each token."""
 
     def __init__(self, device: torch.device) -> None:
         self.found = torch.zeros((), dtype=torch.bool, device=device)
@@ -312,6 +309,6 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 def _stream(prompt: Sequence[int] | np.ndarray, seed: int) -> bytes:
-    """What names the noise of a prompt under a seed, for all positions."""
+    """Identifies the noise of a prompt under a seed, for all positions."""
     ids = np.asarray(prompt, dtype="<i4")
     return hashlib.blake2b(f"{seed}:".encode() + ids.tobytes(), digest_size=16).digest()

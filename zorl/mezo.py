@@ -1,7 +1,7 @@
 """MeZO: ask where to look, tell what was found, step.
 
 `ask` and `tell` are the optimizer; answers may come minutes later and from anywhere. `step(closure)` wraps them for code
-that has a loss at hand. On the outside MeZO is a `torch.optim.Optimizer`, so that learning-rate schedulers work on it.
+that can compute a loss. MeZO is a `torch.optim.Optimizer`, so learning-rate schedulers work with it.
 """
 
 from __future__ import annotations
@@ -47,40 +47,42 @@ class MeZO(torch.optim.Optimizer):
 
     Args:
         named_parameters: as from `model.named_parameters()`; each must be float32, bfloat16 or float16. Frozen parameters
-            (`requires_grad=False`) are left alone, as by torch's optimizers; plain tensors are tuned.
+            (`requires_grad=False`) are left alone, as in torch's optimizers; plain tensors are tuned.
         lr: learning rate. With `update="sgd"` and `"momentum"` it multiplies the projected gradient; with `"normalized"` and
             `"adam"` it is the typical change of a weight in one step.
         epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
             find a difference.
-        n_spsa: directions a step: a number, or a schedule such as `"1-8/1000"`.
-        distribution: of z, `"rademacher"` (±1), `"gaussian"` (the paper's), `"rank1"` or `"rank4"` (low-rank).
+        n_spsa: directions per step: a number, or a schedule such as `"1-8/1000"`.
+        distribution: the distribution of z: `"rademacher"` (±1), `"gaussian"` (the paper's), `"rank1"` or `"rank4"`
+            (low-rank).
         update: `"sgd"` (the paper's), `"normalized"`, `"momentum"` or `"adam"`.
         beta1: decay of the moving average of gradients (momentum and Adam), per step.
-        beta2: of that of their squares (Adam).
-        moment_window: steps that recomputed averages look back; see `zorl.moments` for what that leaves out and costs.
-        moments: `"recomputed"` from the log, with no memory of the model's size, or `"stored"`.
+        beta2: decay of the moving average of squared gradients (Adam), per step.
+        moment_window: past steps in a recomputed average; `zorl.moments` says what that leaves out and costs.
+        moments: `"recomputed"` from the log, which takes no memory of the model's size, or `"stored"`.
         seed: the master seed, from which every direction follows.
-        informative_target: for `epsilon="auto"`.
-        estimator: `"spsa"`; `"one_sided"`, of one forward a direction, which are compared with each other; `"one_point"`, with
-            the step before; `"variance_spsa"` or `"expectation_spsa"`, in blocks that are perturbed by scales of their own (see
-            `zorl.estimators` and `zorl.block_scales`); `"forward_gradient"`, the loss's own slope (see
-            `zorl.forward_gradient`).
-        block_scales: what these scales are: `"parameter_norms"` or `"gradient_norms"`.
-        block_scales_every: steps after which they are renewed.
-        comparison: what verdicts say of a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
-        trajectory: a file to log to. Where it exists the run is resumed: the parameters must hold the base weights, and
-            are brought to where the log ends.
-        writes: False where another process writes the trajectory, and this one only starts from what it holds.
-        header: what else to write into the trajectory's header (JSON values), and to compare on resuming.
+        informative_target: share of directions that should find a difference, for `epsilon="auto"`.
+        estimator: `"spsa"`, two forward passes per direction; `"one_sided"`, one per direction, compared with the step's other
+            directions; `"one_point"`, one per direction, compared with the step before; `"variance_spsa"` or
+            `"expectation_spsa"`, with blocks of parameters that are perturbed by scales of their own (see `zorl.estimators` and
+            `zorl.block_scales`); `"forward_gradient"`, the slope of the loss itself (see `zorl.forward_gradient`).
+        block_scales: what sets these scales: `"parameter_norms"` or `"gradient_norms"`.
+        block_scales_every: steps between updates of these scales.
+        comparison: what verdicts say about a difference: "share", "logit" or "sign" (see `zorl.comparisons`).
+        trajectory: a file to log to. If it exists, the run is resumed: the parameters must hold the base weights, and are
+            moved to where the log ends.
+        writes: False where another process writes the trajectory and this one only starts from what it holds.
+        header: more JSON values to write into the trajectory's header, and to compare on resuming.
 
     Raises:
         ValueError: an argument is out of range, or a parameter holds NaN.
-        TrajectoryError: the trajectory is damaged, in use, or of another model or other settings.
+        TypeError: a parameter is not float32, bfloat16 or float16.
+        TrajectoryError: the trajectory is damaged or in use, or belongs to another model or other settings.
 
     Example::
 
         optimizer = zorl.MeZO(model.named_parameters(), lr=1e-6, epsilon=1e-3)
-        loss = optimizer.step(closure)  # closure() -> float, called at both sides under no_grad
+        loss = optimizer.step(closure)  # closure() -> float, called on both sides under no_grad
     """
 
     def __init__(
@@ -131,16 +133,18 @@ class MeZO(torch.optim.Optimizer):
         averaging = Averaging(beta1, beta2 if update == "adam" else None, moment_window, moments)
         self.epsilon = Epsilon(epsilon, self.parameters.dtypes, target=informative_target)
         self.steps = 0
-        self.forwards = 0  # evaluations of a point: the estimator's for each direction asked
+        self.forwards = 0  # evaluations of points
         self.informative = self.tied = self.abstained = 0  # directions so far
-        self.recent: deque[float] = deque(maxlen=100)  # |g| > 0 of the last directions with an opinion, as 1.0 or 0.0
+        self.recent: deque[float] = deque(
+            maxlen=100
+        )  # whether the last answered directions found a difference: 1.0 or 0.0
         self._probes = 0
-        self._open: dict[int, Probe] = {}  # by the step that they will be
-        self._pending: list[Record] = []  # told, and not applied yet
+        self._open: dict[int, Probe] = {}  # by the step that they are for
+        self._pending: list[Record] = []  # told, but not applied yet
         self._in_place: InPlace | None = None
         self._updater: Updater | None = None
         self.trajectory: Trajectory | None = None
-        self.truncated: str | None = None  # what resuming cut off a damaged end
+        self.truncated: str | None = None  # what resuming cut off a damaged file
         self._header = {
             "schema": SCHEMA,
             "seed": seed,
@@ -159,7 +163,7 @@ class MeZO(torch.optim.Optimizer):
         self._path = None if trajectory is None else Path(trajectory)
         self._writes = writes
         if self._path is not None:
-            # Of the base weights: resuming or replaying on others would give neither run.
+            # Resuming or replaying on other base weights would reproduce neither run.
             self._header.setdefault("base_sha256", self.parameters.sha256())
             if self._path.exists():
                 self._resume(self._path)
@@ -167,14 +171,14 @@ class MeZO(torch.optim.Optimizer):
     # --- the core ---------------------------------------------------------------------------------------------------
 
     def ask(self, ahead: int = 0) -> Probe:
-        """The next question. Asking again before telling replaces the open one; the directions are the step's own still.
+        """The next question. Asking again before telling replaces the open probe; its directions stay those of the step.
 
         Args:
-            ahead: ask for a step so many later, so that its answers can be gathered while those of earlier steps are
-                awaited. It looks around θ as it is now: its answers speak of a θ that is up to `ahead` updates old.
+            ahead: ask for the step this many steps later, so that its answers can be gathered while those of earlier steps
+                are awaited. The points lie around the present θ, which is up to `ahead` updates old when they are told.
 
         Raises:
-            ValueError: `ahead` is negative, or not 0 while blocks are scaled.
+            ValueError: `ahead` is negative, or blocks are scaled and `ahead` is not 0 or a step was told but not applied.
         """
         if ahead < 0:
             raise ValueError(f"ahead must be at least 0, got {ahead}")
@@ -183,20 +187,20 @@ class MeZO(torch.optim.Optimizer):
         points = self.estimator.points(seeds, self.epsilon.value)
         if "block_scales" in self._header:
             if ahead or self._pending:
-                raise ValueError("block scales are those of θ at the step: apply what was told, and do not ask ahead")
+                raise ValueError("block scales depend on θ at the step: apply what was told, and do not ask ahead")
             points = self._scaled(points, step)
         self._open[step] = Probe(self._probes, step, self.epsilon.value, seeds, points, made_at=self.steps)
         self._probes += 1
         return self._open[step]
 
     def reopen(self, probe: Probe) -> Probe:
-        """Takes up a probe that was asked before, perhaps by an earlier process: the same one, under a new number.
+        """Reopens a probe that was asked before, perhaps by an earlier process: the same probe with a new id.
 
         Raises:
-            ValueError: its step is told already, or its directions are not that step's.
+            ValueError: its step has been told already, or its directions are not that step's.
         """
         if probe.step < self.steps:
-            raise ValueError(f"probe {probe.id} is of step {probe.step}, and {self.steps} steps are told already")
+            raise ValueError(f"probe {probe.id} is of step {probe.step}, and {self.steps} steps have been told already")
         if probe.seeds != self._seeds(probe.step):
             raise ValueError(f"probe {probe.id} looks along other directions than step {probe.step} of this run")
         self._open[probe.step] = replace(probe, id=self._probes)
@@ -207,13 +211,13 @@ class MeZO(torch.optim.Optimizer):
         """Takes the answers to an open probe, commits the step to the trajectory, and leaves θ for `step` to move.
 
         Raises:
-            TypeError: the answers are no Scores, Verdicts or Slopes.
+            TypeError: the answers are not Scores, Verdicts or Slopes.
             ValueError: that probe is not open or not the next step's, or the answers do not fit it.
             OSError: the trajectory could not be written; nothing has changed.
         """
         if not isinstance(answers, Answers):
             raise TypeError(
-                f"tell takes Scores, Verdicts or Slopes of zorl.probe, got {type(answers).__name__}: numbers become "
+                f"tell takes Scores, Verdicts or Slopes of zorl.probe, got {type(answers).__name__}: wrap numbers as "
                 "Scores(tensor), of shape (points, rows), where higher is better"
             )
         probe = next((p for p in self._open.values() if p.id == probe_id), None)
@@ -225,7 +229,7 @@ class MeZO(torch.optim.Optimizer):
         if self._pending:
             raise ValueError("the last step was told but not applied: call step() first")
         measured = self.estimator.project(answers, len(probe.seeds), probe.epsilon)
-        # What is decided from is what is written down, so that a replayed log decides the same.
+        # Decisions use the logged values, so that a replayed log decides the same.
         projected = tuple(bfloat16(g) for g in measured)
         if measures(self._header, probe.step):
             record = Record(projected, (0.0,) * len(projected))
@@ -243,23 +247,28 @@ class MeZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
-        """Applies what was told. With a closure it asks, evaluates and tells first, writing θ and restoring it exactly.
+        """Applies what was told. With a closure it first asks, evaluates and tells, writing θ and restoring it exactly.
 
         Args:
-            closure: returns the loss (a float, or a tensor with one element; NaN abstains). It is called at θ+εz and
-                θ−εz for each direction, must see the same data each time, and needs no backward.
+            closure: returns the loss (a float, or a tensor with one element; NaN abstains). It is called at each point of the
+                probe, such as θ+εz and θ−εz, must see the same data each time, and needs no backward pass.
 
         Returns:
-            With a closure the mean loss over the evaluated points.
+            With a closure, the mean loss over the evaluated points; None without.
+
+        Raises:
+            ValueError: the closure returned an infinite loss, the estimator is `"forward_gradient"`, which a closure cannot
+                serve, or the run began with `ask` and `tell`.
+            OSError: the trajectory could not be written; nothing has changed.
         """
         loss = None
         if closure is not None:
             if isinstance(self.estimator, ForwardGradient):
                 raise ValueError(
-                    "a closure does not show the model that it runs, which estimator='forward_gradient' differentiates: ask, "
-                    "find the slopes with zorl.forward_gradient.DirectionalDerivative, and tell"
+                    "estimator='forward_gradient' differentiates the model, which a closure does not show: ask, find the "
+                    "slopes with zorl.forward_gradient.DirectionalDerivative, and tell"
                 )
-            if self._pending:  # told, and interrupted before it was applied
+            if self._pending:  # told, but interrupted before it was applied
                 self.step()
             in_place = self._closure_evaluator()
             probe = self.ask()
@@ -280,7 +289,7 @@ class MeZO(torch.optim.Optimizer):
 
     @property
     def informative_share(self) -> float:
-        """The share of directions that found a difference, of all that were answered (NaN before the first)."""
+        """The share of answered directions that found a difference (NaN before the first)."""
         answered = self.informative + self.tied
         return self.informative / answered if answered else math.nan
 
@@ -291,7 +300,7 @@ class MeZO(torch.optim.Optimizer):
 
     @property
     def header(self) -> dict[str, Any]:
-        """What a trajectory of this run begins with: all that decides where its steps lead."""
+        """The header of this run's trajectory: everything that decides where its steps lead."""
         described = {"in_place": self._in_place is not None, "parameters": self.parameters.describe()}
         return {**self._header, **described}
 
@@ -301,7 +310,7 @@ class MeZO(torch.optim.Optimizer):
             self.trajectory.close()
 
     def _observe(self, record: Record) -> None:
-        """Everything that follows from a committed step, live and in replay alike."""
+        """Updates all state that follows from a committed step, live and in replay."""
         if measures(self._header, self.steps):
             self.steps += 1
             return
@@ -318,11 +327,11 @@ class MeZO(torch.optim.Optimizer):
         self.steps += 1
 
     def _seeds(self, step: int) -> tuple[int, ...]:
-        """Of a step's directions: a function of the master seed, so that nothing but the step has to be remembered."""
+        """The seeds of a step's directions: a function of the master seed, so only the step has to be remembered."""
         return tuple(direction_seed(self.seed, step, i) for i in range(self._directions_at(step)))
 
     def _scaled(self, points: tuple[Point, ...], step: int) -> tuple[Point, ...]:
-        """The points with their blocks scaled: along z in one block each, or along d⁻¹⊙z."""
+        """The points with scaled blocks: each along z in a single block, or along d⁻¹⊙z."""
         if measures(self._header, step):
             blocks = [name for name in self.parameters for _ in range(self.estimator.sides)]
             return tuple(replace(point, scales={name: 1.0}) for point, name in zip(points, blocks, strict=True))
@@ -333,7 +342,7 @@ class MeZO(torch.optim.Optimizer):
 
     @property
     def _theta(self) -> Updater:
-        """What writes θ, as a replay of the log would. Made with the first step, when it is known whether a closure drives."""
+        """Writes θ as a replay of the log would. Made at the first step, when it is known whether a closure drives the run."""
         if self._updater is None:
             self._updater = Updater(self.header, self.parameters, self._in_place)
         return self._updater
@@ -342,7 +351,7 @@ class MeZO(torch.optim.Optimizer):
         if self._in_place is None:
             if self.steps:
                 raise ValueError(
-                    "this run began with ask and tell; a closure writes θ on another grid, so it cannot go on with one"
+                    "this run began with ask and tell; a closure writes θ on another grid, so the run cannot continue with one"
                 )
             self._in_place = grid_of(self._header, self.parameters)
             self._updater = None

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from zorl.classifier_head import class_names
+from zorl.classifier_models import class_names
 from zorl.quantization import is_plain, quantization_config
 
 _CLASSIFIER = "ForSequenceClassification"

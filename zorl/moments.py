@@ -1,19 +1,20 @@
 """Momentum and Adam (Kingma & Ba 2015), whose moving averages are recomputed from the log instead of being stored.
 
-A gradient estimate is a few seeds and numbers, so what an average is made of can be had again at any time (MeZO, section 2.2
-and Appendix B). With ĝₜ = Σᵢ gᵢzᵢ/m and the coefficients cₜ that the log holds (lr within, see `zorl.updates.Averaged`),
+A gradient estimate is a few seeds and numbers, so the terms of an average can be recomputed at any time (MeZO, section 2.2
+and Appendix B). With ĝₜ = Σᵢ gᵢzᵢ/m and the logged coefficients cₜ (which include lr, see `zorl.updates.Averaged`),
 
     mₜ = Σₖ β₁ᵏ Σᵢ cₜ₋ₖ,ᵢ zₜ₋ₖ,ᵢ      vₜ = (1−β₂) Σₖ β₂ᵏ ĝₜ₋ₖ²      k = 0 … window−1
 
     momentum: θ ← θ + mₜ         Adam: θ ← θ + mₜ/(1−β₁ᵏ) / (√(vₜ/(1−β₂ᵏ)) + 1e-8) with k the steps in the sums
 
-*Recomputed*: the sums are made for one parameter after the other, in buffers of that parameter's size (one of float32, three
-for Adam's elementwise v) that are free again before the next. A step draws window · n directions and leaves out βʷⁱⁿᵈᵒʷ of
-an average's weight: 0.1% of m with β₁ = 0.9 and 64 steps, 4% of v with β₂ = 0.95. *Stored*: the classical recursions, a float32
-copy of the parameters for momentum and two for Adam, n directions a step, nothing left out. Either is remade from the log.
+*Recomputed*: the sums are computed for one parameter after another, in float32 buffers of that parameter's size (one, or
+three for Adam's elementwise v) that are freed before the next. A step draws window · n directions and leaves out βʷⁱⁿᵈᵒʷ of an
+average's weight: 0.1% of m with β₁ = 0.9 and 64 steps, 4% of v with β₂ = 0.95. *Stored*: the classical recursions, with one
+float32 copy of the parameters for momentum and two for Adam, n directions per step and nothing left out. Both can be rebuilt
+from the log.
 
-With a single direction of ±1 (rademacher and rank1, n_spsa=1) every element of ĝ² is the same number g²: v is a scalar over the
-whole log, costs nothing and is never cut short.
+With a single direction of ±1 (rademacher and rank1, n_spsa=1) every element of ĝ² is the same number g²: v is a scalar that
+covers the whole log at no cost.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Averaging:
 
     Args:
         beta1: decay of the first moment, per step.
-        beta2: of Adam's second moment; None for momentum.
-        moment_window: steps that a recomputed average looks back.
+        beta2: decay of Adam's second moment, per step; None for momentum.
+        moment_window: past steps in a recomputed average.
         moments: "recomputed" or "stored".
 
     Raises:
@@ -69,14 +70,14 @@ class Averaging:
 
 
 class Move(NamedTuple):
-    """A committed step: its directions with the coefficients c, and the same with the gradient's, gᵢ/m."""
+    """A committed step: its directions with the coefficients c, and the same directions with those of the gradient, gᵢ/m."""
 
     steps: Sequence[Step]
     gradient: Sequence[Step]
 
 
 class Writable(Protocol):
-    """Where changes go: a `ParameterSet`, or an `InPlace` on its grid."""
+    """What takes changes: a `ParameterSet`, or an `InPlace` on its grid."""
 
     def change(self, name: str, amount: Tensor, stream: Key) -> None: ...
 
@@ -87,8 +88,8 @@ class Moments:
     Args:
         averaging: the settings.
         parameters: what is tuned.
-        distribution: of z.
-        unit_squares: whether each step has one direction of ±1, so that v is a number.
+        distribution: the distribution of z.
+        unit_squares: whether each step has one direction of ±1, so that v is a single number.
         target: what writes the parameters.
     """
 
@@ -112,7 +113,7 @@ class Moments:
 
     @torch.no_grad()
     def apply(self, moves: Sequence[Move]) -> None:
-        """θ after these steps, which follow on those applied before."""
+        """Moves θ by these steps, which follow those applied before."""
         roots = [None if self._scalar is None else self._scalar.after(move) for move in moves]
         for name, averages in self._averages.items():
             for move, root in zip(moves, roots, strict=True):
@@ -127,13 +128,13 @@ class Moments:
 
 
 class _ScalarMoment:
-    """Adam's second moment where it is one number."""
+    """Adam's second moment where it is a single number."""
 
     def __init__(self, beta2: float) -> None:
         self._beta2, self._v, self._left = beta2, 0.0, 1.0
 
     def after(self, move: Move) -> float:
-        """√v̂ + δ with this step counted."""
+        """√v̂ + δ including this step."""
         g = sum(step.coefficient for step in move.gradient)
         self._v = self._beta2 * self._v + (1.0 - self._beta2) * g * g
         self._left *= self._beta2
@@ -156,7 +157,7 @@ class _Recomputed:
         for of_step, cs, _ in reversed(self._window):
             every += of_step
             coefficients += [weight * x for x in cs]
-            weight *= self._averaging.beta1  # a product is rounded alike everywhere, a power is not
+            weight *= self._averaging.beta1  # a product is rounded identically everywhere, a power is not
         m = _total(_zeros(self._like), every, coefficients, self._distribution)
         return _change(m, self._second() if self._squares else None, weight if self._correct else 0.0, root)
 
@@ -172,7 +173,7 @@ class _Recomputed:
 
 
 class _Stored:
-    """One parameter's averages, kept."""
+    """One parameter's averages, stored."""
 
     def __init__(
         self, like: Tensor, averaging: Averaging, distribution: Distribution, *, correct: bool, squares: bool
@@ -206,14 +207,14 @@ def _total(out: Tensor, keys: list[Key], coefficients: list[float], distribution
 
 
 def _change(m: Tensor, v: Tensor | None, left: float, root: float | None) -> Tensor:
-    """What a step adds to θ; written into m.
+    """What a step adds to θ, written into m.
 
     Args:
-        v: the second moment without its bias.
-        left: the share of m's weight that lies before the first step: its bias.
-        root: √v̂ + δ where that is a number.
+        v: the second moment, bias-corrected.
+        left: the share of m's weight that lies before the first step, which is its bias.
+        root: √v̂ + δ where it is a single number.
     """
     if v is not None:
         m.div_(v.sqrt_().add_(_DELTA))
     scale = (1.0 - left) * (root if root is not None else 1.0)
-    return m.mul_(1.0 / scale)  # dividing by a number is not rounded alike on every device
+    return m.mul_(1.0 / scale)  # division by a number is not rounded identically on every device

@@ -1,4 +1,4 @@
-"""A policy answers prompts: with the best of label words, of a classifier's labels or of a row's own options, or with text."""
+"""A policy answers prompts: with the best of label words, a classifier's classes or a row's own options, or with text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Policy(Protocol):
     prompt: Prompt
 
     def answers(self, rows: Sequence[Row], points: Sequence[Point], *, noise_seed: int = 0) -> list[list[Answer]]:
-        """`[point][row]`; the same `noise_seed` gives all points the same sampling noise."""
+        """The answers as `[point][row]`; the same `noise_seed` gives all points the same sampling noise."""
 
 
 def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, args: MeZOConfig) -> Choosing | Generation:
@@ -36,8 +36,8 @@ def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, arg
     """
     if prompt.is_pair and prompt.classes is None:
         raise ValueError(
-            f"the template {prompt.template!r} has a {{sep}}, which is for sequence-classification models, and "
-            f"{type(evaluator.module).__name__} is none"
+            f"the template {prompt.template!r} has a {{sep}}, which is for sequence-classification models; "
+            f"{type(evaluator.module).__name__} is not one"
         )
     if prompt.chooses:
         kind: type[ClassifierHead | LabelWords | RowOptions] = (
@@ -54,6 +54,6 @@ def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, arg
         top_p=args.top_p,
         greedy=args.temperature == 0,
         batch_size=args.forward_batch_size,
-        # the policy's limit is for a prompt and its answer, the setting for the prompt
+        # the policy's limit covers the prompt and its answer, the setting only the prompt
         max_length=None if args.max_length is None else args.max_length + args.max_completion_length,
     )

@@ -1,12 +1,12 @@
 """Several processes that tune one model: each computes a share, and all take the same step.
 
-What makes an update of θ is a few numbers and a seed, so that is all that processes tell each other: for each row its scores or
-the tokens of its answers, or a reward. The bytes depend on the batch and never on the model's size. Every process holds all of θ,
-sees the whole batch and makes every update itself; nothing of it is ever sent. `torch.distributed` carries the bytes, gloo
-between CPUs and NCCL between GPUs; `accelerate launch` and `torchrun` start the processes.
+An update of θ is a few numbers and a seed, so processes only exchange each row's scores, the tokens of its answers, or a
+reward. The number of bytes depends on the batch, never on the model's size. Every process holds all of θ, sees the whole batch
+and makes every update itself; weights are never sent. `torch.distributed` carries the bytes, with gloo between CPUs and NCCL
+between GPUs; `accelerate launch` and `torchrun` start the processes.
 
-In a single process everything here is a plain call. Tensors travel as safetensors and values as JSON: what comes from another
-process is data, never code.
+In a single process everything here is a plain call. Tensors are sent as safetensors and values as JSON: what another process
+sends is data, never code.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-PULSE = 60.0  # seconds after which the first process says that it is still at work, well within any backend's patience
-_STILL_AT_WORK = -1  # in the place of a length
+PULSE = 60.0  # seconds between the first process's signs of life, well within any backend's timeout
+_STILL_AT_WORK = -1  # in place of a length
 
-exchanged_bytes = 0  # that this process has sent to the others so far
-_alone = 0  # > 0: inside work that one process does for all
+exchanged_bytes = 0  # sent by this process to the others so far
+_alone = 0  # positive inside work that one process does for all
 
 
 class ProcessError(ConnectionError):
-    """Another process failed or left the run, or computed something else than this one."""
+    """Another process failed, left the run, or computed something different."""
 
 
 def count() -> int:
-    """Processes that share the work: 1 unless `torch.distributed` was set up."""
+    """The number of processes that share the work: 1 unless `torch.distributed` was set up."""
     return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is, from 0; the first one writes files and asks rewards and judges."""
+    """The number of this process, from 0. The first one writes files and asks rewards and judges."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def share(items: Sequence[T], work: Callable[[Sequence[T]], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """What `work` makes of the items, of which each process is given a run of about the same length.
+    """Divides the items among the processes, in runs of about the same length, and gives all of them every result.
 
     Args:
-        work: tensors by name, of what it is given; may be called with no items. All processes call `share` with the same items.
+        items: the same in all processes.
+        work: returns tensors by name for its items; may be called with no items.
 
     Returns:
-        The tensors of each share, in the order of the items. In one process a single share, untouched.
+        The tensors of each share, in the order of the items. In one process, a single share.
 
     Raises:
         ProcessError: another process failed in its share, or is gone.
@@ -81,15 +82,15 @@ def share(items: Sequence[T], work: Callable[[Sequence[T]], Mapping[str, Tensor]
 
 
 def first(work: Callable[[], Any]) -> Any:
-    """What the first process makes of `work`, for all of them; the others do not call it.
+    """Calls `work` in the first process only, and gives all processes its result.
 
-    It may take any time, such as that of people who judge: the others are told every minute that it is still at work.
+    It may take any time, for example when people judge: the others are told every minute that it is still at work.
 
     Args:
-        work: returns JSON values. What it calls of this module is done by the first process alone.
+        work: returns JSON values. Functions of this module that it calls run in the first process alone.
 
     Raises:
-        ProcessError: the first process failed, or is gone. There the error itself is raised.
+        ProcessError: the first process failed or is gone. The first process raises the error itself.
     """
     global _alone
     if count() == 1:
@@ -106,7 +107,7 @@ def first(work: Callable[[], Any]) -> Any:
         finally:
             _alone -= 1
     if isinstance(failure, ProcessError):
-        raise failure  # nobody is left to be told
+        raise failure  # there is nobody left to tell
     answer = json.loads(_broadcast(payload))
     if failure is not None:
         raise failure
@@ -120,7 +121,7 @@ def first_goes_ahead() -> Iterator[None]:
     """The first process does the block before the others begin it.
 
     Raises:
-        ProcessError: the first process failed in it, and has ended.
+        ProcessError: the first process failed in the block and has ended.
     """
     if index() > 0:
         _meet()
@@ -133,7 +134,7 @@ def agree(what: str, value: Any) -> None:
     """Checks that all processes hold the same JSON value.
 
     Raises:
-        ProcessError: they do not; the message says who holds what, of a mapping under the first key that differs.
+        ProcessError: they do not. The message says who holds what; for a mapping, under the first key that differs.
     """
     if count() == 1:
         return
@@ -148,7 +149,7 @@ def agree(what: str, value: Any) -> None:
 
 
 def leave() -> None:
-    """Waits for the others and takes the group down: its threads may abort an interpreter that ends with it."""
+    """Waits for the others and destroys the process group, whose threads may abort an interpreter that exits with it."""
     if dist.is_available() and dist.is_initialized():
         _meet()
         dist.destroy_process_group()
@@ -162,7 +163,7 @@ def _meet() -> None:
 
 
 def _gather(payload: bytes) -> list[bytes]:
-    """Each process's bytes, in order."""
+    """The bytes of each process, in order."""
     global exchanged_bytes
     total, device = count(), _device()
     with _lost_contact():
@@ -195,10 +196,10 @@ def _broadcast(payload: bytes) -> bytes:
 
 @contextmanager
 def _pulse() -> Iterator[None]:
-    """Tells the others again and again that this process is at work in the block.
+    """Keeps telling the others that this process is at work in the block.
 
     Raises:
-        ProcessError: they are gone. The block is interrupted, as by Ctrl-C; where that is ignored, it is told at its end.
+        ProcessError: they are gone. The block is interrupted as by Ctrl-C; if it ignores that, the error is raised at its end.
     """
     done, lost, device = threading.Event(), list[ProcessError](), _device()
 
@@ -211,7 +212,7 @@ def _pulse() -> Iterator[None]:
                 exchanged_bytes += 8
             except ProcessError as error:
                 lost.append(error)
-                os.kill(os.getpid(), signal.SIGINT)  # wakes what sleeps, which _thread.interrupt_main does not
+                os.kill(os.getpid(), signal.SIGINT)  # unlike _thread.interrupt_main, this wakes a sleeping call
                 return
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -230,7 +231,7 @@ def _pulse() -> Iterator[None]:
 
 
 def _device() -> torch.device:
-    """Where the backend wants the bytes."""
+    """The device on which the backend expects the bytes."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

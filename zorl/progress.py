@@ -1,4 +1,4 @@
-"""A progress bar to read: what changes every step stands behind the bar, an evaluation gets a line of its own."""
+"""A readable progress bar: figures that change every step stand behind the bar, each evaluation gets its own line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _NOT_SHOWN = ("runtime", "samples_per_second", "forwards")
 
 
 class Progress(ProgressCallback):
-    """Trainer's bar, with figures instead of dictionaries."""
+    """Trainer's progress bar, with figures instead of dictionaries."""
 
     def close(self) -> None:
-        """Ends the bar's line, where training ended otherwise than at its end."""
+        """Ends the bar's line where training did not run to its end."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None

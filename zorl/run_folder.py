@@ -1,16 +1,15 @@
-"""The files of a run: what is in its folder, and how the base weights come back.
+"""The files of a run: what is in its folder, and how the base weights are restored.
 
-trajectory.zorl      every step: with the base weights, the trained weights
-init.safetensors     parameters that no base checkpoint holds (adapters, new heads, models made in memory)
+trajectory.zorl      every step; with the base weights it gives the trained weights
+init.safetensors     first values that the base checkpoint does not hold: adapters, new heads, weights changed in memory
 trainer_state.json   the Trainer's log, for resuming it
 zorl.json            prompt, label words and objective, so that `zorl eval --model out` needs none of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps the folder, made if need be, to this run for the block.
+        """Reserves the folder for this run during the block, and makes it where it does not exist.
 
         Raises:
-            TrajectoryError: another run has it.
+            TrajectoryError: another run is using it.
             OSError: it cannot be written.
         """
         with writing(self.path):
@@ -62,45 +61,57 @@ class RunFolder:
             lock.release()
 
     @torch.no_grad()
-    def keep_init(self, parameters: Mapping[str, torch.Tensor], *, writes: bool = True) -> str:
-        """Saves parameters' first values, once for a run; a run that continues gets them back. Their SHA-256.
+    def keep_init(
+        self, named: Mapping[str, torch.Tensor], names: Collection[str], *, writes: bool = True
+    ) -> str | None:
+        """Saves the first values of a new run's parameters; the parameters of a run that continues get theirs back.
 
         Args:
-            parameters: the tuned ones, and those that stay as they are but that the base checkpoint lacks.
-            writes: False where another process has saved them.
+            named: the model's parameters by canonical name.
+            names: those whose first values a new run saves: the base checkpoint does not hold them.
+            writes: False where another process saves them.
+
+        Returns:
+            The SHA-256 of what is saved; None where nothing is.
 
         Raises:
             TrajectoryError: the run has a trajectory, but its first values are gone or damaged.
             OSError: they could not be written.
         """
-        if writes and not self.trajectory.exists():  # a file of a run that never made a step counts for nothing
+        header: dict[str, Any] = {}
+        if self.trajectory.exists():
+            header = read(self.trajectory, until=0)[0]
+            if header["init_sha256"] is None:
+                return None
+        elif not names:
+            return None
+        elif writes:  # a file left by a run that never made a step is overwritten
             with whole_file(self.init) as new:
-                save_file({name: tensor.detach().contiguous().clone() for name, tensor in parameters.items()}, new)
-        header = read(self.trajectory, until=0)[0] if self.trajectory.exists() else {}
+                save_file({name: named[name].detach().contiguous().clone() for name in names}, new)
         tensors = self._read_init(header)
-        kept = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if kept == {name: (tensor.shape, tensor.dtype) for name, tensor in parameters.items()}:
-            for name, tensor in parameters.items():
-                tensor.copy_(tensors[name])
-        return tensors_sha256(tensors)  # where they are other parameters, the trajectory says which
+        found = {name: (named[name].shape, named[name].dtype) for name in tensors.keys() & named.keys()}
+        if found == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+            for name, tensor in tensors.items():
+                named[name].copy_(tensor)
+        return tensors_sha256(tensors)  # where the model has other parameters, the trajectory says which
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         write_json(self.settings, settings)
 
     def read_settings(self) -> dict[str, Any]:
-        """The settings that a run saved; empty for a folder that is not a run's.
+        """The settings that a run saved; empty for a folder without a run.
 
         Raises:
             ValueError: the file is damaged.
         """
         if not self.settings.is_file():
             return {}
-        settings: dict[str, Any] = read_json(self.settings, "give the run's own command again, which writes it anew")
+        settings: dict[str, Any] = read_json(self.settings, "run the same command again, which rewrites it")
         return settings
 
     @torch.no_grad()
     def restore_base(self, header: Mapping[str, Any], model: torch.nn.Module, parameters: ParameterSet) -> None:
-        """Writes the base weights back into the tuned parameters, and into those that the base checkpoint lacks.
+        """Writes the base weights back into the tuned parameters and those that the base checkpoint lacks.
 
         Raises:
             TrajectoryError: the result is not what the run started from.
@@ -130,13 +141,13 @@ class RunFolder:
         return tensors
 
     def rebuild(self, header: Mapping[str, Any], model: str | None = None) -> tuple[Any, ParameterSet]:
-        """The run's model with its base weights, and the parameters that it tunes.
+        """The run's model with its base weights, and the tuned parameters.
 
         Args:
-            model: name or path of the base; by default the one in the header.
+            model: name or path of the base model; by default the one in the header.
 
         Raises:
-            TrajectoryError: the base is another model than the run's, or has other weights.
+            TrajectoryError: the base is another model than the run's, or has other weights or shapes.
         """
         recorded = {name: dtype for name, _, dtype in header["parameters"]}
         name = model or header["model"]
@@ -163,6 +174,12 @@ class RunFolder:
             named = {canonical_name(n): p for n, p in loaded.named_parameters()}
             with torch.no_grad():
                 for key, tensor in self._read_init(header).items():
+                    if named[key].shape != tensor.shape:
+                        raise TrajectoryError(
+                            f"{key!r} has shape {list(tensor.shape)} in the run and {list(named[key].shape)} in {name!r}: the "
+                            "run began with a model that was changed in memory. Give the folder of such a model, or build it in "
+                            "a script and use zorl.replay.replay"
+                        )
                     named[key].copy_(tensor)
         check_base(header, loaded)
         return loaded, tuned
@@ -176,22 +193,3 @@ def check_base(header: Mapping[str, Any], model: torch.nn.Module) -> None:
             f"the base weights differ from the run's: their SHA-256 is {found[:16]}…, the trajectory's is "
             f"{header['base_sha256'][:16]}… (base model {header['model']!r})"
         )
-
-
-def peft_to_json(model: Any) -> dict[str, Any] | None:
-    """The adapter's configuration as JSON values; None for a model without an adapter."""
-    configs = getattr(model, "peft_config", None)  # transformers models may carry one as well as PeftModel
-    if not configs:
-        return None
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, set | tuple | list):
-            return sorted(map(plain, value)) if isinstance(value, set) else [plain(v) for v in value]
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        return value if isinstance(value, str | int | float | bool | None) else None
-
-    result: dict[str, Any] = plain(next(iter(configs.values())).to_dict())
-    return result

@@ -1,7 +1,7 @@
-"""The order in which rows become batches: shuffled anew each epoch, with every label's share in every batch.
+"""The order in which rows become batches: reshuffled each epoch, with every label's share in every batch.
 
-A metric of a whole batch, such as F1, is noisy where a rare label happens to be missing. Shares that are kept take that
-part of the noise away from every probe.
+A metric of a whole batch, such as F1, is noisy where a rare label happens to be missing. Constant shares remove that part
+of the noise from every probe.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch.utils.data import Sampler
 
 
 class StratifiedSampler(Sampler[int]):
-    """Every index once an epoch, so that consecutive batches of `batch_size` keep the proportions of the labels.
+    """Yields every index once per epoch; consecutive batches of `batch_size` keep the proportions of the labels.
 
-    Of a label with c of the N rows each full batch gets c·batch_size/N rows, rounded down or up. What rounding owes is
-    carried over: the labels furthest behind their share are rounded up (largest remainder), so a rare label is spread
-    evenly over the epoch. A last, smaller batch takes what is left. Which rows, and in which order within a batch, is
-    drawn anew each epoch; without labels that is all, a plain shuffle.
+    A label with c of the N rows gets c·batch_size/N rows in each full batch, rounded down or up. What rounding leaves over is
+    carried to the next batch: the labels furthest behind their share are rounded up (largest remainder), so a rare label is
+    spread evenly over the epoch. A smaller last batch takes the rest. The choice of rows and their order within a batch
+    are drawn anew each epoch. Without labels this is a plain shuffle.
 
-    The order is a pure function of (seed, epoch). No global random generator is touched.
+    The order is a pure function of (seed, epoch) and uses no global random generator.
 
     Args:
         size: N, the number of rows.
-        batch_size: rows of a batch.
+        batch_size: rows per batch.
         labels: (N,) the label of each row, compared as `str(label)`; None for a plain shuffle.
         seed: not negative.
 
     Raises:
-        ValueError: size, batch_size or seed is out of range, or there is not one label a row.
+        ValueError: size, batch_size or seed is out of range, or the number of labels is not N.
     """
 
     def __init__(self, size: int, batch_size: int, labels: Sequence[object] | None = None, seed: int = 0) -> None:
@@ -49,7 +49,7 @@ class StratifiedSampler(Sampler[int]):
         self._classes: NDArray[np.int64] = classes  # (N,) the label of each row, as a number
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration is for; data loaders call it. 0 at first."""
+        """Sets the epoch of the next iteration, initially 0. Data loaders call this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -69,10 +69,10 @@ class StratifiedSampler(Sampler[int]):
             taken = upto
 
     def _shares(self, sizes: NDArray[np.int64], taken: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-        """(K,) how many rows of each label are to be out once `end` rows are."""
+        """(K,) how many rows of each label are handed out once `end` rows are."""
         upto = taken + sizes * self.batch_size // self.size
         short = end - int(upto.sum())
-        # What the label is behind its exact share, in Nths of a row. Labels that are whole cannot be rounded up.
+        # How far each label is behind its exact share, in Nths of a row. Labels with whole shares cannot be rounded up.
         behind = np.where(
             sizes * self.batch_size % self.size > 0, sizes * end - upto * self.size, np.iinfo(np.int64).min
         )

@@ -1,8 +1,8 @@
-"""When to stop: where the held-out score no longer improves, and what more forwards would probably buy.
+"""When to stop: where the held-out score no longer improves, or where more forward passes would probably not help.
 
-Learning curves rise with the logarithm of what was spent, so a straight line through the last looks, over ln(forwards), says
-how much another doubling is worth, and its confidence interval how sure that is. Both rules are functions of the log alone:
-a run that is resumed stops where it would have stopped.
+Learning curves rise with the logarithm of what was spent, so a straight line through the last evaluations, over ln(forwards),
+estimates what another doubling is worth, and its confidence interval how certain that is. Both rules are functions of the log
+alone: a resumed run stops where it would have stopped.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any
 from scipy.stats import linregress, t
 from transformers import TrainerCallback
 
-LEAST_LOOKS = 4  # that a line is drawn through; with fewer its interval says nothing
+LEAST_LOOKS = 4  # evaluations on a line; with fewer its interval says nothing
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a larger budget would change of the held-out score, and its confidence interval.
+    """How a larger budget would change the held-out score, with a confidence interval.
 
     Attributes:
-        looks: how many the line goes through.
+        gain: the estimated change of the score.
+        low: the lower end of its 95% confidence interval.
+        high: the upper end.
+        looks: the number of evaluations on the line.
     """
 
     gain: float
@@ -34,15 +37,15 @@ class Outlook:
 
 
 def outlook(forwards: Sequence[float], scores: Sequence[float], times: float) -> Outlook | None:
-    """What `times` as many forwards would change, if the score goes on as in the later half of the looks.
+    """What `times` as many forward passes would change, if the score continues as in the later half of the evaluations.
 
     Args:
-        forwards: spent at each look, increasing; looks before the first forward are left out.
-        scores: of the held-out rows; not finite where there was none.
+        forwards: those spent at each evaluation, increasing; evaluations before the first one are left out.
+        scores: the held-out score at each evaluation; not finite where there was none.
         times: at least 1.
 
     Returns:
-        None with fewer than `LEAST_LOOKS` looks in that half.
+        The outlook; None with fewer than `LEAST_LOOKS` evaluations in that half.
     """
     looks = [(math.log(n), s) for n, s in zip(forwards, scores, strict=True) if n > 0 and math.isfinite(s)]
     looks = looks[min(len(looks) // 2, max(len(looks) - LEAST_LOOKS, 0)) :]
@@ -56,7 +59,7 @@ def outlook(forwards: Sequence[float], scores: Sequence[float], times: float) ->
 
 
 def looks_of(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """Forwards and held-out scores of the evaluations in a Trainer's log."""
+    """The forward passes and held-out scores of the evaluations in a Trainer's log."""
     looks = [entry for entry in history if "eval_reward" in entry and "eval_forwards" in entry]
     return [entry["eval_forwards"] for entry in looks], [entry["eval_reward"] for entry in looks]
 
@@ -65,9 +68,9 @@ class Stopping(TrainerCallback):
     """Ends training early.
 
     Args:
-        patience: looks without a better held-out score after which there is no more to come; None for no such rule.
-        least_gain: stop once twice the forwards would change the score by less, by the upper end of the interval; None for no
-            such rule.
+        patience: evaluations without a better held-out score after which to stop; None for no such rule.
+        least_gain: stop once doubling the forward passes would raise the score by less than this, judged by the upper end of
+            the interval; None for no such rule.
     """
 
     def __init__(self, patience: int | None, least_gain: float | None) -> None:
@@ -75,7 +78,7 @@ class Stopping(TrainerCallback):
         self.least_gain = least_gain
 
     def reason(self, history: Sequence[Mapping[str, Any]]) -> str | None:
-        """Why to stop now; None to go on."""
+        """Why to stop now; None to continue."""
         forwards, scores = looks_of(history)
         if self.patience is not None and len(scores) > self.patience:
             best = max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
@@ -85,7 +88,7 @@ class Stopping(TrainerCallback):
             found = outlook(forwards, scores, times=2.0)
             if found is not None and found.high < self.least_gain:
                 return (
-                    f"twice the forwards would change the held-out score by {found.gain:+.2g} "
+                    f"doubling the forward passes would change the held-out score by {found.gain:+.2g} "
                     f"({CONFIDENCE:.0%}: {found.low:+.2g} to {found.high:+.2g})"
                 )
         return None
@@ -95,7 +98,7 @@ class Stopping(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop(state, control)  # a run that had stopped is not given one more step
+        self._stop(state, control)  # a run that has stopped does not get another step
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop(state, control)

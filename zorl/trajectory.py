@@ -1,23 +1,24 @@
 """The log that is the checkpoint: (base weights, trajectory) → weights, bit for bit.
 
-A direction is a seed, and seeds follow from the master seed, so a step is known by two bfloat16 numbers a direction: the
-projected gradient that was measured (NaN: abstained, 0: a tie) and the coefficient that was applied. 20,000 steps take
-85 kB. Everything else — moments, ε, the informative share — is a pure function of these.
+A direction is a seed, and seeds follow from the master seed, so a step is given by two bfloat16 numbers per direction: the
+measured projected gradient (NaN: abstained, 0: a tie) and the applied coefficient. 20,000 steps take 85 kB. Everything
+else — moments, ε, the informative share — is a pure function of these.
 
 File layout, all little-endian::
 
-    b"ZORL" · u32 n · n bytes of zlib-compressed JSON (the header) · u32 CRC-32 of all before
-    blocks of 16 steps: per direction bf16 g, bf16 c; per direction f32 loss, of a one-point estimator's run
+    b"ZORL" · u32 n · n bytes of zlib-compressed JSON (the header) · u32 CRC-32 of everything before
+    blocks of 16 steps: per direction bf16 g, bf16 c; per direction f32 loss, with the one-point estimator
                         · u32 CRC-32, chained with the block before
 
-The last block may hold fewer steps; its checksum moves along as it grows. So a flipped bit anywhere is noticed, and a
-write that the power cut short costs the steps of its own block at most.
+The last block may hold fewer steps; its checksum moves along as it grows. So a flipped bit is detected anywhere, and a
+write cut short by a power failure costs at most the steps of its own block.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 import zlib
@@ -37,14 +38,13 @@ from zorl.schedules import Directions
 from zorl.whole_files import whole_file, writing
 
 SCHEMA = 1
-_UNSAID = {"estimator": "spsa"}  # what went without saying before there was a choice
 _MAGIC = b"ZORL"
-_STEPS_A_BLOCK = 16
+_STEPS_PER_BLOCK = 16
 _U32 = struct.Struct("<I")
 
 
 class TrajectoryError(ValueError):
-    """A trajectory is damaged, or belongs to something else than what it is used with."""
+    """A trajectory is damaged, or belongs to another model or run than the one it is used with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Record:
     """One committed step: per direction the measured projected gradient and the applied coefficient (bfloat16 values).
 
     Attributes:
-        losses: per direction what the estimator needs to remember (float32 values); empty for most.
+        losses: per direction what the estimator has to remember (float32 values); empty for most estimators.
     """
 
     projected: tuple[float, ...]
@@ -62,14 +62,14 @@ class Record:
     def __bytes__(self) -> bytes:
         pairs = torch.tensor([self.projected, self.coefficients], dtype=torch.float32).bfloat16().float().T.numpy()
         words = np.ascontiguousarray(pairs).view(np.uint32) >> 16
-        words[np.isnan(pairs)] = 0x7FC0  # torch's NaN has other bits from machine to machine
+        words[np.isnan(pairs)] = 0x7FC0  # the bits of torch's NaN differ between machines
         losses = np.array(self.losses, dtype="<f4")
         losses[np.isnan(losses)] = np.nan
         return words.astype("<u2").tobytes() + losses.tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes, directions: int | None = None) -> Record:
-        """A record of so many directions, losses behind them; None: there are no losses."""
+        """Decodes a record of `directions` directions followed by losses; None: there are no losses."""
         pairs = data if directions is None else data[: 4 * directions]
         words = np.frombuffer(pairs, dtype="<u2").astype(np.uint32) << 16
         values = words.view(np.float32).tolist()
@@ -78,9 +78,9 @@ class Record:
 
 
 class Trajectory:
-    """A trajectory file open for appending. Only one at a time may be: a lock file beside it says so.
+    """A trajectory file open for appending. A lock file beside it keeps others from opening it too.
 
-    Use `create` or `resume`, and `read` for reading alone.
+    Use `create` or `resume`, and `read` only to read.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], records: list[Record], lock: FileLock) -> None:
@@ -88,9 +88,9 @@ class Trajectory:
         self.header = header
         self.records = records
         self._lock = lock
-        self._file = path.open("r+b", buffering=0)  # for as long as the run
-        # The open block: where it starts, its steps so far, and the checksum that it continues. The header's are read, not made
-        # again: another version of zlib may pack it into another number of bytes.
+        self._file = path.open("r+b", buffering=0)  # closed when the run ends
+        # The open block: where it starts, its steps so far, and the checksum that it continues. The header's size and checksum
+        # are read, not recomputed: another version of zlib may pack the header into another number of bytes.
         self._start = 8 + _U32.unpack(self._file.read(8)[4:])[0] + 4
         self._file.seek(self._start - 4)
         self._open, self._chain = b"", _U32.unpack(self._file.read(4))[0]
@@ -103,17 +103,17 @@ class Trajectory:
         """A new, empty trajectory.
 
         Raises:
-            FileExistsError: there is a file already; resume it or remove it.
+            FileExistsError: the file exists; resume it or remove it.
             TrajectoryError: another run is writing it.
-            OSError: it could not be written; there is no file then.
+            OSError: it could not be written; no file is left behind.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
         try:
             if path.exists():
-                raise FileExistsError(f"{path} exists: resume that run, or remove the file to start anew")
-            with whole_file(path) as new:  # a run that is killed here leaves no half a header behind
+                raise FileExistsError(f"{path} exists: resume that run, or remove the file to start again")
+            with whole_file(path) as new:  # a run that is killed here leaves no half-written header
                 new.write_bytes(_encode_header(dict(header)))
             return cls(path, dict(header), [], lock)
         except BaseException:
@@ -122,10 +122,10 @@ class Trajectory:
 
     @classmethod
     def resume(cls, path: str | Path) -> tuple[Trajectory, str | None]:
-        """The trajectory at `path`, cut back to its last intact step, and what was cut (None: nothing).
+        """The trajectory at `path`, truncated after its last intact step, and what was cut off (None: nothing).
 
         Raises:
-            TrajectoryError: the header is damaged, a block before the last is, or another run is writing it.
+            TrajectoryError: the header or a block before the last one is damaged, or another run is writing it.
         """
         path = Path(path)
         lock = _locked(path)
@@ -141,7 +141,7 @@ class Trajectory:
             raise
 
     def append(self, record: Record) -> None:
-        """Commits a step. When this returns, a killed process has not lost it (`sync` holds against a power cut too).
+        """Commits a step. Once this returns, a killed process does not lose it (`sync` protects against a power failure too).
 
         Raises:
             OSError: it could not be written, as on a full disk. The file is as it was, and the step is not committed.
@@ -155,7 +155,7 @@ class Trajectory:
             self._write(position, data + checksum)
         except OSError as error:
             self._start, self._open, self._chain, self._open_steps = before
-            self._write(position, old_checksum)  # over bytes that the file has already: needs no space
+            self._write(position, old_checksum)  # overwrites bytes that the file already has: needs no space
             self._file.truncate(position + len(old_checksum))
             raise OSError(
                 error.errno,
@@ -165,7 +165,7 @@ class Trajectory:
         self.records.append(record)
 
     def sync(self) -> None:
-        """Returns once every appended step is on the disk itself."""
+        """Returns once every appended step is on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Trajectory:
     def _take(self, data: bytes) -> None:
         self._open += data
         self._open_steps += 1
-        if self._open_steps == _STEPS_A_BLOCK:
+        if self._open_steps == _STEPS_PER_BLOCK:
             self._start += len(self._open) + 4
             self._chain = zlib.crc32(self._open, self._chain)
             self._open, self._open_steps = b"", 0
@@ -194,11 +194,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Where a file stops making sense."""
+    """Where a file stops being intact."""
 
     path: Path
     intact_steps: int
-    tail: bool  # in the last block, where a write that was cut short leaves it
+    tail: bool  # in the last block, as after a write that was cut short
 
     def __str__(self) -> str:
         return (
@@ -212,11 +212,13 @@ def read(path: str | Path, until: int | None = None) -> tuple[dict[str, Any], li
     """The header and the first `until` steps (None: all).
 
     Raises:
-        TrajectoryError: it is no trajectory, is damaged within these steps, or has fewer.
+        TrajectoryError: the file is not a trajectory, is damaged within these steps, or has fewer.
     """
     header, records, damage, _ = _parse(Path(path))
     if damage is not None and (until is None or until > len(records)):
-        raise TrajectoryError(f"{damage}: replay them with --until {len(records)}, or resume the run to redo the rest")
+        raise TrajectoryError(
+            f"{damage}: replay them with --until {len(records)}, or resume the run to repeat the rest"
+        )
     if until is not None and not 0 <= until <= len(records):
         raise TrajectoryError(f"{path} holds {len(records)} steps, so it cannot be replayed until step {until}")
     return header, records[:until]
@@ -228,7 +230,7 @@ def direction_seed(master: int, step: int, index: int) -> int:
 
 
 def directions_of(header: Mapping[str, Any]) -> Callable[[int], int]:
-    """How many directions a run's step has: as many as there are blocks where it measures their gradient norms."""
+    """The number of directions at each step of a run: one per block in a step that measures the gradient norms of blocks."""
     planned = Directions.parse(header["n_spsa"])
     return lambda step: len(header["parameters"]) if measures(header, step) else planned.at(step)
 
@@ -250,14 +252,22 @@ def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> Non
 
 
 def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises TrajectoryError naming the settings in which a run differs from the one that it wants to continue."""
-    recorded = {**_UNSAID, **recorded}
+    """Raises TrajectoryError naming the settings in which a run differs from the one that it continues."""
+    recorded = _in_present_terms(recorded)
     different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
     if different:
         found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
-        if "batch" in different and recorded.get("batch"):
-            found += f" (per_device_train_batch_size times the number of processes has to be {recorded['batch'][0]})"
         raise TrajectoryError(f"the trajectory was recorded with other settings: {found}")
+
+
+def _in_present_terms(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header with the names of today's settings: earlier versions had no choice of estimators, and wrote two lists."""
+    present = {"estimator": "spsa", **header}
+    answers = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
+    present.update(zip(answers, present.pop("answers", ()), strict=False))
+    if "batch" in present:
+        present["rows_per_step"] = math.prod(present.pop("batch"))
+    return present
 
 
 def _encode_header(header: dict[str, Any]) -> bytes:
@@ -283,10 +293,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
     records: list[Record] = []
     position, chain = end, _U32.unpack(data[end - 4 : end])[0]
     while position < len(data):
-        sizes = [bytes_each * directions(len(records) + i) for i in range(_STEPS_A_BLOCK)]
+        sizes = [bytes_each * directions(len(records) + i) for i in range(_STEPS_PER_BLOCK)]
         last = len(data) - position < sum(sizes) + 4
         count = (
-            next((k for k in range(1, _STEPS_A_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0)
+            next((k for k in range(1, _STEPS_PER_BLOCK) if sum(sizes[:k]) + 4 == len(data) - position), 0)
             if last
             else len(sizes)
         )

@@ -1,8 +1,8 @@
 """From projected gradients to coefficients: θ ← θ + Σ cᵢ·z(seedᵢ).
 
-A rule is a pure function of the log: its state is a few scalars, remade by reading the trajectory again, so nothing but
-the trajectory has to be saved. Coefficients are rounded to bfloat16 *before* they are applied: what is written down is
-what was done.
+A rule is a pure function of the log: its state is a few scalars, recomputed by reading the trajectory again, so only the
+trajectory has to be saved. Coefficients are rounded to bfloat16 *before* they are applied: what is logged is exactly what
+was done.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UpdateName = Literal["normalized", "sgd", "momentum", "adam"]
 
 
 def measured_in_weights(update: str) -> bool:
-    """Whether a rule's learning rate is a change of weights, whatever the slope; else it is times a slope."""
+    """Whether a rule's learning rate is a change of weights whatever the slope; otherwise it is multiplied by the slope."""
     return update not in ("sgd", "momentum")
 
 
@@ -27,12 +27,12 @@ class UpdateRule(Protocol):
         """Coefficients of one step's directions.
 
         Args:
-            projected: g of each direction; NaN abstains, 0 is a tie.
+            projected: the g of each direction; NaN abstains, 0 is a tie.
             lr: the learning rate of this step.
         """
 
     def observe(self, projected: Sequence[float]) -> None:
-        """Takes a committed step into the rule's state; called once a step, live and in replay alike."""
+        """Adds a committed step to the rule's state; called once per step, live and in replay."""
 
 
 class SGD:
@@ -49,14 +49,14 @@ class SGD:
 class Normalized:
     """c = −lr·g / (√v·m): v is a bias-corrected moving average of the informative g².
 
-    Adam's second moment without its buffer: with z = ±1 every element's squared gradient estimate is the same scalar g²
-    (for one direction exactly, for several up to cross terms), so v is one number. It takes the reward's scale and the
-    size of ε out of the learning rate: lr is the typical change of a weight in one step of one direction, lr/√m in one
-    that averages over m. The step at hand counts in its
-    own v, so that a first or a freak g moves θ by about lr and no more.
+    This is Adam's second moment without its buffer: with z = ±1 the squared gradient estimate of every element is the same
+    scalar g² (exactly for one direction, up to cross terms for several), so v is one number. It makes the learning rate
+    independent of the reward's scale and of ε: lr is the typical change of a weight in a step of one direction, lr/√m in a
+    step that averages over m. Each step is included in its own v, so that a first g or an outlier moves θ by about lr and
+    no more.
 
     Args:
-        decay: of the moving average, per informative direction.
+        decay: decay of the moving average, per informative direction.
     """
 
     def __init__(self, decay: float = 0.95) -> None:
@@ -75,16 +75,16 @@ class Normalized:
     def _after(self, projected: Sequence[float]) -> tuple[float, float]:
         total, weight = self._sum, self._weight
         for g in projected:
-            if not math.isnan(g) and g != 0.0:  # ties say nothing of the slope's size
+            if not math.isnan(g) and g != 0.0:  # ties say nothing about the size of the slope
                 total = self.decay * total + (1.0 - self.decay) * g * g
                 weight = self.decay * weight + (1.0 - self.decay)
         return total, weight
 
 
 class Averaged:
-    """c = −lr·(1−β₁)·g / m: a step's part in a moving average of gradients. `zorl.moments` makes the averages of these.
+    """c = −lr·(1−β₁)·g / m: a step's contribution to a moving average of gradients, which `zorl.moments` computes.
 
-    So the learning rate is within the average (Sutskever et al. 2013, eq. 3–4), where it was when the gradient was measured.
+    Each gradient thus keeps the learning rate of the step in which it was measured (Sutskever et al. 2013, eq. 3–4).
 
     Args:
         beta1: decay of the average, per step.
@@ -104,7 +104,7 @@ def update_rule(name: UpdateName, beta1: float = 0.9) -> UpdateRule:
     """A fresh rule by name.
 
     Args:
-        beta1: of `"momentum"` and `"adam"`.
+        beta1: the decay of `"momentum"` and `"adam"`, per step.
 
     Raises:
         ValueError: there is no such rule.

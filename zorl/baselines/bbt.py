@@ -15,7 +15,7 @@ from zorl.baselines.problem import Fitted, NotApplicable, Problem, Report, answe
 from zorl.baselines.selection import Selection, look_at
 from zorl.directions import derive_seed
 from zorl.encoding import longest_input
-from zorl.objectives import make_objective
+from zorl.goal import Goal
 from zorl.probe import CENTRE, Scores
 
 POPULATION = 20  # candidates a generation
@@ -52,12 +52,8 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
     model, soft = _with_soft_prompt(base, tokenizer, generator)
     policy = problem.policy(model, tokenizer)
     by_likelihood = problem.reward is None and bool(problem.prompt.labels)
-    objective = make_objective(
-        policy,
-        rewards=None if by_likelihood else problem.rewards,
-        loss="cross_entropy" if by_likelihood else None,
-        label_column=problem.label_column,
-    )
+    goal = Goal(rewards=None if by_likelihood else problem.rewards, loss="cross_entropy" if by_likelihood else None)
+    objective = goal.objective(policy, label_column=problem.label_column)
     dimension = min(INTRINSIC_DIMENSION, max(_FEWEST, soft.numel() // _SHARE_OF_PROMPT), soft.numel())
     first = soft.detach().clone()
     # Each number of A z then varies as much as those of the model's own embeddings do (for z of variance one).

@@ -82,8 +82,8 @@ class Problem:
         for name in ("batch_size", "budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, rows in (("train_dataset", self.train), ("dev", self.dev)):
-            checked_rows(rows, name, self.prompt, self.label_column)
+        for name, rows in (("train", self.train), ("dev", self.dev)):
+            checked_rows(rows, name, self.prompt, self.label_column, training=name == "train")
             if self.label_column not in rows[0] and (self.prompt.labels or self.reward is None):
                 raise ValueError(
                     f"the rows of {name} have no column {self.label_column!r} to learn from; name the column with the"

@@ -9,7 +9,7 @@ import torch
 
 from zorl.baselines.problem import Fitted, Problem, Report, answers_of
 from zorl.head_tuning import fit_bias
-from zorl.objectives import RewardObjective
+from zorl.reward_objective import RewardObjective
 
 
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
