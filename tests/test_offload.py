@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.models import load_model
-from zorl.offload import computing_device, is_away, named_stored
+from zorl.offload import computing_device, is_offloaded, named_stored
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
 from zorl.probe import Point
@@ -54,7 +54,7 @@ def make(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTrain
 
 def to_cpu(model: Any) -> None:
     cpu_offload(model, execution_device=CPU)
-    assert all(map(is_away, model.parameters()))
+    assert all(map(is_offloaded, model.parameters()))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_is_away_is_tuned_to_the_same_bits(make: Callable[..., MeZOTrainer]
     for trainer in (here, away):
         trainer.train()
     assert here.tuned.sha256() == away.tuned.sha256() != before
-    assert all(map(is_away, away.model.parameters()))
+    assert all(map(is_offloaded, away.model.parameters()))
     assert here.predict(ROWS).predictions == away.predict(ROWS).predictions
 
 
@@ -122,7 +122,7 @@ def test_a_model_that_a_device_map_places_is_tuned(
         trainer.train()
         tuned.append(trainer.tuned.sha256())
         assert tuned[-1] != start
-        assert any(map(is_away, trainer.model.parameters())) == isinstance(placed, dict)
+        assert any(map(is_offloaded, trainer.model.parameters())) == isinstance(placed, dict)
     assert where != "auto" or tuned[0] == tuned[1]
 
 
@@ -151,7 +151,7 @@ def test_weights_are_loaded_once_for_all_points_and_none_stay(parts: Callable[[s
     logits = at.evaluate_all(points, forward)
     assert len(loads) == (1 if evaluator is Twin else len(points))
     assert not torch.allclose(logits[0], logits[1])
-    assert all(map(is_away, at.module.parameters()))
+    assert all(map(is_offloaded, at.module.parameters()))
 
 
 def test_a_forward_that_fails_leaves_no_moved_weight_behind(parts: Callable[[str], Any]) -> None:
@@ -177,11 +177,11 @@ def test_an_adapter_is_tuned_on_weights_that_lie_on_disk(
         make("llama", to_disk)
     trainer = make("llama", to_disk, tune="lora", evaluation=evaluation, max_steps=8)
     before = trainer.tuned.sha256()
-    base = {name: values.clone() for name, p, values in named_stored(trainer.model) if is_away(p)}
+    base = {name: values.clone() for name, p, values in named_stored(trainer.model) if is_offloaded(p)}
     trainer.train()
     assert trainer.tuned.sha256() != before
     assert base
-    assert all(torch.equal(values, base[name]) for name, p, values in named_stored(trainer.model) if is_away(p))
+    assert all(torch.equal(values, base[name]) for name, p, values in named_stored(trainer.model) if is_offloaded(p))
     again = make("llama", to_disk, tune="lora", evaluation=evaluation, max_steps=8)
     again.train()
     assert again.tuned.sha256() == trainer.tuned.sha256(), "an adapter beside a shell starts from the seed as well"

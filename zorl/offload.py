@@ -17,7 +17,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 
 
-def is_away(parameter: Tensor) -> bool:
+def is_offloaded(parameter: Tensor) -> bool:
     """Whether a parameter is a shell, whose values are elsewhere."""
     return parameter.device.type == "meta"
 
@@ -30,7 +30,7 @@ def stored(module: nn.Module, attribute: str) -> Tensor:
     """
     parameter = module._parameters[attribute]
     assert parameter is not None
-    if not is_away(parameter):
+    if not is_offloaded(parameter):
         return parameter
     hook = _mover(module)
     if hook is None or hook.weights_map is None:
@@ -56,14 +56,14 @@ def named_stored(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             seen.add(id(parameter))
-            if is_away(parameter) and not can_be_written(module, attribute):
+            if is_offloaded(parameter) and not can_be_written(module, attribute):
                 if name not in tied:  # each time they are read they have another address
                     yield name, parameter, stored(module, attribute)
                 continue
             values = stored(module, attribute)
             # Tied weights are several shells of the same values.
-            place = (values.data_ptr(), values.shape) if is_away(parameter) else id(values)
-            if not is_away(parameter) or place not in seen:
+            place = (values.data_ptr(), values.shape) if is_offloaded(parameter) else id(values)
+            if not is_offloaded(parameter) or place not in seen:
                 yield name, parameter, values
             seen.add(place)
 
@@ -72,7 +72,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` with the values of parameters that are away."""
     found: dict[str, Tensor] = dict(model.state_dict())
     for name, value in found.items():
-        if is_away(value):
+        if is_offloaded(value):
             path, _, attribute = name.rpartition(".")
             found[name] = stored(model.get_submodule(path), attribute)
     return found
@@ -81,7 +81,12 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 def can_be_written(module: nn.Module, attribute: str) -> bool:
     """Whether what is written into `stored` stays: not of weights that lie on disk, which are read anew each time."""
     parameter, hook = module._parameters[attribute], _mover(module)
-    if parameter is None or not is_away(parameter) or hook is None or not isinstance(hook.weights_map, PrefixedDataset):
+    if (
+        parameter is None
+        or not is_offloaded(parameter)
+        or hook is None
+        or not isinstance(hook.weights_map, PrefixedDataset)
+    ):
         return True
     source = hook.weights_map.dataset
     return not isinstance(source, OffloadedWeightsLoader) or hook.weights_map.prefix + attribute in source.state_dict
@@ -94,9 +99,9 @@ def computing_device(model: nn.Module) -> torch.device:
             if parameter is None:
                 continue
             hook = _mover(module)
-            if is_away(parameter) and hook is not None and hook.execution_device is not None:
+            if is_offloaded(parameter) and hook is not None and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
-            if not is_away(parameter):
+            if not is_offloaded(parameter):
                 return parameter.device
     return torch.device("cpu")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zorl.directions import Distribution, key
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
-from zorl.offload import is_away, move_when_brought_in, stored, what_hooks_share
+from zorl.offload import is_offloaded, move_when_brought_in, stored, what_hooks_share
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
 from zorl.quantization import is_plain
@@ -124,7 +124,7 @@ class Scratch:
             for attribute, p in module._parameters.items():
                 if p is None or (name := names.get(address(module, attribute))) is None:
                     continue
-                if is_away(p):
+                if is_offloaded(p):
                     self._away.setdefault(module, []).append(_Slot(module, attribute, name, p))
                 else:
                     slots.append(_Slot(module, attribute, name, p))
@@ -349,7 +349,7 @@ def address(module: nn.Module, attribute: str) -> int:
     """What `ParameterSet.names` knows a module's parameter by."""
     parameter = module._parameters[attribute]
     assert parameter is not None
-    return stored(module, attribute).data_ptr() if is_away(parameter) else id(parameter)
+    return stored(module, attribute).data_ptr() if is_offloaded(parameter) else id(parameter)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -372,7 +372,7 @@ def output_embedding(module: nn.Module) -> nn.Module | None:
 
 def gives_rows(head: nn.Module) -> bool:
     """Whether an output embedding can compute single rows: it is a linear layer whose weights are here and not quantised."""
-    plain = all(is_plain(p) and not is_away(p) for p in head.parameters())
+    plain = all(is_plain(p) and not is_offloaded(p) for p in head.parameters())
     return type(head).forward is nn.Linear.forward and plain
 
 

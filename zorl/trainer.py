@@ -52,7 +52,7 @@ from zorl.objectives import (
     RewardObjective,
     make_objective,
 )
-from zorl.offload import is_away, named_stored
+from zorl.offload import is_offloaded, named_stored
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Evaluator, Scratch
 from zorl.policies import make_policy
@@ -477,7 +477,7 @@ class MeZOTrainer(ForwardTrainer):
         """Model, tokenizer and prompt; no pickled arguments."""
         target = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         assert self.model is not None
-        if state_dict is None and any(map(is_away, self.model.parameters())):
+        if state_dict is None and any(map(is_offloaded, self.model.parameters())):
             state_dict = offload.state_dict(self.model)
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zorl.directions import Distribution, key, matrix_width, rank
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
-from zorl.offload import computing_device, is_away, move_when_brought_in
+from zorl.offload import computing_device, is_offloaded, move_when_brought_in
 from zorl.parameters import ParameterSet
 from zorl.perturbation import Scratch, address, output_embedding, replica
 from zorl.probe import Point
@@ -73,7 +73,9 @@ class Twin:
         self.module: Any = replica(model)
         names = parameters.names()
         head = output_embedding(self.module)
-        if head is not None and not all(is_plain(p) and not is_away(p) for p in head.parameters()):  # called as it is
+        if head is not None and not all(
+            is_plain(p) and not is_offloaded(p) for p in head.parameters()
+        ):  # called as it is
             head.register_forward_hook(self._take_rows)
             head = None
         self._slots: list[_Slot] = []
@@ -87,7 +89,7 @@ class Twin:
                 if isinstance(module, nn.RNNBase):
                     raise TypeError(f"{type(module).__name__} computes out of sight; use zorl.MeZO with a closure")
                 moved = _Moved.of(self, parameter, name, is_head=module is head)
-                (away if is_away(parameter) else self._slots).append(_Slot(module, attribute, parameter, moved))
+                (away if is_offloaded(parameter) else self._slots).append(_Slot(module, attribute, parameter, moved))
             if away:
                 move_when_brought_in(module, partial(self._enter_away, away), partial(self._leave_away, away))
                 self._away += away
