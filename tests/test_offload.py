@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,26 @@ def test_an_offloaded_recurrent_layer_is_refused() -> None:
         to_cpu(model)
         with pytest.raises(error, match=r"LSTM .*; use zorl\.MeZO with a closure"):
             evaluator(model, ParameterSet(select(model)), "rank1")
+
+
+def test_a_forward_that_fails_keeps_no_loaded_weight(parts: Callable[[str], Any]) -> None:
+    """It may have failed because memory ran out."""
+    model = copy.deepcopy(parts("llama").model)
+    to_cpu(model)
+    twin = Twin(model, ParameterSet(select(model)))
+    module = twin.module.model.layers[1].mlp.up_proj
+    forward, kept = module._old_forward, []
+
+    def fail(x: torch.Tensor) -> None:
+        kept.append(weakref.ref(module.weight.zorl_weight.tensor))
+        forward(x)
+        raise RuntimeError("halfway")
+
+    module._old_forward = fail
+    with pytest.raises(RuntimeError, match="halfway"):
+        twin.evaluate(Point(1, 0.1), lambda: twin.module(input_ids=torch.zeros(2, 3, dtype=torch.long)))
+    gc.collect()
+    assert [reference() for reference in kept] == [None]
 
 
 @pytest.mark.parametrize("evaluation", ["twin", "scratch"])

@@ -133,27 +133,27 @@ class ReplacedWeights:
         self._names = names
         self._replacement, self._discard = replacement, discard
         self._shells = {attribute: module._parameters[attribute] for attribute in names}
-        self._loaded: dict[str, Tensor] = {}
+        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # (what was loaded, what stands for it)
         module._hf_hook = _Around(module._hf_hook, self._replace, self._restore)
 
     def reset(self) -> None:
         """Puts the shells back, which accelerate does not do after a forward that failed."""
+        self._restore()
         self._parameters.update(self._shells)
-        self._loaded.clear()
 
     def _replace(self) -> None:
         for attribute, name in self._names.items():
             loaded = self._parameters[attribute]
             made = self._replacement(name, loaded)
             if made is not None:
-                self._loaded[attribute] = loaded
+                self._replaced[attribute] = loaded, made
                 self._parameters[attribute] = made
 
     def _restore(self) -> None:
-        for attribute, loaded in self._loaded.items():
-            made, self._parameters[attribute] = self._parameters[attribute], loaded
+        for attribute, (loaded, made) in self._replaced.items():
+            self._parameters[attribute] = loaded
             self._discard(made)
-        self._loaded.clear()
+        self._replaced.clear()
 
 
 class _Around(ModelHook):

@@ -131,7 +131,7 @@ class Twin:
         return StackedParameter.of(self._stack, loaded, name) if self._stack.any_moved else None
 
     def _forget(self, stacked: Tensor) -> None:
-        """Of an offloaded weight nothing stays behind on the device that computes."""
+        """Keeps nothing of an offloaded weight on the device that computes."""
         assert isinstance(stacked, StackedParameter)
         self._stack.forget(stacked.zorl_weight)
 
