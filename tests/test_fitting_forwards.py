@@ -100,7 +100,7 @@ def test_results_do_not_depend_on_what_fits(
         []
         if first == 64
         else [
-            "memory did not suffice for forwards of 64 inputs: forward_batch_size has been lowered to "
+            "there is not enough memory for forwards of 64 inputs: forward_batch_size has been lowered to "
             f"{first} for the rest of the run"
         ]
     )

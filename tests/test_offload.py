@@ -1,9 +1,11 @@
-"""Models that accelerate keeps elsewhere and brings in module by module: tuned to the same bits, and never held twice."""
+"""Models whose weights accelerate stores elsewhere and loads module by module: tuned to the same bits, and never held twice."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.models import load_model
-from zorl.offload import computing_device, is_away, named_stored
+from zorl.offload import computing_device, is_offloaded, named_stored
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
 from zorl.probe import Point
 from zorl.rewards import accuracy
+from zorl.stacked_points import StackingError
 from zorl.twin import Twin
 
 CPU = torch.device("cpu")
@@ -54,7 +57,7 @@ def make(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTrain
 
 def to_cpu(model: Any) -> None:
     cpu_offload(model, execution_device=CPU)
-    assert all(map(is_away, model.parameters()))
+    assert all(map(is_offloaded, model.parameters()))
 
 
 @pytest.fixture
@@ -64,18 +67,20 @@ def to_disk(tmp_path: Path) -> Callable[[Any], None]:
 
 @pytest.mark.parametrize("evaluation", ["twin", "scratch"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "opt", "llama"])
-def test_what_is_away_is_tuned_to_the_same_bits(make: Callable[..., MeZOTrainer], kind: str, evaluation: str) -> None:
-    here, away = make(kind, evaluation=evaluation), make(kind, to_cpu, evaluation=evaluation)
-    before = away.tuned.sha256()
+def test_what_is_offloaded_is_tuned_to_the_same_bits(
+    make: Callable[..., MeZOTrainer], kind: str, evaluation: str
+) -> None:
+    here, offloaded = make(kind, evaluation=evaluation), make(kind, to_cpu, evaluation=evaluation)
+    before = offloaded.tuned.sha256()
     assert before == here.tuned.sha256()
-    for trainer in (here, away):
+    for trainer in (here, offloaded):
         trainer.train()
-    assert here.tuned.sha256() == away.tuned.sha256() != before
-    assert all(map(is_away, away.model.parameters()))
-    assert here.predict(ROWS).predictions == away.predict(ROWS).predictions
+    assert here.tuned.sha256() == offloaded.tuned.sha256() != before
+    assert all(map(is_offloaded, offloaded.model.parameters()))
+    assert here.predict(ROWS).predictions == offloaded.predict(ROWS).predictions
 
 
-def test_the_best_step_is_gone_back_to_where_weights_are_away(make: Callable[..., MeZOTrainer]) -> None:
+def test_the_best_step_is_gone_back_to_where_weights_are_offloaded(make: Callable[..., MeZOTrainer]) -> None:
     def run(offload: Callable[[Any], None] | None) -> MeZOTrainer:
         looks = itertools.count()
 
@@ -90,11 +95,11 @@ def test_the_best_step_is_gone_back_to_where_weights_are_away(make: Callable[...
         assert trainer.step == 2
         return trainer
 
-    here, away = run(None), run(to_cpu)
-    assert here.tuned.sha256() == away.tuned.sha256()
-    again = away.tuned.sha256()
-    away.train(resume_from_checkpoint=True)  # from its own base weights, once more
-    assert away.tuned.sha256() == again
+    here, offloaded = run(None), run(to_cpu)
+    assert here.tuned.sha256() == offloaded.tuned.sha256()
+    again = offloaded.tuned.sha256()
+    offloaded.train(resume_from_checkpoint=True)  # from its own base weights, once more
+    assert offloaded.tuned.sha256() == again
 
 
 @pytest.mark.parametrize("evaluation", ["twin", "scratch"])
@@ -122,7 +127,7 @@ def test_a_model_that_a_device_map_places_is_tuned(
         trainer.train()
         tuned.append(trainer.tuned.sha256())
         assert tuned[-1] != start
-        assert any(map(is_away, trainer.model.parameters())) == isinstance(placed, dict)
+        assert any(map(is_offloaded, trainer.model.parameters())) == isinstance(placed, dict)
     assert where != "auto" or tuned[0] == tuned[1]
 
 
@@ -151,7 +156,7 @@ def test_weights_are_loaded_once_for_all_points_and_none_stay(parts: Callable[[s
     logits = at.evaluate_all(points, forward)
     assert len(loads) == (1 if evaluator is Twin else len(points))
     assert not torch.allclose(logits[0], logits[1])
-    assert all(map(is_away, at.module.parameters()))
+    assert all(map(is_offloaded, at.module.parameters()))
 
 
 def test_a_forward_that_fails_leaves_no_moved_weight_behind(parts: Callable[[str], Any]) -> None:
@@ -169,6 +174,35 @@ def test_a_forward_that_fails_leaves_no_moved_weight_behind(parts: Callable[[str
         assert all(type(p) is torch.nn.Parameter for p in at.module.parameters())
 
 
+def test_an_offloaded_recurrent_layer_is_refused() -> None:
+    """It computes with a list of its weights that a replacement would not reach."""
+    for evaluator, error in ((Twin, StackingError), (Scratch, TypeError)):
+        model = torch.nn.Sequential(torch.nn.LSTM(2, 2))
+        to_cpu(model)
+        with pytest.raises(error, match=r"LSTM .*; use zorl\.MeZO with a closure"):
+            evaluator(model, ParameterSet(select(model)), "rank1")
+
+
+def test_a_forward_that_fails_keeps_no_loaded_weight(parts: Callable[[str], Any]) -> None:
+    """It may have failed because memory ran out."""
+    model = copy.deepcopy(parts("llama").model)
+    to_cpu(model)
+    twin = Twin(model, ParameterSet(select(model)))
+    module = twin.module.model.layers[1].mlp.up_proj
+    forward, kept = module._old_forward, []
+
+    def fail(x: torch.Tensor) -> None:
+        kept.append(weakref.ref(module.weight.zorl_weight.tensor))
+        forward(x)
+        raise RuntimeError("halfway")
+
+    module._old_forward = fail
+    with pytest.raises(RuntimeError, match="halfway"):
+        twin.evaluate(Point(1, 0.1), lambda: twin.module(input_ids=torch.zeros(2, 3, dtype=torch.long)))
+    gc.collect()
+    assert [reference() for reference in kept] == [None]
+
+
 @pytest.mark.parametrize("evaluation", ["twin", "scratch"])
 def test_an_adapter_is_tuned_on_weights_that_lie_on_disk(
     make: Callable[..., MeZOTrainer], to_disk: Callable[[Any], None], evaluation: str
@@ -177,26 +211,28 @@ def test_an_adapter_is_tuned_on_weights_that_lie_on_disk(
         make("llama", to_disk)
     trainer = make("llama", to_disk, tune="lora", evaluation=evaluation, max_steps=8)
     before = trainer.tuned.sha256()
-    base = {name: values.clone() for name, p, values in named_stored(trainer.model) if is_away(p)}
+    base = {name: values.clone() for name, p, values in named_stored(trainer.model) if is_offloaded(p)}
     trainer.train()
     assert trainer.tuned.sha256() != before
     assert base
-    assert all(torch.equal(values, base[name]) for name, p, values in named_stored(trainer.model) if is_away(p))
+    assert all(torch.equal(values, base[name]) for name, p, values in named_stored(trainer.model) if is_offloaded(p))
     again = make("llama", to_disk, tune="lora", evaluation=evaluation, max_steps=8)
     again.train()
     assert again.tuned.sha256() == trainer.tuned.sha256(), "an adapter beside a shell starts from the seed as well"
 
 
-def test_answers_are_generated_at_points_around_what_is_away(make: Callable[..., MeZOTrainer]) -> None:
+def test_answers_are_generated_at_points_around_what_is_offloaded(make: Callable[..., MeZOTrainer]) -> None:
     settings = {"prompt": Prompt("{text}"), "max_completion_length": 4, "temperature": 0.0}
-    here, away = make("llama", **settings), make("llama", to_cpu, **settings)
+    here, offloaded = make("llama", **settings), make("llama", to_cpu, **settings)
     points = [Point(1, 0.3), Point(2, 0.3)]
-    texts = [[[a.completion for a in of] for of in trainer.policy.answers(ROWS, points)] for trainer in (here, away)]
+    texts = [
+        [[a.completion for a in of] for of in trainer.policy.answers(ROWS, points)] for trainer in (here, offloaded)
+    ]
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]
 
 
-def test_what_was_tuned_away_is_saved_and_resumed(
+def test_what_was_tuned_offloaded_is_saved_and_resumed(
     make: Callable[..., MeZOTrainer], parts: Callable[[str], Any], tmp_path: Path
 ) -> None:
     trainer = make("llama", to_cpu, max_steps=4)
@@ -207,8 +243,8 @@ def test_what_was_tuned_away_is_saved_and_resumed(
     assert base_sha256(parts("llama").model) == base_sha256(make("llama", to_cpu).model)
 
 
-def test_shells_that_nobody_fills_are_told(parts: Callable[[str], Any]) -> None:
+def test_shells_without_values_are_refused(parts: Callable[[str], Any]) -> None:
     empty = copy.deepcopy(parts("llama").model).to("meta")
-    with pytest.raises(TypeError, match="is on the meta device, and accelerate does not bring it in"):
+    with pytest.raises(TypeError, match="is on the meta device, and accelerate has no values for it"):
         select(empty)
     assert computing_device(parts("llama").model) == CPU

@@ -24,7 +24,8 @@ from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Point
 from zorl.prompts import Prompt
 from zorl.scoring import LabelWords
-from zorl.twin import StackingError, Twin, twin_or_scratch
+from zorl.stacked_points import StackingError
+from zorl.twin import Twin, twin_or_scratch
 
 KINDS = ("bert", "roberta", "gpt2", "opt", "llama", "qwen2", "gpt_neox")
 CAUSAL = KINDS[2:]
@@ -215,6 +216,8 @@ class Odd(nn.Module):
         lambda x, w: x * w,
         lambda x, w: x + w.detach().mean(),
         lambda x, w: x * w.chunk(2)[0][0],
+        lambda x, w: torch.add(x, w, alpha=2),
+        lambda x, w: torch.addmm(x[0], x[0], w, alpha=2),
     ],
 )
 def test_any_other_use_of_a_tuned_parameter_is_refused(use: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -242,10 +245,10 @@ def test_models_that_cannot_be_stacked_are_refused() -> None:
         MixtralConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                       num_key_value_heads=1, num_local_experts=2)
     )  # fmt: skip
-    with pytest.raises(TypeError, match="mixture of experts"):
+    with pytest.raises(StackingError, match="mixture of experts"):
         Twin(experts, ParameterSet(select(experts)))
     recurrent = nn.LSTM(4, 4)
-    with pytest.raises(TypeError, match="LSTM"):
+    with pytest.raises(StackingError, match="LSTM"):
         Twin(recurrent, ParameterSet(recurrent.named_parameters()))
     linear = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="'rank1', not 'rademacher'"):
@@ -291,6 +294,21 @@ def test_a_frozen_head_with_a_bias_is_left_alone(language_model: Any, parts: Any
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_a_head_with_an_adapter_gives_the_asked_rows(language_model: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    scratch, twin = both(get_peft_model(language_model("llama"), config))
+    tokens, rows = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([17, 4, 4])
+
+    def forward(evaluator: Any, copies: int) -> list[Tensor]:
+        return list(evaluator.module(input_ids=tokens.repeat(copies, 1)).logits.chunk(copies))
+
+    expected = scratch.evaluate_all(POINTS, lambda n: forward(scratch, n), head_rows=rows)
+    found = twin.evaluate_all(POINTS, lambda n: forward(twin, n), head_rows=rows)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert found[0].shape == (2, 3, 3)
+
+
 def test_weights_that_were_converted_are_read_anew(language_model: Any, parts: Any) -> None:
     model = language_model("llama")
     words = LabelWords(Twin(model, ParameterSet(select(model))), parts("llama").tokenizer, WORDS)
@@ -328,13 +346,15 @@ def test_a_look_up_that_does_not_run_over_rows_is_refused_even_where_the_sizes_a
 
 
 def test_auto_takes_the_path_that_the_model_allows(language_model: Any) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditionalGeneration
 
     gemma = Gemma2ForCausalLM(
         Gemma2Config(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                      num_key_value_heads=1, head_dim=8)
     )  # fmt: skip
     assert isinstance(twin_or_scratch(gemma, ParameterSet(select(gemma)), "rank1"), Scratch)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    assert isinstance(twin_or_scratch(t5, ParameterSet(select(t5)), "rank1"), Scratch)
     llama = language_model("llama")
     assert isinstance(twin_or_scratch(llama, ParameterSet(select(llama)), "rank1"), Twin)
     assert isinstance(twin_or_scratch(llama, ParameterSet(select(llama)), "rademacher"), Scratch)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zorl.directions import derive_seed
-from zorl.offload import computing_device, is_away
+from zorl.offload import computing_device, is_offloaded
 from zorl.quantization import is_quantized
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _bring_adapters_in(adapted: Any) -> None:
         if isinstance(module, LoraLayer):
             for name in module.lora_A:
                 halves = module.lora_A[name], module.lora_B[name]
-                if any(is_away(parameter) for half in halves for parameter in half.parameters()):
+                if any(is_offloaded(parameter) for half in halves for parameter in half.parameters()):
                     for half in halves:
                         half.to_empty(device=computing_device(adapted))
                     module.reset_lora_parameters(name, init_lora_weights=True)

@@ -1,8 +1,7 @@
-"""Forwards that fit into memory: fewer inputs at a time where it runs out, and no more than that from then on.
+"""Forwards that fit into memory: whenever it runs out, the number of inputs per forward is halved for good.
 
-How many inputs a forward can hold is not known beforehand: it depends on the model, the lengths of the texts and what else is in
-memory. So the number that was asked for is tried, and halved for as long as it does not fit. What is computed does not depend
-on it, but in rounding.
+How many inputs a forward can hold is not known in advance: it depends on the model, the lengths of the texts and what else is in
+memory. So the requested number is tried first, and halved until it fits. The results depend on it only by rounding.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ T = TypeVar("T")
 
 
 class FittingForwards:
-    """Evaluates points in forwards of a limited number of inputs, which is halved where memory runs out.
+    """Evaluates points in forwards of a limited number of inputs, which is halved whenever memory runs out.
 
     Args:
         evaluator: runs the model at points.
-        batch_size: inputs in a forward, at most, those of all points together that it holds.
+        batch_size: the most inputs per forward, counting those of all its points.
 
     Attributes:
-        batch_size: the number that has been found to fit so far.
+        batch_size: the largest number that has fitted so far.
 
     Raises:
         ValueError: batch_size is below 1.
@@ -54,14 +53,14 @@ class FittingForwards:
         """The results of a forward at each point.
 
         Args:
-            prepare: called with the number of inputs that a forward may hold of each point, at least 1; returns what
-                `Evaluator.evaluate_all` calls.
-            inputs: of all rows at a point.
-            inputs_per_row: as many inputs of a point go together where they fit; points share a forward if these do.
+            prepare: takes the most inputs per point that a forward may hold, at least 1, and returns the function that
+                `Evaluator.evaluate_all` is to call.
+            inputs: the number of inputs per point, over all rows.
+            inputs_per_row: the most inputs that one row has. Points share a forward only if it holds one row of each.
             head_rows: as for `Evaluator.evaluate_all`.
 
         Raises:
-            torch.OutOfMemoryError: memory does not suffice for a single input.
+            torch.OutOfMemoryError: there is not enough memory for a single input.
         """
         tried = self.batch_size
         while True:
@@ -79,7 +78,7 @@ class FittingForwards:
             except RuntimeError as error:
                 if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                     raise
-                # Not the frames that it went through: they hold the tensors that there is no room for.
+                # Without its traceback, whose frames hold the tensors that there is no room for.
                 failure = error.with_traceback(None)
             if failure is None:
                 break
@@ -87,21 +86,21 @@ class FittingForwards:
             held = min(self.batch_size, inputs * self.evaluator.copies(together))
             if held <= 1:
                 raise torch.OutOfMemoryError(
-                    f"memory does not suffice for a forward of one input at one point (forward_batch_size was {tried}, and has "
-                    "been halved as often as can be): shorten the inputs with max_length, load the model with "
+                    f"there is not enough memory for a forward of one input at one point (forward_batch_size was {tried}, and "
+                    "has been halved down to 1): shorten the inputs with max_length, load the model with "
                     "dtype='bfloat16', or use a device with more memory"
                 ) from failure
             self.batch_size = held // 2
         if self.batch_size < tried:
             warnings.warn(
-                f"memory did not suffice for forwards of {tried} inputs: forward_batch_size has been lowered to "
+                f"there is not enough memory for forwards of {tried} inputs: forward_batch_size has been lowered to "
                 f"{self.batch_size} for the rest of the run",
                 stacklevel=2,
             )
         return found
 
     def _points_together(self, points: int, inputs_per_row: int) -> int:
-        """How many points to evaluate at once: all, or as many as fit, in groups of about the same size."""
+        """How many points to evaluate at once: all of them, or as many as fit, in groups of about equal size."""
         fits = (n for n in range(points, 1, -1) if self.evaluator.copies(n) * inputs_per_row <= self.batch_size)
         groups = -(-points // next(fits, 1))
         return max(1, -(-points // max(1, groups)))

@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from zorl import processes
 from zorl.config import MeZOConfig
 from zorl.mezo import MeZO
-from zorl.offload import is_away
+from zorl.offload import is_offloaded
 from zorl.parameters import ParameterSet
 from zorl.progress import Progress
 from zorl.prompts import Prompt
@@ -217,7 +217,7 @@ class ForwardTrainer(Trainer):
         return model  # neither DataParallel nor DistributedDataParallel: there are no gradients to reduce
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
-        if not any(map(is_away, model.parameters())):  # otherwise accelerate moves it, module by module
+        if not any(map(is_offloaded, model.parameters())):  # otherwise accelerate moves it, module by module
             super()._move_model_to_device(model, device)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:

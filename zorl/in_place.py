@@ -1,8 +1,8 @@
-"""Evaluating a closure that zorl cannot see into: θ has to be written, and is put back exactly.
+"""Evaluating a closure that zorl cannot see into: θ is written, and restored exactly.
 
-In floating point θ + ε − ε is not θ, unless the additions are exact. So float32 tensors are snapped once to a grid of
-multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²³ of the tensor's largest),
-and ε and the coefficients are kept to multiples of it: then every sum is exact. Half precision has no bits to spare for
+In floating point θ + ε − ε is not θ unless the additions are exact. So float32 tensors are snapped once to a grid of
+multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²³ of the tensor's largest).
+ε and the coefficients are kept to multiples of it, so that every sum is exact. Half precision has no bits to spare for
 that, and directions that are not ±1 fit no grid: these tensors are copied, which takes their memory once more.
 """
 
@@ -28,19 +28,19 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Grid:
-    """A tensor's values are multiples of `spacing`; sums are exact while no |value| passes 2²⁴ · spacing."""
+    """The multiples of `spacing`. Sums of them are exact as long as no |value| exceeds 2²⁴ · spacing."""
 
     spacing: float
-    largest: float  # a bound on |w| now
+    largest: float  # an upper bound on the tensor's present |w|
 
 
 class InPlace:
     """Moves θ itself to a point and back.
 
     Args:
-        parameters: float32 tensors are snapped to their grid here and now (directions of ±1 alone).
+        parameters: their float32 tensors are snapped to a grid at once, if the directions are ±1.
         distribution: of z.
-        reach: the largest |offset| that will be asked for: room for it is left in the grid.
+        reach: the largest |offset| that will be asked for; the grid leaves room for it.
     """
 
     def __init__(self, parameters: ParameterSet, distribution: Distribution, reach: float) -> None:
@@ -55,15 +55,15 @@ class InPlace:
 
     @property
     def copied(self) -> list[str]:
-        """Parameters that each evaluation copies, because no exact grid exists for them."""
+        """The names of the parameters that every evaluation copies, because no exact grid exists for them."""
         return [name for name in self.parameters if name not in self._grids]
 
     @torch.no_grad()
     def evaluate(self, point: Point, forward: Callable[[], T]) -> T:
-        """`forward()` at the point; θ is bitwise what it was when this returns or raises.
+        """The result of `forward()` at the point. Whether this returns or raises, θ then has the bits that it had before.
 
         Raises:
-            ValueError: the offset is larger than `reach`.
+            ValueError: the offset exceeds `reach`.
         """
         offsets = {name: point.offset_of(name) for name in self.parameters}
         farthest = max(offsets.values(), key=abs)
@@ -95,8 +95,11 @@ class InPlace:
 
     @torch.no_grad()
     def add(self, steps: Sequence[Step]) -> None:
-        """θ ← θ + Σ cᵢ·z(seedᵢ) on the grid. A coefficient is rounded to a neighbouring multiple at random, by bits of
-        (seed, name), so that its mean is kept however small it is."""
+        """θ ← θ + Σ cᵢ·z(seedᵢ) on the grid.
+
+        Each coefficient is rounded stochastically to a multiple of the spacing, with hashed bits of (seed, name), so that its
+        mean is right however small it is.
+        """
         for name, tensor in self.parameters.items():
             for step in steps:
                 stream, c = key(step.seed, name), step.coefficient_of(name)
@@ -108,7 +111,7 @@ class InPlace:
 
     @torch.no_grad()
     def change(self, name: str, amount: Tensor, stream: Key) -> None:
-        """Adds a tensor to a parameter on the grid, every element rounded to a neighbouring multiple at random."""
+        """Adds a tensor to a parameter on the grid, each element rounded stochastically to a multiple of the spacing."""
         tensor = self.parameters[name]
         if name not in self._grids:
             add_dense(tensor, amount, stream)
@@ -119,7 +122,7 @@ class InPlace:
         grid.largest += largest + grid.spacing
 
     def _grid_with_room(self, name: str, change: float) -> _Grid:
-        """The parameter's grid, a coarser one where a change so large would not fit."""
+        """The parameter's grid, made coarser if a change of this size would not fit."""
         grid = self._grids[name]
         if grid.largest + change + self.reach >= grid.spacing * 2.0**24:
             grid = self._grids[name] = _snap(self.parameters[name], self.reach + change)
@@ -127,16 +130,16 @@ class InPlace:
 
 
 def _snap(tensor: Tensor, room: float) -> _Grid:
-    """Rounds a float32 tensor to multiples of a power of two: 2⁻²³ of what its values and `room` need."""
+    """Rounds a float32 tensor to multiples of a power of two: 2⁻²³ of the range that its values and `room` need."""
     largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
     spacing = 2.0 ** (math.ceil(math.log2(largest + 2.0 * room)) - 23)
     flat = tensor.detach()
-    # Exact but for the rounding that is meant; + 0 turns −0 into 0, which adding and subtracting could not bring back.
+    # Exact, apart from the rounding itself. Adding 0 turns −0 into 0: adding and subtracting an offset would lose the sign.
     flat.copy_(torch.round(flat / spacing) * spacing + 0.0)
     return _Grid(spacing, largest + spacing)
 
 
 def _nearest_multiple(value: float, spacing: float) -> float:
-    """As a multiple of `spacing`, never zero for a value that is not: a perturbation must perturb."""
+    """The nearest multiple of `spacing`, but never zero: a perturbation must perturb."""
     multiple = round(abs(value) / spacing) or 1
     return math.copysign(multiple * spacing, value)

@@ -1,8 +1,7 @@
-"""How likely a language model finds given continuations of prompts, at points around θ.
+"""The likelihood of given continuations of prompts under a language model, at points around θ.
 
-Label words, a row's own options and the text that generation is taught with are all scored here: each prompt with its
-continuations becomes as few inputs as cover them, and of these only the positions that predict a continuation's tokens go through
-the model's head.
+Label words, a row's own options and the text of teacher forcing are all scored here. Each prompt and its continuations become as
+few inputs as cover them, and only the positions that predict a continuation's tokens go through the model's head.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ from zorl.shared_prefix import SharedPrefix, can_share
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Inputs of one forward, made once and used at every point. R prompts give S ≥ R inputs, read at K positions each."""
+    """The inputs of one forward, made once and used at every point: S ≥ R inputs for R prompts, read at K positions each."""
 
-    rows: Tensor  # (R,) of the prompts
+    rows: Tensor  # (R,) the prompts' rows
     inputs: dict[str, Any]  # input_ids and attention_mask (S, T)
     positions: Tensor  # (S, K)
-    row_of: Tensor  # where the results go: (N,) for N options of all the prompts, (R, 1) for options of one token
+    row_of: Tensor  # where the results go: (N,) for the N options of all prompts, (R, 1) for label rows
     option_of: Tensor  # likewise: (N,) or (1, L)
-    # Absent where all options are of one token.
-    input_of: Tensor | None = None  # (N, 1) the input that an option is read from
+    # None with label rows.
+    input_of: Tensor | None = None  # (N, 1) the input that each option is read from
     tokens: Tensor | None = None  # (N, K) padded with 0
-    weights: Tensor | None = None  # (N, K) 1 for a token, or 1/n for the mean over n; 0 for padding
-    shared: SharedPrefix | None = None  # the same inputs, where it pays to compute their prompts once
+    weights: Tensor | None = None  # (N, K) 1 per token, or 1/n for the mean over n tokens; 0 for padding
+    shared: SharedPrefix | None = None  # the same inputs, if computing each prompt once pays
 
 
 class Likelihood:
     """Log-likelihoods of the options of encoded prompts.
 
     Args:
-        forwards: run the model; its `batch_size` counts inputs, of which a prompt has one for each option of several tokens
-            that does not begin like another.
-        pad_id: a token to pad with; it is hidden from the model.
-        label_rows: where the options of all prompts are the same L tokens: these, int64, shape `(L,)`. Then only their rows of
-            the vocabulary are computed.
-        average_tokens: of an option of several tokens take the mean of their log-likelihoods, not the sum.
+        forwards: runs the model. Its `batch_size` counts inputs, of which a prompt has one per suffix of its
+            `zorl.encoding.Options`.
+        pad_id: the token to pad with; the attention mask hides it from the model.
+        label_rows: the options, if those of all prompts are the same L single tokens; int64, shape `(L,)`. Then only these
+            rows of the vocabulary are computed.
+        average_tokens: whether an option of several tokens scores the mean of their log-likelihoods rather than the sum.
 
     Raises:
         TypeError: the model has no language-model head, or is an encoder-decoder.
@@ -78,10 +77,11 @@ class Likelihood:
         """The log-likelihood of each option of each prompt at each point.
 
         Returns:
-            float32 of shape `(points, prompts, options)`, on the model's device: −inf where a prompt has fewer options than
-            others, NaN where the logits are. With `label_rows` they are logits, so that they lack a constant of their row. And
-            where they are asked for the states that these logits are made of, `(points, prompts, width)`; None where options
-            have several tokens, or the model's head does not call its output embedding.
+            The log-likelihoods, float32 of shape `(points, prompts, options)`, on the model's device: −inf where a prompt has
+            fewer options than others, NaN where the logits are NaN. With `label_rows` these are logits, which differ from
+            log-likelihoods by a constant per prompt.
+            With `with_states`, the states that the logits are computed from, `(points, prompts, width)`. Otherwise None, as
+            without `label_rows` or if the model's head does not call its output embedding.
         """
         device = computing_device(self.forwards.evaluator.module)
         width = max((len(one.choices.tokens) for one in encoded), default=0)
@@ -101,9 +101,8 @@ class Likelihood:
                     states += [read] if with_states and read is not None else []
                 if not states:
                     return [(of_copy, None) for of_copy in scores]
-                back = torch.cat(
-                    [batch.rows for batch in batches]
-                ).argsort()  # from length buckets to the rows' own order
+                # From length buckets back to the order of the rows.
+                back = torch.cat([batch.rows for batch in batches]).argsort()
                 return list(zip(scores, torch.cat(states, dim=1)[:, back], strict=True))
 
             return forward
@@ -114,21 +113,21 @@ class Likelihood:
         return torch.stack([scores for scores, _ in found]), torch.stack(states) if states else None
 
     def batches(self, encoded: Sequence[Encoded], device: torch.device, inputs: int) -> list[_Batch]:
-        """The prompts in batches of like length, of so many inputs at most."""
+        """The prompts in batches of similar length, of at most the given number of inputs."""
         parts = [(row, which, one) for row, whole in enumerate(encoded) for which, one in _parts(whole, inputs)]
         inputs_per_part = max(len(one.choices.suffixes) for _, _, one in parts)
         buckets = length_buckets([one.length for _, _, one in parts], max(1, inputs // inputs_per_part))
         return [self._batch([parts[i] for i in bucket], device) for bucket in buckets]
 
     def _forward(self, batch: _Batch, label_rows: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
-        """Log-likelihoods of a batch, `(copies, N)`, or logits, `(copies, R, L)` and the states `(copies, R, H)`."""
+        """The log-likelihoods of a batch, `(copies, N)`; or logits, `(copies, R, L)`, and states, `(copies, R, H)`."""
         if batch.shared is not None:
             logits, states = self._shared_logits(batch.shared, copies), None
         else:
             inputs = {name: t.repeat(copies, 1) if isinstance(t, Tensor) else t for name, t in batch.inputs.items()}
             _, logits, states = self.logits(inputs, batch.positions.repeat(copies, 1))
-        if label_rows is not None:  # normalising over the vocabulary first would cancel out
-            if logits.shape[-1] != len(label_rows):  # a head that does not call the output embedding computes all rows
+        if label_rows is not None:  # a normaliser would only add a constant
+            if logits.shape[-1] != len(label_rows):  # a head that never calls the output embedding computes all rows
                 logits = logits[..., label_rows]
             scores = logits[:, 0].float().view(copies, len(batch.rows), -1)
             return scores, None if states is None else states[:, 0].float().view(copies, len(batch.rows), -1)
@@ -144,7 +143,7 @@ class Likelihood:
         return (likelihood * batch.weights).sum(dim=2), None
 
     def _shared_logits(self, shared: SharedPrefix, copies: int) -> Tensor:
-        """Logits of options' first tokens, from the prompts, and of the others, from the cache: `(copies·S, K, vocabulary)`."""
+        """Logits of the options' first tokens, from the prompts, and of the rest, from the cache: `(copies·S, K, vocabulary)`."""
         output, first, _ = self.logits(*shared.first(copies))
         inputs, positions, prompt_of = shared.second(copies, output.past_key_values)
         _, others, _ = self.logits(inputs, positions)
@@ -192,7 +191,7 @@ class Likelihood:
         )
 
     def _table(self, options: Options, steps: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Tokens and weights of the options, both of shape `(L, steps)`."""
+        """The options' tokens and weights, both of shape `(L, steps)`."""
         tokens = np.zeros((len(options.tokens), steps), dtype=np.int64)
         weights = np.zeros((len(options.tokens), steps), dtype=np.float32)
         for i, option in enumerate(options.tokens):
@@ -202,7 +201,7 @@ class Likelihood:
 
 
 def _parts(encoded: Encoded, inputs: int) -> Iterator[tuple[Sequence[int], Encoded]]:
-    """A prompt with its options; or several times, with some of them each, where they are more inputs than a forward holds."""
+    """A prompt with its options, in several parts if they need more inputs than a forward holds; with the options' indices."""
     options = encoded.choices
     if len(options.suffixes) <= inputs:
         yield range(len(options.tokens)), encoded

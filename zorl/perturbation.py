@@ -1,4 +1,4 @@
-"""Evaluating a model at θ + offset·z without writing θ, one point after the other. `zorl.twin` does many at once.
+"""Evaluating a model at θ + offset·z without writing θ, one point after the other; `zorl.twin` evaluates many at once.
 
 Adding ε·z and subtracting it again does not restore θ in floating point (at ε = 1e-3, half of all float32 elements
 differ afterwards). So θ is only read here: just before a module runs, its parameters at the point are written into a
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from zorl.directions import Distribution, key
 from zorl.interrupts import uninterrupted
 from zorl.kernels import kernel_for
-from zorl.offload import is_away, move_when_brought_in, stored, what_hooks_share
+from zorl.offload import ReplacedWeights, is_offloaded, stored, what_hooks_share
 from zorl.parameters import ParameterSet
 from zorl.probe import Point
 from zorl.quantization import is_plain
 
 T = TypeVar("T")
-# Parameters up to this many bytes in all are perturbed once an evaluation rather than once a forward: it spares tiny
-# models the hooks, and generation a pass a token, for memory that no one notices.
+# The smallest parameters, up to this many bytes in all, are perturbed once per evaluation rather than once per forward. It
+# spares tiny models the hooks, and generation a pass per token, for memory that no one notices.
 HELD_BYTES = 4 << 20
 
 
@@ -41,22 +40,23 @@ class Evaluator(Protocol):
         """The result of `forward()` with `module` at the point.
 
         Args:
-            forward: calls `module`; it may be called twice, so it must have no other effect.
-            head_rows: vocabulary rows, shape `(n,)`, int64: the output embedding computes these alone, in this order,
-                so that logits have shape `(..., n)`.
+            forward: calls `module`. It may be called twice, so it must have no other effect.
+            head_rows: vocabulary rows, int64, shape `(n,)`. The output embedding computes only these, in this order, so
+                that logits have shape `(..., n)`.
         """
 
     def copies(self, points: int) -> int:
-        """How many of so many points a forward of this evaluator holds."""
+        """How many of the given number of points one forward holds."""
 
     def evaluate_all(
         self, points: Sequence[Point], forward: Callable[[int], list[T]], *, head_rows: Tensor | None = None
     ) -> list[T]:
-        """The results of a forward at each point.
+        """The results of a forward at each point, in the order of the points.
 
         Args:
-            forward: called with a number of copies, runs `module` on a batch that is repeated so often along its first
-                dimension (all of the batch, then all of it again, …), and returns a result for each copy.
+            forward: takes a number of copies, runs `module` on a batch that is repeated that often along its first
+                dimension (all of the batch, then all of it again, …), and returns one result per copy.
+            head_rows: as for `evaluate`.
         """
 
 
@@ -71,9 +71,9 @@ class _Slot:
 
 
 class _Watched(Tensor):
-    """A parameter outside its own module's forward, where no hook puts it at the point: it notes when it is read there.
+    """A parameter outside its own module's forward, where no hook moves it to the point: it records that it was read there.
 
-    Asking for its shape, dtype or device is not reading it.
+    Asking for its shape, dtype or device does not count as reading.
     """
 
     zorl_name: str
@@ -98,9 +98,9 @@ class _Watched(Tensor):
 
 
 class Scratch:
-    """Evaluates a model module by module through a scratch buffer. θ stays bitwise what it is, whatever happens.
+    """Evaluates a model module by module through a scratch buffer. θ keeps its bits, whatever happens.
 
-    The hooks live on a replica: a copy of the module tree that shares all tensors with the model, so the model itself is
+    The hooks are on a replica: a copy of the module tree that shares all tensors with the model. So the model itself is
     neither hooked nor switched to eval mode, and other threads may read or run it meanwhile.
 
     Args:
@@ -109,7 +109,7 @@ class Scratch:
         distribution: of z.
 
     Raises:
-        TypeError: the model holds a recurrent layer, which keeps its weights where hooks cannot reach them.
+        TypeError: the model has a tuned recurrent layer, whose weights are kept where hooks cannot reach them.
     """
 
     def __init__(self, model: nn.Module, parameters: ParameterSet, distribution: Distribution = "rademacher") -> None:
@@ -117,45 +117,45 @@ class Scratch:
         self.distribution = distribution
         self.module: Any = replica(model)
         self._slots: dict[nn.Module, list[_Slot]] = {}
-        self._away: dict[nn.Module, list[_Slot]] = {}  # of weights that are brought in when their module runs
+        self._offloaded: list[ReplacedWeights] = []
         names = parameters.names()
         for module in self.module.modules():
-            slots = []
+            slots: list[_Slot] = []
+            offloaded: dict[str, str] = {}
             for attribute, p in module._parameters.items():
                 if p is None or (name := names.get(address(module, attribute))) is None:
                     continue
-                if is_away(p):
-                    self._away.setdefault(module, []).append(_Slot(module, attribute, name, p))
+                if isinstance(module, nn.RNNBase):
+                    raise TypeError(
+                        f"{type(module).__name__} cannot be perturbed module by module; use zorl.MeZO with a closure"
+                    )
+                if is_offloaded(p):
+                    offloaded[attribute] = name
                 else:
                     slots.append(_Slot(module, attribute, name, p))
-            if slots and isinstance(module, nn.RNNBase):
-                raise TypeError(
-                    f"{type(module).__name__} cannot be perturbed module by module; use zorl.MeZO with a closure"
-                )
             if slots:
                 self._slots[module] = slots
-        for module, away in self._away.items():
-            move_when_brought_in(module, partial(self._enter_away, away), partial(self._leave_away, away))
+            if offloaded:
+                self._offloaded.append(ReplacedWeights(module, offloaded, self._moved))
         self._held = self._small_parameters()
         self._head = output_embedding(self.module)
-        self._rows_first = self._head is not None and gives_rows(self._head)  # else they are taken from its output
+        self._rows_first = self._head is not None and gives_rows(self._head)  # else rows are taken from its output
         for module in {*self._slots, *([self._head] if self._head is not None else [])}:
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave, always_call=True)
         self._point: Point | None = None
         self._head_rows: Tensor | None = None
         self._reached: set[str] | None = set(self._held)  # None once a forward has shown that hooks reach the rest
-        self._read: set[str] = set()  # parameters that something else than their own module has read
+        self._read: set[str] = set()  # parameters that something other than their own module has read
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-        self._brought: dict[tuple[nn.Module, str], Tensor] = {}  # what lies under the moved weights of modules that run
-        self._replaced: list[list[tuple[nn.Module, str, Any]]] = []  # a frame for each module being run, innermost last
+        self._replaced: list[list[tuple[nn.Module, str, Any]]] = []  # a frame per running module, innermost last
 
     def evaluate(self, point: Point, forward: Callable[[], T], *, head_rows: Tensor | None = None) -> T:
         """See `Evaluator.evaluate`."""
         with uninterrupted() as interruptible:
             while True:
                 result: T = self._run(point, lambda: interruptible(forward), head_rows)
-                # A parent module reads a child's weights itself: these are kept at the point for the whole forward.
+                # Weights that a parent module reads itself are kept at the point for the whole forward.
                 missed, self._read = self._read - self._held, set()
                 if self._reached is not None and point.offset != 0.0:
                     missed |= self.parameters.keys() - self._reached
@@ -165,7 +165,7 @@ class Scratch:
                 self._held |= missed
 
     def copies(self, points: int) -> int:
-        """A point a forward."""
+        """How many points a forward holds: one."""
         return 1
 
     def evaluate_all(
@@ -187,19 +187,18 @@ class Scratch:
                         continue
                     if slot.name not in kept:
                         kept[slot.name] = torch.empty_like(slot.parameter, memory_format=torch.contiguous_format)
-                        self._perturb(slot, kept[slot.name])
+                        self._perturb(slot.name, slot.parameter, kept[slot.name])
                     self._replace(slot.module, slot.attribute, kept[slot.name])
             return forward()
         finally:
             while self._replaced:
                 self._restore()
-            for slot in (slot for slots in self._away.values() for slot in slots):
-                slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
-            self._brought.clear()
+            for offloaded in self._offloaded:
+                offloaded.reset()
             self._point = self._head_rows = None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before a module runs: put its parameters at the point in place, in a frame of their own."""
+        """Before a module runs: replaces its parameters by those at the point, in a frame of their own."""
         if self._point is None:
             return None
         self._replaced.append([])
@@ -215,7 +214,7 @@ class Scratch:
             return self._enter_embedding(module, slots[0], args, kwargs)
         views = self._allocate([(tuple(slot.parameter.shape), slot.parameter) for slot in slots])
         for slot, view in zip(slots, views, strict=True):
-            self._perturb(slot, view)
+            self._perturb(slot.name, slot.parameter, view)
             self._replace(module, slot.attribute, view)
         return None
 
@@ -224,14 +223,14 @@ class Scratch:
         indices = args[0] if args else kwargs["input"]
         flat = indices.reshape(-1)
         (view,) = self._allocate([((flat.numel(), slot.parameter.shape[1]), slot.parameter)])
-        self._perturb(slot, view, rows=flat)
+        self._perturb(slot.name, slot.parameter, view, flat)
         self._replace(module, slot.attribute, view)
         self._replaced[-1].append((module, "padding_idx", module.padding_idx))
-        module.padding_idx = None  # it speaks of rows of the table, and matters in a backward pass alone
+        module.padding_idx = None  # it counts rows of the table, and only matters to a backward pass
         return (torch.arange(flat.numel(), device=flat.device).view(indices.shape),), {}
 
     def _enter_head(self, module: nn.Module, rows: Tensor) -> None:
-        """The output embedding computes only the asked rows of the vocabulary."""
+        """The output embedding computes only the rows of the vocabulary that were asked for."""
         assert self._point is not None
         rows = rows.to(next(p for p in module._parameters.values() if p is not None).device)
         tuned = {slot.attribute: slot for slot in self._slots.get(module, ())}
@@ -240,33 +239,21 @@ class Scratch:
         moved = [slot for slot in tuned.values() if slot.name not in self._held and self._point.offset != 0.0]
         views = self._allocate([((len(rows), *slot.parameter.shape[1:]), slot.parameter) for slot in moved])
         for slot, view in zip(moved, views, strict=True):
-            self._perturb(slot, view, rows=rows)
+            self._perturb(slot.name, slot.parameter, view, rows)
             self._replace(module, slot.attribute, view)
         for attribute, parameter in list(module._parameters.items()):
             if parameter is not None and all(slot.attribute != attribute for slot in moved):
                 self._replace(module, attribute, parameter[rows])
 
-    def _enter_away(self, slots: list[_Slot]) -> None:
-        """The weights of a module have been brought in: moves them, out of place, since they may be the stored ones."""
+    def _moved(self, name: str, loaded: Tensor) -> Tensor | None:
+        """Offloaded weights at the point. They are moved out of place: on the CPU what was loaded is θ itself."""
         if self._reached is not None:
-            self._reached.update(slot.name for slot in slots)
+            self._reached.add(name)
         if self._point is None or self._point.offset == 0.0:
-            return
-        for slot in slots:
-            brought = slot.module._parameters[slot.attribute]
-            assert brought is not None
-            self._brought[slot.module, slot.attribute] = brought
-            moved = torch.empty_like(brought, memory_format=torch.contiguous_format)
-            kernel_for(brought).perturb(
-                brought, key(self._point.seed, slot.name), self._point.offset_of(slot.name), self.distribution, moved
-            )
-            slot.module._parameters[slot.attribute] = moved  # type: ignore[assignment]
-
-    def _leave_away(self, slots: list[_Slot]) -> None:
-        for slot in slots:
-            brought = self._brought.pop((slot.module, slot.attribute), None)
-            if brought is not None:
-                slot.module._parameters[slot.attribute] = brought  # type: ignore[assignment]
+            return None
+        moved = torch.empty_like(loaded, memory_format=torch.contiguous_format)
+        self._perturb(name, loaded, moved)
+        return moved
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._point is None or len(self._replaced) < 2:
@@ -274,27 +261,24 @@ class Scratch:
         depth = len(self._replaced)
         self._restore()
         if module is self._head and self._head_rows is not None and not self._rows_first:
-            return output.index_select(-1, self._head_rows)
+            return output.index_select(-1, self._head_rows.to(output.device))
         for tensor in _tensors(output):
-            if self._in_scratch(
-                tensor, depth
-            ):  # the module returned its own parameter: the next one must not overwrite it
+            # The module returned its own parameter, which the next module must not overwrite.
+            if self._in_scratch(tensor, depth):
                 del self._buffers[depth, tensor.dtype, tensor.device]
         return None
 
-    def _perturb(self, slot: _Slot, out: Tensor, rows: Tensor | None = None) -> None:
+    def _perturb(self, name: str, parameter: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         assert self._point is not None
-        parameter = slot.parameter
-        kernel_for(parameter).perturb(
-            parameter, key(self._point.seed, slot.name), self._point.offset_of(slot.name), self.distribution, out, rows
-        )
+        stream, offset = key(self._point.seed, name), self._point.offset_of(name)
+        kernel_for(parameter).perturb(parameter, stream, offset, self.distribution, out, rows)
 
     def _replace(self, module: nn.Module, attribute: str, tensor: Tensor) -> None:
         self._replaced[-1].append((module, attribute, module._parameters[attribute]))
-        module._parameters[attribute] = tensor  # type: ignore[assignment]  # a view, no leaf: nothing is differentiated
+        module._parameters[attribute] = tensor  # type: ignore[assignment]
 
     def _restore(self) -> None:
-        """Undoes the innermost frame. An interrupt may come at any line: an entry goes once it has been undone."""
+        """Undoes the innermost frame. An interrupt may come at any line, so an entry is dropped only once it is undone."""
         frame = self._replaced[-1]
         while frame:
             module, attribute, original = frame[-1]
@@ -306,7 +290,7 @@ class Scratch:
         self._replaced.pop()
 
     def _allocate(self, wanted: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
-        """Views of the scratch buffer of this nesting depth: modules that run one after the other share it."""
+        """Views of the scratch buffer for this nesting depth, which modules that run one after the other share."""
         views, used = [], dict.fromkeys(((like.dtype, like.device) for _, like in wanted), 0)
         total = dict(used)
         for shape, like in wanted:
@@ -326,7 +310,7 @@ class Scratch:
         return buffer is not None and tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
     def _small_parameters(self) -> set[str]:
-        """The smallest parameters, as many as fit `HELD_BYTES`."""
+        """The smallest parameters, as many as fit into `HELD_BYTES`."""
         held, budget = set(), HELD_BYTES
         here = {slot.name for slots in self._slots.values() for slot in slots}
         for name, tensor in sorted(self.parameters.items(), key=lambda item: item[1].numel()):
@@ -346,10 +330,10 @@ def replica(model: nn.Module) -> nn.Module:
 
 
 def address(module: nn.Module, attribute: str) -> int:
-    """What `ParameterSet.names` knows a module's parameter by."""
+    """The key of a module's parameter in `ParameterSet.names`."""
     parameter = module._parameters[attribute]
     assert parameter is not None
-    return stored(module, attribute).data_ptr() if is_away(parameter) else id(parameter)
+    return stored(module, attribute).data_ptr() if is_offloaded(parameter) else id(parameter)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -365,17 +349,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def output_embedding(module: nn.Module) -> nn.Module | None:
-    """The module that holds the output embedding of a language model; None for other models."""
-    find = getattr(module, "get_output_embeddings", None)  # a transformers model with a language-model head, or not
+    """The module that holds a language model's output embedding; None for other models."""
+    find = getattr(module, "get_output_embeddings", None)  # as transformers' models have
     return find() if find is not None else None
 
 
 def gives_rows(head: nn.Module) -> bool:
-    """Whether an output embedding can compute single rows: it is a linear layer whose weights are here and not quantised."""
-    plain = all(is_plain(p) and not is_away(p) for p in head.parameters())
+    """Whether an output embedding can compute single rows: a linear layer, neither offloaded nor quantised, can."""
+    plain = all(is_plain(p) and not is_offloaded(p) for p in head.parameters())
     return type(head).forward is nn.Linear.forward and plain
 
 
 def _gathers_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """A plain look-up table. Subclasses may do arithmetic on the indices first (OPT's positions): they get the table."""
+    """Whether a module is a plain look-up table. Subclasses may compute with the indices first, as OPT's positions do."""
     return type(module).forward is nn.Embedding.forward and module.max_norm is None and len(args) + len(kwargs) == 1

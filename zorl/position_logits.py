@@ -1,4 +1,4 @@
-"""A language model's logits where they are needed: only these positions go through its head, which is most of a small model."""
+"""A language model's logits at given positions. Only these go through its head, which is most of a small model's work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class PositionLogits:
-    """Runs a model that reads masks or continues texts, and reads it at given positions.
+    """Runs a masked or causal language model and reads its logits at given positions.
 
     Args:
         module: what a forward calls (see `zorl.perturbation.Evaluator.module`).
 
     Raises:
-        TypeError: it has no language-model head, or is an encoder-decoder.
+        TypeError: the model has no language-model head, or is an encoder-decoder.
     """
 
     def __init__(self, module: Any) -> None:
@@ -33,19 +33,27 @@ class PositionLogits:
 
     @property
     def width(self) -> int:
-        """Of the states that the output embedding reads."""
+        """The width of the states that the output embedding reads."""
         return int(self._output.weight.shape[1])
 
     def __call__(self, inputs: dict[str, Any], positions: Tensor) -> tuple[Any, Tensor, Tensor | None]:
-        """What the model returns; and at the positions, `(N, K)`, the logits, `(N, K, vocabulary or head rows)`, and the states
-        that they are made of, `(N, K, H)`."""
+        """Runs the model.
+
+        Args:
+            inputs: the model's keyword arguments, with `input_ids` of shape `(S, T)`.
+            positions: where to read each input, `(S, K)`.
+
+        Returns:
+            What the model returns; the logits at the positions, `(S, K, vocabulary or head rows)`; and the states that they
+            are computed from, `(S, K, H)`, or None if the head does not call the output embedding.
+        """
         size, width = inputs["input_ids"].shape
         narrowed = False
         read: list[Tensor] = []
 
         def at_positions(hidden: Tensor) -> Tensor:  # (S, T, H) -> (S, K, H)
-            virtual = hidden.shape[1] - width  # prompt tuning puts tokens of its own in front
-            index = (positions + virtual).unsqueeze(-1).to(hidden.device)  # the last layers may be on another
+            virtual = hidden.shape[1] - width  # prompt tuning prepends tokens of its own
+            index = (positions + virtual).unsqueeze(-1).to(hidden.device)  # the last layers may be on another device
             return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
 
         def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -66,25 +74,27 @@ class PositionLogits:
         finally:
             for handle in handles:
                 handle.remove()
-        states = read[0] if read else None  # a head may compute with the embedding's weight and never call it
+        states = read[0] if read else None  # a head may use the embedding's weight without calling it
         if narrowed:
             return output, output.logits, states
         return output, at_positions(output.logits), None if states is None else at_positions(states)
 
 
 def is_masked(module: nn.Module) -> bool:
-    """Whether the model, or what an adapter wraps, is one of transformers' masked language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # slow, and loaded by now
+    """Whether the model, or the one that an adapter wraps, is one of transformers' masked language models."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )  # slow to import, and by now imported
 
     names = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     return any(kind.__name__ in names for inner in module.modules() for kind in type(inner).__mro__)
 
 
 def _head(module: Any) -> nn.Module | None:
-    """The largest module that holds the output embedding but not the input embedding.
+    """The largest module that contains the output embedding but not the input embedding.
 
-    All it does is per position, so it can be given the needed positions alone: `cls` in BERT, `lm_head` in RoBERTa and
-    causal models, whatever wraps them. None where the two embeddings are one module.
+    It treats each position by itself, so it can be given only the positions that are needed. It is `cls` in BERT and `lm_head`
+    in RoBERTa and causal models, whatever wraps them. None if the two embeddings are one module.
     """
     embeddings, output = module.get_input_embeddings(), module.get_output_embeddings()
     inside = [m for m in module.modules() if output in m.modules()]  # from the outside in

@@ -1,6 +1,6 @@
-"""Models with weights of eight or four bits, through transformers' own quantisers.
+"""Models with weights of eight or four bits, by transformers' own quantisers.
 
-Such weights are only read: what a run learns is gathered in an adapter, whose parameters are floating-point numbers.
+Such weights are only read. What is tuned is an adapter, whose parameters are floating-point numbers.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# int8: one scale a row, weights alone; activations stay as they are, so that small perturbations are not rounded away.
-# int4: NF4 with a scale for every 64 weights (QLoRA, Dettmers et al. 2023).
+# int8: one scale per row. Activations are not quantised, so that small perturbations are not rounded away.
+# int4: NF4, one scale per 64 weights (QLoRA, Dettmers et al. 2023).
 PACKAGES = {"int8": "torchao", "int4": "bitsandbytes"}
 
 
 def quantization_config(kind: str) -> Any:
-    """transformers' configuration for `from_pretrained(quantization_config=…)`.
+    """The argument for `from_pretrained(quantization_config=…)`.
 
     Raises:
         ValueError: the kind is neither int8 nor int4.
-        ImportError: the package that does it is not installed.
+        ImportError: the package that quantises is not installed.
     """
     if kind not in PACKAGES:
         raise ValueError(f"quantize must be int8 or int4, got {kind!r}")
@@ -37,10 +37,10 @@ def quantization_config(kind: str) -> Any:
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether transformers loaded the model, or what an adapter wraps, with quantised weights."""
-    return bool(getattr(model, "is_quantized", False))  # set on the models that are
+    """Whether transformers loaded the model, or the one that an adapter wraps, with quantised weights."""
+    return bool(getattr(model, "is_quantized", False))  # only set on models that are
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor holds its values as they are: quantisers have classes of their own, or store whole numbers."""
+    """Whether a tensor holds its values as they are. Quantised ones have a class of their own, or store integers."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()

@@ -34,7 +34,7 @@ from zorl.loss_objectives import CallableLoss, CrossEntropy, LossFunction
 from zorl.mezo import MeZO
 from zorl.models import load_processing_class
 from zorl.objectives import Asked, Objective
-from zorl.offload import is_away, named_stored
+from zorl.offload import is_offloaded, named_stored
 from zorl.perturbation import Evaluator, Scratch
 from zorl.policies import make_policy
 from zorl.probe import CENTRE, Probe, Scores
@@ -286,7 +286,7 @@ class MeZOTrainer(ForwardTrainer):
         """Model, tokenizer and prompt; no pickled arguments."""
         target = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         assert self.model is not None
-        if state_dict is None and any(map(is_away, self.model.parameters())):
+        if state_dict is None and any(map(is_offloaded, self.model.parameters())):
             state_dict = offload.state_dict(self.model)
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
