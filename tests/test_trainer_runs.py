@@ -363,7 +363,7 @@ def test_a_model_made_in_memory_is_resumed_from_its_kept_first_values(
 
 
 def changed_model(path: str, change: str) -> Any:
-    """A saved model that was changed after it was loaded, as by fine-tuning or by more tokens."""
+    """A saved model that was changed after it was loaded: fine-tuned, with more tokens, or with one more parameter."""
     model = AutoModelForCausalLM.from_pretrained(path)
     if change == "values":
         with torch.no_grad():
@@ -371,12 +371,19 @@ def changed_model(path: str, change: str) -> Any:
     elif change == "vocabulary":
         torch.manual_seed(0)  # new embeddings are drawn
         model.resize_token_embeddings(model.config.vocab_size + 3)
+    elif change == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     return model
 
 
 @pytest.mark.parametrize(
     ("change", "kept"),
-    [("none", set()), ("values", {"transformer.ln_f.weight"}), ("vocabulary", {"transformer.wte.weight"})],
+    [
+        ("none", set()),
+        ("values", {"transformer.ln_f.weight"}),
+        ("vocabulary", {"transformer.wte.weight"}),
+        ("bias", {"lm_head.bias"}),
+    ],
 )
 def test_a_model_that_was_changed_in_memory_keeps_what_its_checkpoint_does_not_hold(
     make: Callable[..., MeZOTrainer], base: Callable[[str], str], tmp_path: Path, change: str, kept: set[str]
@@ -395,15 +402,19 @@ def test_a_model_that_was_changed_in_memory_keeps_what_its_checkpoint_does_not_h
     assert folder.init.exists() == bool(kept)
     assert not kept or load_file(folder.init).keys() == kept
     header, records = read(folder.trajectory, trainer.step)
+    where = None
     if change == "vocabulary":
         with pytest.raises(TrajectoryError, match="began with a model that was changed in memory. Give the folder"):
             folder.rebuild(header)
-        changed_model(path, change).save_pretrained(tmp_path / "changed")
-        _, rebuilt = folder.rebuild(header, str(tmp_path / "changed"))
+        where = str(tmp_path / "changed")
+        changed_model(path, change).save_pretrained(where)
+    if change == "bias":
+        with pytest.raises(TrajectoryError, match="lacks 1 of its parameters, such as 'lm_head.bias'"):
+            folder.rebuild(header)
     else:
-        _, rebuilt = folder.rebuild(header)
-    replay(header, records, rebuilt)
-    assert rebuilt.sha256() == weights(trainer)
+        _, rebuilt = folder.rebuild(header, where)
+        replay(header, records, rebuilt)
+        assert rebuilt.sha256() == weights(trainer)
 
     again = make(model=changed_model(path, change), **options)
     again.train(resume_from_checkpoint=True)

@@ -117,11 +117,11 @@ class RunFolder:
             TrajectoryError: the result is not what the run started from.
         """
         base = {} if header["init_sha256"] is None else self._read_init(header)
-        if parameters.keys() - base.keys():
+        if rest := parameters.keys() - base.keys():
             dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
             loaded = load_model(header["model"], dtype, classes=header["prompt"].get("classes"))
             found = {canonical_name(name): tensor for name, tensor in loaded.named_parameters()}
-            base = {name: found[name] for name in parameters} | base
+            base |= {name: found[name] for name in rest}
         named = {canonical_name(name): values for name, _, values in named_stored(model)}
         for name, tensor in base.items():
             named[name].copy_(tensor)
