@@ -200,8 +200,8 @@ def test_a_damaged_file_is_named_with_what_to_do(files: Path, tmp_path: Path, ca
     note, cell = out / "comparison.json", out / "cells" / "zero_shot-1.json"
     whole = {path: path.read_text(encoding="utf-8") for path in (note, cell)}
     for path, advice in (
-        (note, "remove the folder, and the same command starts again"),
-        (cell, "remove it, and the same command runs it again"),
+        (note, "remove the folder, and the same command starts afresh"),
+        (cell, "remove it, and the same command runs the cell again"),
     ):
         path.write_text(whole[path][:20], encoding="utf-8")
         capsys.readouterr()

@@ -563,7 +563,7 @@ def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> Non
         process.wait(30)
     assert found == [Choice.FIRST if pair["second"] == "one" else Choice.SECOND]
     (run / "judge.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a run that zorl judge tunes; leave --page_only out"):
+    with pytest.raises(ValueError, match="holds a run that zorl judge tunes; leave out --page_only"):
         judge.run(["--run", str(run), "--page_only", "--no_browser"])
 
 

@@ -257,7 +257,7 @@ def test_page_and_tuner_meet_on_the_server_and_the_password_is_in_no_file(postgr
 
 def test_the_judgments_of_another_run_are_refused(store: JudgmentStore, url: str, tmp_path: Path) -> None:
     store.add_probe(PAIRS, key="a")
-    with pytest.raises(ValueError, match="holds the judgments of another run; choose another database, or with --run"):
+    with pytest.raises(ValueError, match="holds the judgments of another run; choose another database, or the folder"):
         judge.run(["--run", str(tmp_path / "run"), "--no_browser", "--database", url])
     assert "PGPASSWORD" not in os.environ
 
