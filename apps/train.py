@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> str:
     )
 
     resuming = (folder / "trajectory.zorl").exists()
-    config = build(MeZOConfig, _with_defaults(given, eval_rows is not None, resuming))
+    config = build(MeZOConfig, _with_defaults(given, eval_rows is not None))
     begin = Begin()
     trainer = MeZOTrainer(
         arguments.model,
@@ -182,8 +182,8 @@ def _rows(
     return train_rows, eval_rows, label_column, prompt
 
 
-def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> dict[str, Any]:
-    """The given settings and the defaults of the command line: ten evaluations, of which the best is kept."""
+def _with_defaults(given: dict[str, Any], evaluated: bool) -> dict[str, Any]:
+    """The given settings and the defaults of the command line: ten evaluations and the start, of which the best is kept."""
     values = dict(given)
     if "num_train_epochs" not in values:
         values.setdefault("max_steps", DEFAULT_STEPS)
@@ -193,7 +193,7 @@ def _with_defaults(given: dict[str, Any], evaluated: bool, resuming: bool) -> di
         values.setdefault("eval_steps", math.ceil(values["max_steps"] / 10) if values.get("max_steps", 0) > 0 else 0.1)
         values.setdefault("save_steps", values["eval_steps"])
         values.setdefault("load_best_model_at_end", True)
-        values.setdefault("eval_on_start", not resuming)
+        values.setdefault("eval_on_start", True)
     return values
 
 
@@ -271,9 +271,11 @@ def _table(result: dict[str, Any]) -> str:
     for name in names:
         before, after = result.get(f"start_{name}"), result[f"eval_{name}"]
         lines.append(f"{name:<{width}}  {_shown(before):>8}  {_shown(after):>9}")
-    start, best = result.get("start_reward"), result.get("eval_reward")
-    if start is not None and best is not None and best <= start:
-        lines.append("No step did better on the held-out rows than the start: train longer or with larger batches.")
+    if names and not result["saved_step"]:
+        lines.append(
+            "No step did better on the held-out rows than the start, so the start is what was saved: train longer or with larger "
+            "batches."
+        )
     share = result["informative_share"]
     figures = [
         f"{result['steps']} steps",

@@ -116,6 +116,31 @@ def test_the_best_step_is_what_is_kept(make: Callable[..., MeZOTrainer], tmp_pat
     assert RunFolder(tmp_path / "out").read_settings()["step"] == best
 
 
+def test_a_start_that_no_step_beats_is_what_a_run_goes_back_to(make: Callable[..., MeZOTrainer], tmp_path: Path):
+    def never_better(completions: list[str], trainer_state: Any = None, **columns: Any) -> float:
+        return -float(trainer_state.global_step)
+
+    settings = {
+        "max_steps": 6, "learning_rate": 1e-2, "calibration": "none", "eval_strategy": "steps", "eval_steps": 2,
+        "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "eval_on_start": True,
+    }  # fmt: skip
+    options = {"reward_funcs": never_better, "eval_dataset": EVAL, "settings": settings}
+    trainer = make(**options)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.mezo is not None
+    assert (trainer.mezo.steps, trainer.step, trainer.state.best_global_step) == (6, 0, 0)
+    assert weights(trainer) == before
+    trainer.save_model()
+    assert RunFolder(tmp_path / "out").read_settings()["step"] == 0
+    make("broken", **options, callbacks=[StopAt(1)]).train()
+    again = make("broken", **options)
+    again.train(resume_from_checkpoint=True)
+    assert (again.step, weights(again)) == (0, before)
+    looks = [entry["step"] for entry in again.state.log_history if "eval_runtime" in entry]
+    assert looks == [0, 2, 4, 6], "the start is looked at once"
+
+
 def test_a_run_ends_early_where_its_held_out_score_no_longer_grows_and_is_not_taken_up_again(
     make: Callable[..., MeZOTrainer],
 ):

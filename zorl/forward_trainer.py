@@ -290,6 +290,18 @@ class ForwardTrainer(Trainer):
                 self._save_checkpoint(self.model, trial)
         return begin
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        if not skip_scheduler:
+            return super()._evaluate(trial, ignore_keys_for_eval)
+        # Trainer skips the scheduler for `eval_on_start` alone. The start is a candidate for the best step like any other, and is
+        # saved at once: a run that is killed before its first checkpoint still knows it.
+        if self.state.global_step or any("eval_runtime" in entry for entry in self.state.log_history):
+            return {}  # the run continues; its start has been evaluated
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._determine_best_metric(metrics, trial)
+        self._save_checkpoint(self.model, trial)
+        return metrics
+
     def _evaluation_was_cut_off(self, steps_per_epoch: int) -> bool:
         """Whether the run was killed between a step and its evaluation. Done late, it gives the same best step."""
         step = self.state.global_step
@@ -337,7 +349,7 @@ class ForwardTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Rewinds to the best evaluation: the base weights, and the trajectory up to that step."""
         step = self.state.best_global_step
-        if self.mezo is None or not step or step == self.mezo.steps:
+        if self.mezo is None or step is None or step == self.mezo.steps:
             return
         header, records = read(self.folder.trajectory, until=step)
         self.folder.restore_base(header, self.model, self.tuned)  # type: ignore[arg-type]
