@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from zorl import MeZOConfig
 from zorl.apps.arguments import AnswerArguments, EvalArguments, PredictArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import EVAL, PREDICT
@@ -30,23 +29,17 @@ from zorl.apps.inputs import (
     source_of,
     with_trained_classes,
 )
-from zorl.classifier_models import prepare_classifier
+from zorl.config import ANSWERING
 from zorl.data import checked_rows
-from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
-from zorl.parameters import ParameterSet
-from zorl.perturbation import Scratch
-from zorl.policies import Policy, make_policy
-from zorl.probe import CENTRE
+from zorl.predictor import Predictor
 from zorl.prompts import Answer, Prompt
-from zorl.quantization import is_plain
 from zorl.reward_functions import RewardFunctions, RewardValues
 from zorl.reward_models import text_of
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
 
 PREDICTION = "prediction"
-REMEMBERED = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
 _CHUNK = 1024  # rows between two updates of the progress bar
 
 
@@ -74,9 +67,9 @@ def run_eval(argv: Sequence[str]) -> str:
             "--reward is required, such as squad_f1: without label words or options there is no accuracy to compute"
         )
     rows = checked_rows(loaded.dataset, "--dataset", prompt, label_column or "label")
-    policy = _policy(arguments, settings, prompt)
+    predictor = _predictor(arguments, prompt)
     start = time.perf_counter()
-    (answers,) = policy.answers(rows, [CENTRE])
+    answers = predictor.answers(rows)
     result: dict[str, Any] = {}
     column = str(label_column)
     answered = [answer.completion for answer in answers]
@@ -116,13 +109,12 @@ def run_predict(argv: Sequence[str]) -> str:
     if PREDICTION in dataset.column_names:
         raise ValueError(f"{source_of(arguments, task)} has a column {PREDICTION!r} already; rename it")
     rows = dataset.to_list()
-    policy = _policy(arguments, settings, prompt)
+    predictor = _predictor(arguments, prompt)
     with tqdm(total=len(rows), unit="row") as bar:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
-            (answers,) = policy.answers(chunk, [CENTRE])
-            for row, answer in zip(chunk, answers, strict=True):
-                row[PREDICTION] = text_of(answer.completion)
+            for row, completion in zip(chunk, predictor(chunk), strict=True):
+                row[PREDICTION] = text_of(completion)
             bar.update(len(chunk))
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", encoding="utf-8", newline="") as file:
@@ -148,22 +140,10 @@ def _settings(arguments: AnswerArguments) -> dict[str, Any]:
     return settings
 
 
-def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt) -> Policy:
-    name = str(arguments.model)
-    computing = {key: getattr(arguments, key) for key in ("forward_batch_size", "use_cpu")}
-    for key in REMEMBERED:
-        value = getattr(arguments, key)
-        value = settings.get(key) if value is None else value
-        if value is not None:
-            computing[key] = value
-    config = MeZOConfig(**computing)
-    dtype = arguments.dtype or settings.get("dtype") or ("auto" if settings else "float32")
-    model = load_model(name, dtype, classes=prompt.classes, quantize=settings.get("quantize")).eval().to(config.device)
-    tokenizer = load_processing_class(name)
-    if prompt.classes is not None:
-        prompt = prepare_classifier(model, prompt, tokenizer)
-    evaluator = Scratch(model, ParameterSet((n, p) for n, p in model.named_parameters() if is_plain(p)))
-    return make_policy(evaluator, tokenizer, prompt, config)
+def _predictor(arguments: AnswerArguments, prompt: Prompt) -> Predictor:
+    given = {key: getattr(arguments, key) for key in ("forward_batch_size", "use_cpu", *ANSWERING)}
+    computing = {key: value for key, value in given.items() if value is not None}
+    return Predictor.load(str(arguments.model), prompt=prompt, dtype=arguments.dtype, **computing)
 
 
 def _scored(
