@@ -223,6 +223,13 @@ def test_a_run_that_diverges_leaves_the_weights_of_the_start(labels) -> None:
     assert fitted.answers(TEST) == zero_shot.fit(problem).answers(TEST)
 
 
+def test_grpo_counts_the_steps_of_a_run_that_diverges_and_no_more(text) -> None:
+    spent: list[int] = []
+    fitted = grpo.fit(text(budget=40), spent.append, learning_rates=(1e30,))
+    assert (fitted.chosen["learning_rate"], fitted.chosen["step"]) == (None, 0)
+    assert fitted.chosen["search_forwards"] == sum(spent) < 40
+
+
 # --- demonstrations -------------------------------------------------------------------------------------------------------
 
 

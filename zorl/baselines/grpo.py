@@ -32,9 +32,8 @@ def fit(problem: Problem, report: Report | None = None, *, learning_rates: Seque
     a run; those before the first step are among them. `chosen` says what the whole search has cost.
 
     Raises:
-        NotApplicable: the prompt has label words, the reward scores a batch as a whole, no prompt leaves room for an answer,
-            or the budget or the batch is too small.
-        TypeError: the model is no causal language model.
+        NotApplicable: the model is not a causal language model, the prompt has label words or options, the reward scores a
+            batch as a whole, no prompt leaves room for an answer, or the budget or the batch is too small.
     """
     if problem.prompt.labels:
         raise NotApplicable(
@@ -52,21 +51,17 @@ def fit(problem: Problem, report: Report | None = None, *, learning_rates: Seque
     rows = _rows_that_fit(problem, model, tokenizer)
     selection = Selection(problem, policy, model.state_dict())
     selection.look(learning_rate=None, step=0)
+    spent = 0
     with progress("GRPO", len(learning_rates) * steps * FORWARDS_A_STEP, report) as spend, _random_state_kept():
         for rate in learning_rates:
             selection.to_start()
-            _train(problem, model, tokenizer, rows, group, rate, steps, selection, spend)
+            spent += _train(problem, model, tokenizer, rows, group, rate, steps, selection, spend)
     selection.to_best()
     model.requires_grad_(False)
     return Fitted(
         partial(answers_of, policy),
         steps * FORWARDS_A_STEP,
-        {
-            "generations": group,
-            "rows": len(rows),
-            **selection.chosen,
-            "search_forwards": len(learning_rates) * steps * FORWARDS_A_STEP,
-        },
+        {"generations": group, "rows": len(rows), **selection.chosen, "search_forwards": spent},
     )
 
 
@@ -106,7 +101,8 @@ def _train(
     steps: int,
     selection: Selection,
     spend: Report,
-) -> None:
+) -> int:
+    """Runs one learning rate, stopping where it diverges. Returns the forwards that it took."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -144,6 +140,7 @@ def _train(
         )
         trainer.pop_callback(PrinterCallback)
         trainer.train()
+    return int(trainer.state.global_step) * FORWARDS_A_STEP
 
 
 class _Looks(TrainerCallback):
