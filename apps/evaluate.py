@@ -34,12 +34,11 @@ from zorl.classifier_head import prepare_classifier
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
-from zorl.parameters import ParameterSet
+from zorl.parameters import ParameterSet, plain_parameters
 from zorl.perturbation import Scratch
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
-from zorl.quantization import is_plain
 from zorl.reward_functions import RewardFunctions, RewardValues
 from zorl.reward_models import text_of
 from zorl.rewards import accuracy, f1
@@ -162,7 +161,7 @@ def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt
     tokenizer = load_processing_class(name)
     if prompt.classes is not None:
         prompt = prepare_classifier(model, prompt, tokenizer)
-    evaluator = Scratch(model, ParameterSet((n, p) for n, p in model.named_parameters() if is_plain(p)))
+    evaluator = Scratch(model, ParameterSet(plain_parameters(model)))
     return make_policy(evaluator, tokenizer, prompt, config)
 
 

@@ -174,7 +174,7 @@ class LanguageModelJudge:
     ) -> None:
         # These load transformers, which a judge by reward does not need.
         from zorl.models import load_model, load_processing_class
-        from zorl.parameters import ParameterSet
+        from zorl.parameters import ParameterSet, plain_parameters
         from zorl.perturbation import Scratch
         from zorl.scoring import LabelWords
 
@@ -190,7 +190,7 @@ class LanguageModelJudge:
         literal = question.replace("{", "{{").replace("}", "}}")
         prompt = Prompt(f"{literal}\n\n{_PAIR}", {"first": "A", "second": "B"}, chat=talks)
         # Nothing is tuned: the model is read where it is, at offset 0.
-        evaluator = Scratch(module, ParameterSet(module.named_parameters()))
+        evaluator = Scratch(module, ParameterSet(plain_parameters(module)))
         self._scorer = LabelWords(evaluator, tokenizer, prompt, batch_size=batch_size)
         self.tie_below = tie_below
         self.__name__ = f"model:{source.rstrip('/').split('/')[-1] or type(module).__name__}"

@@ -85,13 +85,21 @@ class ParameterSet(Mapping[str, Tensor]):
         return tensors_sha256(self._tensors)
 
 
+def plain_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters but quantised weights, as (name, tensor) pairs; what `ParameterSet` takes of any model.
+
+    Of parameters that are offloaded, the tensors that they are brought in from.
+    """
+    return [(name, values) for name, p, values in named_stored(model) if is_plain(p)]
+
+
 def base_sha256(model: nn.Module) -> str:
     """SHA-256 of a model's parameters, by canonical name.
 
     Quantised weights are left out: their bits are the quantiser's own on each device, and what stands beside them
     (embeddings, norms, biases, the adapter) tells the checkpoint.
     """
-    plain = [(name, values) for name, p, values in named_stored(model) if is_plain(p)]
+    plain = plain_parameters(model)
     names = canonical_names(name for name, _ in plain)
     return tensors_sha256(dict(zip(names, (p for _, p in plain), strict=True)))
 
