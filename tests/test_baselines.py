@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from zorl import Prompt
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, answers_of, progress, target_text
 from zorl.baselines.selection import LOOKS, look_at
 from zorl.encoding import longest_input
-from zorl.probe import Point
+from zorl.objectives import make_objective
+from zorl.probe import CENTRE, Point
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -190,6 +192,26 @@ def test_text_is_learnt_by_teacher_forcing(text) -> None:
     problem = text(reward=None, train=rows, dev=rows[:4], budget=60)
     fitted = fine_tuning.fit(problem, lambda n: None, learning_rates=(3e-3,))
     assert completions(fitted, [{"text": "good plot"}]) == [" great story"]
+
+
+def test_the_loss_of_fine_tuning_has_the_gradients_of_the_models_own_whatever_the_length_of_texts(text) -> None:
+    rows = [{"text": "film", "label": "great"}, {"text": "plot", "label": "an odd story, and a great film"}]
+    problem = text(train=rows, dev=rows, max_completion_length=40)
+    model, tokenizer = problem.load()
+    model.requires_grad_(True)
+    objective = make_objective(problem.policy(model, tokenizer), loss="cross_entropy")
+    objective.losses(rows, [CENTRE]).mean().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    losses = []
+    for row in rows:
+        prompt = tokenizer(f"question: was it {row['text']} ? answer:")["input_ids"]
+        answer = [*tokenizer(f" {row['label']}")["input_ids"], tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(answer)))
+    torch.stack(losses).mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_grpo_raises_the_reward_of_generated_text(text) -> None:
