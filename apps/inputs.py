@@ -19,7 +19,7 @@ from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction
 from zorl.rewards import load_reward
 from zorl.rewards.loading import load_file
-from zorl.tables import check_columns
+from zorl.suggestions import check_columns
 from zorl.tasks import Task, few_shot
 from zorl.tasks import task as find_task
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from zorl.suggestions import check_columns
 
 # Keyword arguments of a reward function that are no columns of the data set.
 _NOT_COLUMNS = frozenset({"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "label_names"})
@@ -21,13 +22,7 @@ def truth_of(columns: Mapping[str, Any], column: str, count: int) -> list[Any]:
     Raises:
         ValueError: there is no such column, it has another length, or a row holds no value.
     """
-    if column not in columns:
-        names = [name for name in columns if name not in _NOT_COLUMNS]
-        near = difflib.get_close_matches(column, names, 1)
-        raise ValueError(
-            f"there is no column '{column}' to read the truth from; the data set has "
-            f"{', '.join(map(repr, names)) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
-        )
+    check_columns("the data set", [column], [name for name in columns if name not in _NOT_COLUMNS])
     truth = list(columns[column])
     if len(truth) != count:
         raise ValueError(f"column '{column}' has {len(truth)} rows for {count} completions")

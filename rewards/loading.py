@@ -18,13 +18,12 @@ Nothing here changes sys.path.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from zorl.reward_functions import RewardFunction
 from zorl.rewards.classification import accuracy, balanced_accuracy, f1, matthews
 from zorl.rewards.classifier import classifier
 from zorl.rewards.text import exact_match, squad_f1
+from zorl.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from zorl.objectives import Judge
@@ -66,12 +66,10 @@ def load_reward(name: str, *, column: str | None = None) -> RewardFunction:
         return _shipped(shipped, options, column)
     _, colon, tail = name.rpartition(":")
     if not colon:
-        raise ValueError(
-            f"unknown reward '{name}'; zorl ships {', '.join(SHIPPED)}{_near(name, SHIPPED)}; name your own "
-            f"as package.module:function or path/file.py:function"
-        )
+        own = "name your own as package.module:function or path/file.py:function"
+        raise ValueError(f"{_unknown_reward(name)}; {own}")
     if "=" in tail:
-        raise ValueError(f"unknown reward '{shipped}'; zorl ships {', '.join(SHIPPED)}{_near(shipped, SHIPPED)}")
+        raise ValueError(_unknown_reward(shipped))
     return load_function(name)
 
 
@@ -98,9 +96,8 @@ def load_judge(name: str, *, column: str | None = None, judgments: str | Path | 
         raise ValueError(f"--judgments is where people judge, and the judge is '{name}'; leave it out, or take 'human'")
     kind, colon, rest = name.partition(":")
     if kind not in _JUDGES:
-        near = _near(kind, ["human", *_JUDGES])
         if not colon:
-            raise ValueError(f"unknown judge '{name}'; {_KNOWN_JUDGES}{near}")
+            raise ValueError(f"unknown judge {name!r}{did_you_mean(kind, ['human', *_JUDGES])} ({_KNOWN_JUDGES})")
         return load_function(name, "judge")
     if not rest:
         raise ValueError(f"the judge '{name}' is incomplete; {_KNOWN_JUDGES}")
@@ -142,7 +139,7 @@ def _shipped(name: str, options: str, column: str | None) -> RewardFunction:
         key, equals, value = (part.strip() for part in option.partition("="))
         if key not in known or not equals:
             raise ValueError(
-                f"reward '{name}' has no option '{option}'; it takes {'=…, '.join(known)}=…{_near(key, known)}"
+                f"reward {name!r} has no option {option!r}{did_you_mean(key, known)} (it takes {'=…, '.join(known)}=…)"
             )
         arguments[key] = _parsed(value, known[key].default, f"option '{key}' of reward '{name}'")
     for key, parameter in known.items():
@@ -151,6 +148,10 @@ def _shipped(name: str, options: str, column: str | None) -> RewardFunction:
     if column is not None and "column" in known:
         arguments.setdefault("column", column)
     return factory(**arguments)
+
+
+def _unknown_reward(name: str) -> str:
+    return f"unknown reward {name!r}{did_you_mean(name, SHIPPED)} (zorl ships {', '.join(SHIPPED)})"
 
 
 def _parsed(value: str, default: Any, what: str) -> str | int | bool:
@@ -214,15 +215,9 @@ def _member(module: ModuleType, name: str, source: str) -> RewardFunction:
     member = getattr(module, name, None)
     if member is None:
         found = ", ".join(functions) or "none"
-        raise ValueError(f"'{source}' has no '{name}'; its functions are: {found}{_near(name, functions)}")
+        raise ValueError(f"{source!r} has no {name!r}{did_you_mean(name, functions)} (its functions: {found})")
     if inspect.isclass(member) or not callable(member):
         raise ValueError(
             f"'{name}' of '{source}' is of type {type(member).__name__}; expected a function or callable object"
         )
     return member
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    """A hint at what may have been meant: a similar name, or one that is a part of it, as f1 is of macro_f1."""
-    near = difflib.get_close_matches(name, known, 1) or [key for key in known if len(key) > 1 and key in name]
-    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -155,7 +155,9 @@ def test_they_run_through_reward_functions(case):
 
 def test_a_missing_column_is_named_with_the_one_that_was_meant():
     for reward in (accuracy(column="labell"), f1(column="labell"), exact_match(column="labell")):
-        with pytest.raises(ValueError, match=r"no column 'labell'.*has 'label', 'text' \(did you mean 'label'\?\)"):
+        with pytest.raises(
+            ValueError, match=r"no column 'labell'; did you mean 'label'\? \(columns: 'label', 'text'\)"
+        ):
             reward(completions=["a"], label=["a"], text=["x"], prompts=["p"], label_names=["a"])
 
 

@@ -17,7 +17,8 @@ import torch
 from datasets import Dataset
 
 from zorl.prompts import Prompt
-from zorl.tables import EXTENSIONS, check_columns, did_you_mean, extension, read_table
+from zorl.suggestions import check_columns, did_you_mean
+from zorl.tables import EXTENSIONS, extension, read_table
 
 TEXT, LABEL = "text", "label"  # what columns are called that are given by position
 _A_SCRIPT = "scripts are no longer supported"  # what datasets says of code that comes in place of rows

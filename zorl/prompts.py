@@ -6,7 +6,6 @@ A `Prompt` knows text only. Tokens are the business of `zorl.encoding`, scores o
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from zorl.label_head import LabelHead
+from zorl.suggestions import did_you_mean
 
 MASK = "mask"  # a reserved field: where the label word goes
 SEPARATOR = "sep"  # the other one: where the second text of a pair begins
@@ -208,8 +208,7 @@ class Prompt:
         users += [] if self.options is None else [("options names", self.options)]
         for user, name in users:
             if name not in available:
-                close = difflib.get_close_matches(name, available, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name, available)
                 listed = ", ".join(repr(column) for column in available)
                 raise ValueError(f"{user} the column {name!r}, which the data does not have{hint} (columns: {listed})")
 

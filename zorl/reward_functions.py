@@ -8,7 +8,6 @@ is how metrics of a set, such as F1, are written. Higher is better.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import inspect
 import math
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from zorl import processes
 from zorl.background_loop import BackgroundLoop
 from zorl.reward_models import RewardModel
+from zorl.suggestions import did_you_mean
 
 RewardFunction = Callable[..., Any]
 # TRL hands every column of the data set to the function but these, which it passes itself under other names.
@@ -235,10 +235,9 @@ def _accepted(
     for parameter in parameters:
         by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if by_name and parameter.default is parameter.empty and parameter.name not in keywords:
-            near = difflib.get_close_matches(parameter.name, columns, 1)
             raise RewardError(
-                f"reward function '{name}' needs a column '{parameter.name}'; the data set has "
-                f"{', '.join(repr(c) for c in columns) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
+                f"reward function {name!r} needs a column {parameter.name!r}, which the data set does not have"
+                f"{did_you_mean(parameter.name, columns)} (columns: {', '.join(map(repr, columns)) or 'none'})"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return keywords

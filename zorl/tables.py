@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from zorl.suggestions import check_columns, did_you_mean
+from zorl.text_files import decoded
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # each also with .gz behind it
 
@@ -56,7 +58,7 @@ def read_table(path: Path, wanted: Sequence[str], names: Sequence[str]) -> tuple
     if kind == ".parquet":
         table = _parquet(path, content)
     else:
-        table = _from_objects(path, list(_json_objects(path, _text(path, content), kind)))
+        table = _from_objects(path, list(_json_objects(path, decoded(path, content), kind)))
     check_columns(str(path), wanted, table.column_names)
     return table, list(wanted)
 
@@ -68,22 +70,8 @@ def delimited_lines(path: Path) -> Iterator[Line]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or empty.
     """
-    text = _text(path, _content(path))
+    text = decoded(path, _content(path))
     return _csv_lines(path, text) if extension(path) == ".csv" else _tsv_lines(text)
-
-
-def check_columns(source: str, wanted: Iterable[str], columns: Sequence[str]) -> None:
-    """Raises ValueError where a wanted column is not among `columns`, with the closest name and a list of them."""
-    for name in wanted:
-        if name not in columns:
-            listed = ", ".join(repr(_shortened(column)) for column in columns)
-            raise ValueError(f"{source} has no column {name!r}{did_you_mean(name, columns)} (columns: {listed})")
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """`; did you mean 'label'?`, or nothing where no candidate comes close."""
-    close = difflib.get_close_matches(name, list(candidates), n=3)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def _content(path: Path) -> bytes:
@@ -103,15 +91,6 @@ def _content(path: Path) -> bytes:
     if not content.strip():
         raise ValueError(f"{path} is empty")
     return content
-
-
-def _text(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[Line]:

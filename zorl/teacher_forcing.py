@@ -20,6 +20,7 @@ from zorl.generation import Generation
 from zorl.likelihood import Likelihood
 from zorl.probe import Point
 from zorl.reward_models import text_of
+from zorl.suggestions import did_you_mean
 
 _NEARBY = 64  # characters of a prompt that decide how the text behind it is split into tokens, and more than enough
 
@@ -101,7 +102,8 @@ def taught_text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
         columns = ", ".join(map(repr, row))
         raise ValueError(
-            f"the text to teach is in the column {column!r}, which the data does not have (columns: {columns})"
+            f"the text to teach is in the column {column!r}, which the data does not have{did_you_mean(column, row)}"
+            f" (columns: {columns})"
         )
     value = row[column]
     right = value.get("text") if isinstance(value, Mapping) else value

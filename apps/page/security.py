@@ -12,6 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from zorl.text_files import read_text
+
 # Gradio's front end is made of inline scripts and functions built from text; whatever is not served by the page is refused.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -100,10 +102,11 @@ def read_users(path: Path) -> dict[str, str]:
     """Names and passwords from a file of lines `name:password`; empty lines and lines that begin with # are left out.
 
     Raises:
-        ValueError: a line is something else, a name is there twice, or there is none; the message names file and line.
+        ValueError: the file is not UTF-8, a line is something else, a name is there twice, or there is none; the message names
+            file and line.
     """
     users: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, password = line.partition(":")

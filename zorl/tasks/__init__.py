@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from zorl.tables import did_you_mean
+from zorl.suggestions import did_you_mean
 from zorl.tasks.source import Hub as Hub
 from zorl.tasks.task import Task as Task
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from zorl.data import apportioned
-from zorl.tables import check_columns
+from zorl.suggestions import check_columns
 
 SEEDS = (13, 21, 42, 87, 100)  # of the paper's draws
 OPT_SIZES = (1000, 500, 1000)  # rows to train on, to choose settings by and to report, for the OPT models

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from zorl.prompts import Prompt
-from zorl.tables import did_you_mean
+from zorl.suggestions import did_you_mean
 from zorl.tasks.source import Hub, Reader, Record, SplitName, file_of, records_of
 
 Kind = Literal["classification", "multiple_choice", "generation"]
