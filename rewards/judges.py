@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from zorl.devices import best_device
 from zorl.probe import CENTRE, Choice
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions
@@ -184,7 +183,9 @@ class LanguageModelJudge:
         source = str(model) if named else str(getattr(getattr(model, "config", None), "_name_or_path", ""))
         if processing_class is None and not source:
             raise ValueError("the model does not say where its tokenizer is; pass it as processing_class")
-        module: Any = _on_accelerator(load_model(str(model))) if named else model
+        module: Any = load_model(str(model)) if named else model
+        if named:
+            module.to(best_device())
         tokenizer = processing_class if processing_class is not None else load_processing_class(source)
         talks = tokenizer.chat_template is not None if chat is None else chat
         literal = question.replace("{", "{{").replace("}", "}}")
@@ -240,8 +241,3 @@ def _draws(seed: int, prompt: Any, first: Any, second: Any) -> tuple[float, floa
 def _readable(prompt: str | Messages) -> str:
     """A prompt as text; a conversation with who says what."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def _on_accelerator(model: Any) -> Any:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return model if device is None else model.to(device)

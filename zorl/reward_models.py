@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zorl.devices import best_device
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -134,8 +136,7 @@ def _load(name: str | Path) -> nn.Module:
         ) from error
     if missing := ", ".join(sorted(info["missing_keys"])):
         raise ValueError(f"'{name}' is no trained sequence classifier: its checkpoint lacks {missing}")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    classifier: nn.Module = module if device is None else module.to(device)
+    classifier: nn.Module = module.to(best_device())
     return classifier
 
 
