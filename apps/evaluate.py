@@ -33,13 +33,13 @@ from zorl.apps.inputs import (
 from zorl.classifier_head import prepare_classifier
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import columns_of
+from zorl.objectives import columns_of, score_answers
 from zorl.parameters import ParameterSet, plain_parameters
 from zorl.perturbation import Scratch
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
-from zorl.prompts import Answer, Prompt
-from zorl.reward_functions import RewardFunctions, RewardValues
+from zorl.prompts import Prompt
+from zorl.reward_functions import RewardFunctions
 from zorl.reward_models import text_of
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
@@ -86,7 +86,7 @@ def run_eval(argv: Sequence[str]) -> str:
         result["macro_f1"] = f1(column=column)(**keywords)
         result["f1"] = {label: f1(column=column, pos_label=label)(**keywords) for label in prompt.labels}
     if asked:
-        values = _scored(RewardFunctions(asked, arguments.reward_weights), prompt, rows, answers)
+        values = score_answers(RewardFunctions(asked, arguments.reward_weights), prompt, rows, answers)
         result["rewards"] = {name: number(value) for name, value in values.means().items()}
         result["reward"] = number(values.total.nanmean().item())
     seconds = round(time.perf_counter() - start, 2)
@@ -163,18 +163,6 @@ def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt
         prompt = prepare_classifier(model, prompt, tokenizer)
     evaluator = Scratch(model, ParameterSet(plain_parameters(model)))
     return make_policy(evaluator, tokenizer, prompt, config)
-
-
-def _scored(
-    functions: RewardFunctions, prompt: Prompt, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]
-) -> RewardValues:
-    return functions(
-        prompts=[prompt.render(row).prompt for row in rows],
-        completions=[answer.completion for answer in answers],
-        completion_ids=[answer.completion_ids for answer in answers],
-        columns=columns_of(rows),
-        label_names=list(prompt.labels) or None,
-    )
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from zorl.label_loss import LabelLoss
 from zorl.perturbation import Evaluator
 from zorl.policies import Policy, Row
 from zorl.probe import CENTRE, Answers, Choice, Point, Scores, Verdict, Verdicts
-from zorl.prompts import Answer
+from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
 from zorl.scoring import LabelWords
 from zorl.teacher_forcing import TeacherForcing
@@ -372,6 +372,19 @@ def _columns_for_judge(rows: Sequence[Row]) -> dict[str, list[Any]]:
     if clash := sorted(columns.keys() & {"prompts", "first", "second", "request_id"}):
         raise ValueError(f"data set column '{clash[0]}' has the name of an argument of judges; rename it")
     return columns
+
+
+def score_answers(
+    functions: RewardFunctions, prompt: Prompt, rows: Sequence[Row], answers: Sequence[Answer]
+) -> RewardValues:
+    """What reward functions make of an answer to each row."""
+    return functions(
+        prompts=[prompt.render(row).prompt for row in rows],
+        completions=[answer.completion for answer in answers],
+        completion_ids=[answer.completion_ids for answer in answers],
+        columns=columns_of(rows),
+        label_names=list(prompt.labels) or None,
+    )
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:

@@ -22,11 +22,12 @@ from zorl.baselines.centre import Centre
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import columns_of
+from zorl.objectives import score_answers
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import MASK, Answer, Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions, RewardValues
+from zorl.reward_models import text_of
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.teacher_forcing import taught_text
@@ -133,13 +134,7 @@ class Problem:
 
     def values(self, rows: Rows, answers: Sequence[Answer]) -> RewardValues:
         """What the rewards make of an answer to each row."""
-        return self.rewards(
-            prompts=[self.prompt.render(row).prompt for row in rows],
-            completions=[answer.completion for answer in answers],
-            completion_ids=[answer.completion_ids for answer in answers],
-            columns=columns_of(rows),
-            label_names=list(self.prompt.labels) or None,
-        )
+        return score_answers(self.rewards, self.prompt, rows, answers)
 
     def score(self, rows: Rows, answers: Sequence[Answer]) -> float:
         """The mean reward, higher is better; −∞ where the reward applies to no row."""
@@ -220,7 +215,7 @@ def target_text(prompt: Prompt, row: dict[str, Any], label_column: str) -> str:
 
 def _is_the_label(column: str) -> RewardFunction:
     def is_the_label(completions: Sequence[Any], **columns: Any) -> list[float]:
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-        return [float(text.strip() == str(label).strip()) for text, label in zip(texts, columns[column], strict=True)]
+        labels = [str(label).strip() for label in columns[column]]
+        return [float(text_of(one).strip() == label) for one, label in zip(completions, labels, strict=True)]
 
     return is_the_label
