@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zorl.data import hold_out, label_counts, load_rows
+from zorl.data import hold_out, load_rows
 from zorl.tables import read_table
 
 
@@ -247,20 +247,6 @@ def test_reading_a_table_touches_only_what_it_is_asked_for(tmp_path: Path) -> No
     path = write(tmp_path / "a.csv", "a,b\n1,2\n")
     table, found = read_table(path, [], [])
     assert (table.column_names, found) == (["a", "b"], [])
-
-
-def test_labels_are_counted_as_text_in_order() -> None:
-    assert label_counts(Dataset.from_dict({"label": [1, 0, 1, 1]}), "label") == {"0": 1, "1": 3}
-    assert list(label_counts(Dataset.from_dict({"y": ["b", "a"]}), "y")) == ["a", "b"]
-
-
-def test_a_data_set_of_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="all 3 rows have the label 'good' in 'label'; expected two or more labels"):
-        label_counts(Dataset.from_dict({"label": ["good"] * 3}), "label")
-    with pytest.raises(ValueError, match="holds no rows"):
-        label_counts(Dataset.from_dict({"label": []}), "label")
-    with pytest.raises(ValueError, match="has no column 'lable'; did you mean 'label'?"):
-        label_counts(Dataset.from_dict({"label": [0, 1]}), "lable")
 
 
 def numbered(labels: list[Any]) -> Dataset:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,24 +106,6 @@ def load_rows(
         None if text_column is None else next(called),
         None if label_column is None else next(called),
     )
-
-
-def label_counts(dataset: Dataset, label_column: str) -> dict[str, int]:
-    """How often each label occurs, with labels as text and sorted by it.
-
-    Raises:
-        ValueError: the column is missing, or there are fewer than two different labels to tell apart.
-    """
-    check_columns("the data set", [label_column], dataset.column_names)
-    counts = Counter(str(label) for label in dataset[label_column])
-    if not counts:
-        raise ValueError("the data set holds no rows")
-    if len(counts) == 1:
-        (label,) = counts
-        raise ValueError(
-            f"all {len(dataset)} rows have the label {label!r} in {label_column!r}; expected two or more labels"
-        )
-    return dict(sorted(counts.items()))
 
 
 def hold_out(

@@ -51,10 +51,6 @@ class Drift:
     perplexity: float
     distinct_2: float
 
-    def within(self, bound: float) -> bool:
-        """Whether perplexity and distinct-2 are both within a share `bound` of the start, such as 0.1."""
-        return abs(self.perplexity - 1.0) <= bound and abs(self.distinct_2 - 1.0) <= bound
-
 
 class DriftMeter:
     """Measures drift on fixed prompts, with sampling noise that both models share. The starting model answers once.
@@ -91,7 +87,7 @@ class DriftMeter:
             raise ValueError("the starting model answered none of the prompts with a single token")
         self._log_perplexity = -chosen(start_reader.log_probabilities(tokens), tokens).mean().item()
         start_reader.forget()
-        self._distinct_2 = distinct_2(text_of(answer) for answer in answers)
+        self._distinct_2 = distinct_2(whole_text(answer) for answer in answers)
 
     def measure(self) -> Drift:
         """Of the current model as it is now."""
@@ -104,7 +100,7 @@ class DriftMeter:
         log_perplexity = -chosen(before, tokens).mean().item()
         for reader in (self._reader, self._start_reader):
             reader.forget()
-        distinct = distinct_2(text_of(answer) for answer in answers)
+        distinct = distinct_2(whole_text(answer) for answer in answers)
         return Drift(
             kl,
             math.exp(log_perplexity - self._log_perplexity),
@@ -125,7 +121,7 @@ def distinct_2(texts: Iterable[str]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def text_of(answer: Answer) -> str:
-    """What the model wrote, in plain text or as the assistant of a conversation."""
+def whole_text(answer: Answer) -> str:
+    """What the model wrote: a plain text, or the contents of all messages, each on a line of its own."""
     completion = answer.completion
     return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)

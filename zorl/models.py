@@ -78,17 +78,16 @@ def load_model(
     return model
 
 
-def is_masked(name: str, **options: Any) -> bool:
+def is_masked_checkpoint(name: str) -> bool:
     """Whether a model's configuration says that it is a masked language model; a causal one otherwise.
 
     Args:
         name: of a model on the hub, or the path of a folder.
-        options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
         OSError: there is no such model.
     """
-    return _reads_masks(_config(name, **options))
+    return _reads_masks(_config(name))
 
 
 def trained_classes(name: str) -> tuple[str, ...] | None:
@@ -176,7 +175,7 @@ def _reads_masks(config: PreTrainedConfig) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
+def load_processing_class(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
@@ -185,7 +184,7 @@ def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """
     try:
         with _no_code_of(name):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         if not _of_a_damaged_file(error):
             raise
