@@ -13,7 +13,7 @@ from zorl.suggestions import check_columns, did_you_mean
         ("lable", ["text", "label"], "; did you mean 'label'?"),
         ("mezzo", ["mezo", "mezo_f1", "bbt", "mezo_lora"], "; did you mean 'mezo' or 'mezo_f1'?"),
         ("macro_f1", ["accuracy", "f1"], "; did you mean 'f1'?"),
-        ("showing", ["in", "how"], ""),
+        ("keepsake", ["ke"], ""),
         ("x", ["text", "label"], ""),
         ("label", [], ""),
     ],
