@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "diagnose"
@@ -96,7 +96,7 @@ def measure(model: str, data: Path, template: str) -> None:
     path = RESULTS / f"{Path(model).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    result["machine"] = machine()
     for objective in OBJECTIVES:
         cells = result.setdefault(objective, {})
         if "diagnosis" not in cells:

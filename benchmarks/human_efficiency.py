@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import re
 import statistics
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine
 from stories import HELD_OUT, TUNING
 
 from zorl import MeZO, Prompt
@@ -241,7 +240,7 @@ def run_cell(path: str, name: str, preference: str, seed: int, start: dict[str, 
             "decided": rater.decided / rater.verdicts, "steps": mezo.steps
         }  # fmt: skip
     return {
-        "method": name, "preference": preference, "seed": seed, "reached": reached, "machine": machine(),
+        "method": name, "preference": preference, "seed": seed, "reached": reached, "machine": f"{machine()}, one thread per run",
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
@@ -260,10 +259,6 @@ def judged(policy: Generation, rater: Rater, rows: Sequence[dict[str, str]], noi
         if choice in (Choice.FIRST, Choice.SECOND):
             pairs.append(Preference(a, b) if choice is Choice.FIRST else Preference(b, a))
     return pairs
-
-
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores (one thread a run), torch {torch.__version__}"
 
 
 def path_of(name: str, preference: str, seed: int) -> Path:
@@ -421,13 +416,11 @@ to 64 tokens after the first runs, because there most pairs were ties for friend
 
 def plot(target: Path) -> None:
     """Win rates, and what they cost, by verdicts."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     colours = ("#1f6f8b", "#c2571a")  # the ablations are in the table
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for (name, method), colour in zip(METHODS.items(), colours, strict=False):
         if not (runs := found(name)):
             continue

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from common import machine
 from tqdm import tqdm
 
 from zorl.apps import compare
@@ -167,11 +166,6 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
             raise
     if failed:
         print(f"{failed} jobs failed; the same command tries them again", file=sys.stderr)
-
-
-def machine() -> str:
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
 def main() -> None:

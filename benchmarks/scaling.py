@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import machine
 
 from zorl.config import DIRECTIONS
 
@@ -93,7 +94,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
         seconds = sorted(figure["seconds_a_step"] for figure in figures)
         rows.append({"processes": count, "rows": ROWS * count, "seconds_a_step": statistics.median(seconds),
                      "range": [seconds[0], seconds[-1]], "bytes_a_step": figures[0]["bytes_a_step"]})  # fmt: skip
-    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "cores": os.cpu_count(), "rounds": rounds,
+    return {"machine": machine(), "cores": os.cpu_count(), "rounds": rounds,
             "parameters": found[1][0]["parameters"], "rows": rows}  # fmt: skip
 
 
