@@ -1,6 +1,6 @@
 """The demo for five seeds: macro-F1 before and after, beside one fitted threshold.
 
-python benchmarks/demo.py            # about a minute a seed on two cores; writes docs/demo.md and results/demo.json
+python benchmarks/demo.py            # about a minute per seed on two cores; writes docs/demo.md and results/demo.json
 """
 
 from __future__ import annotations

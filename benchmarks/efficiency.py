@@ -52,7 +52,7 @@ class Ablation(NamedTuple):
 
 ABLATIONS = {
     "two_sided": Ablation("SPSA, one direction a step, in place of eight one-sided ones", TWO_SIDED),
-    "bias": Ablation("one fitted bias a label, in place of the label head", {"calibration": "bias"}),
+    "bias": Ablation("one fitted bias per label, in place of the label head", {"calibration": "bias"}),
     "none": Ablation("from the label words as they are", {"calibration": "none"}),
     "dense": Ablation("dense ±1 directions, in place of rank one", {"distribution": "rademacher"}),
     "prefix": Ablation("a prefix of five tokens, in place of the whole model", {"tune": "prefix"}),

@@ -376,7 +376,7 @@ prompts to tune on. The *win rate* is the blind one against the starting model, 
 independently of each other. *Perplexity* is that of the answers under the starting model, and *distinct-2* the share of different
 word pairs among all of them, each as a multiple of the starting model's own ({perplexity:.2f} and {distinct:.2f}).
 
-* *replay of verdicts, output bias*: what is tuned is one bias a token on the output embedding (`zorl.output_bias`). A pair is two
+* *replay of verdicts, output bias*: what is tuned is one bias per token on the output embedding (`zorl.output_bias`). A pair is two
   answers of the current model. After every fourth verdict MeZO takes a step on all the verdicts so far. It asks not what the
   person said of two points, but how much likelier each point makes the texts that were preferred (`zorl.preference_replay`:
   forward passes alone, no reward model), with a brake on the divergence from the starting model.
@@ -399,13 +399,13 @@ to 64 tokens after the first runs, because there most pairs were ties for friend
   least in the output bias. Biases and scales inside the layers, norm gains and steering vectors on the residual stream could
   do as much or more with an exact gradient, and did less with the directions that 200 verdicts pay for.
 * *These preferences suit it.* Words of friendship, full stops and quotation marks are tokens. A preference about what is
-  said, rather than in which words, will need more than a bias a token; replay works on any parameters, at the price of whole
+  said, rather than in which words, will need more than a bias per token; replay works on any parameters, at the price of whole
   forwards.
 * *Per-coordinate steps* (Adam, exact gradients) on the same pairs won as often and cost far more: they lost to plain steps
   along the directions.
 * *The brake.* Without it the win rate is higher and the text worse (a row above). Twice as much holds too hard, and so does a
   larger β.
-* *Directions and pairs a step.* 16 or 32 of either: no order that two seeds could show.
+* *Directions and pairs per step.* 16 or 32 of either: no order that two seeds could show.
 * *What is shown.* Two answers of the current model, or the sides of a direction with shared noise, replayed alike: no order
   that two seeds could show.
 * *Verdicts alone.* A larger rate wins more often and costs more; 0.12 ends near the bound. One prompt a direction is no better

@@ -40,7 +40,7 @@ def trainer_in(folder: str) -> MeZOTrainer:
 
 
 def with_trainer() -> float:
-    """Milliseconds a step; starting and ending a run are not counted."""
+    """Milliseconds per step; starting and ending a run are not counted."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_in(folder)
         times: list[float] = []
@@ -51,7 +51,7 @@ def with_trainer() -> float:
 
 
 def bare() -> float:
-    """Milliseconds a step."""
+    """Milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_in(folder)
         rows = list(trainer.train_dataset)  # type: ignore[arg-type]

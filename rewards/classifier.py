@@ -40,7 +40,7 @@ def classifier(
             returned as it is, whatever is chosen.
         include_prompt: read prompt and completion as one text.
         processing_class: the model's tokenizer; by default the one saved with it.
-        batch_size: texts a forward of a `transformers` model.
+        batch_size: texts per forward of a `transformers` model.
 
     Raises:
         ValueError: the model cannot be loaded, is not fitted, lacks the label, or cannot give this output.

@@ -33,7 +33,7 @@ class RewardJudge:
     answers alone: it is the same when they are asked about again, and in the other order.
 
     Args:
-        reward_func: with TRL's signature, one number a completion. It gets no token ids, since a judge sees none.
+        reward_func: with TRL's signature, one number per completion. It gets no token ids, since a judge sees none.
         noise: share of preferences that are turned round.
         ties: share of pairs that are called a tie, whatever the rewards.
         seed: of noise and ties.
@@ -105,7 +105,7 @@ class ClassifierJudge:
             round to one.
         include_prompt: read prompt and answer as one text.
         processing_class: the model's tokenizer; by default the one saved with it.
-        batch_size: texts a forward.
+        batch_size: texts per forward.
 
     Raises:
         ValueError: the model cannot be loaded, or lacks the label.
@@ -154,7 +154,7 @@ class LanguageModelJudge:
         chat: put the question through the tokenizer's chat template. Default: where it has one.
         tie_below: nats that the mean of the two orders must exceed, or the pair is a tie; by default what rounding gives.
         processing_class: the model's tokenizer; by default the one saved with it.
-        batch_size: pairs a forward, each in one order.
+        batch_size: pairs per forward, each in one order.
 
     Raises:
         ValueError: `tie_below` is negative, or a module does not say where its tokenizer is.

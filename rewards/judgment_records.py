@@ -85,7 +85,7 @@ class StoredStep:
         step: its number.
         probe: id of the probe that it answers.
         projected: one projected gradient a direction; NaN for one on which everybody abstained.
-        coefficients: one a direction, as applied.
+        coefficients: one per direction, as applied.
         figures: for charts (name → number).
         created: seconds since 1970. Set by the store.
         replayed: (projected, coefficients) of each further update, made of verdicts on this and earlier probes.

@@ -51,7 +51,7 @@ def write_preferences(store: JudgmentStore, path: str | Path) -> Written:
 
 
 def write_events(store: JudgmentStore, path: str | Path) -> int:
-    """Writes the raw log, an event a line and in order, and returns how many there are."""
+    """Writes the raw log, an event per line and in order, and returns how many there are."""
     rows = [asdict(event) for event in store.events()]
     _write(Path(path), rows)
     return len(rows)

@@ -293,7 +293,7 @@ def test_probing_refuses_words_of_several_tokens(labels) -> None:
 def test_grpo_refuses_labels_masked_models_scores_of_sets_and_too_little_budget(labels, text) -> None:
     with pytest.raises(NotApplicable, match="answered with one of its label words"):
         grpo.fit(labels())
-    with pytest.raises(NotApplicable, match="BertForMaskedLM is none"):
+    with pytest.raises(NotApplicable, match="BertForMaskedLM is not one"):
         grpo.fit(labels(prompt=TEXT))
     with pytest.raises(NotApplicable, match="'whole' scores a batch as a whole"):
         grpo.fit(text(reward=whole), lambda n: None)

@@ -43,7 +43,7 @@ class AnswerLogits:
         parameters: what the points move.
         pad_id: a token to pad with; it is hidden from the model.
         temperature: divides the logits: the one that the answers were sampled with.
-        batch_size: answers a forward.
+        batch_size: answers per forward.
 
     Raises:
         ValueError: temperature or batch_size is not positive.

@@ -4,7 +4,7 @@ Points lie along d⁻¹⊙z: blocks with a large d are perturbed less. With the 
 stays unbiased; with the expectation modified it moves along z, and the estimate's mean is diag(d)⁻¹∇L, a preconditioned gradient.
 
 d is the blocks' parameter norms, or estimates of their gradients' norms: |g| of a SPSA step along z in one block alone, which
-takes a step of its own with two forwards a block and moves nothing. Both are renewed every so many steps.
+takes a step of its own with two forwards per block and moves nothing. Both are renewed every so many steps.
 """
 
 from __future__ import annotations

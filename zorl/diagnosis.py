@@ -64,11 +64,11 @@ class Diagnosis:
 
     Attributes:
         parameters: d, of those that are tuned.
-        n_spsa: n, directions a step.
+        n_spsa: n, directions per step.
         forwards: evaluations of a batch that this took, `calibration_forwards` of them for the start that tuning has.
         looks: what ε was chosen by, smallest first.
         curvature: along random directions, and with it gradient, trace, norms and effective rank.
-        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions a step.
+        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions per step.
         confirmed: the share of a squared slope that another batch confirms.
         corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
         gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"` (see
@@ -190,7 +190,7 @@ class Plan:
 
     @classmethod
     def of(cls, budget: int, a_step: int) -> Plan | None:
-        """With as many points a step of training: up to 16 directions for at most two fifths of it, the rest for real steps;
+        """With as many points per step of training: up to 16 directions for at most two fifths of it, the rest for real steps;
         None where it is too small.
         """
         directions = max((m for m in range(6, 17) if forwards_of(m) + 2 * m <= 0.4 * budget), default=6)

@@ -44,7 +44,7 @@ class LabelGoal(Protocol):
         """The objective of the likeliest labels, for scores `(n, labels)` of the n rows with these indices; higher is better."""
 
     def of_each_label(self, answers: Tensor) -> Tensor:
-        """The objective if a row's answer were that label and the other rows' `answers` (indices of labels, one a row).
+        """The objective if a row's answer were that label and the other rows' `answers` (indices of labels, one per row).
 
         Returns:
             float64, shape `(rows, labels)`; NaN where a label cannot be judged.
@@ -52,7 +52,7 @@ class LabelGoal(Protocol):
 
 
 def fit_bias(goal: LabelGoal) -> LabelHead:
-    """One bias a label: the fitted threshold."""
+    """One bias per label: the fitted threshold."""
     return LabelHead(tuple(_bias(goal, torch.arange(len(goal.scores))).tolist()))
 
 

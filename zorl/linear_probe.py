@@ -70,7 +70,7 @@ def fit(
     Args:
         states: shape `(rows, width)`.
         truth: shape `(rows,)`, classes 0 … L−1, each at least once.
-        intercept: fit one a class; without, states are scaled and not centred, and the intercepts are 0.
+        intercept: fit one per class; without, states are scaled and not centred, and the intercepts are 0.
 
     Returns:
         Weights `(L, width)` and intercepts `(L,)` for the states as they come, and C.

@@ -1,4 +1,4 @@
-"""One bias a token on the output embedding: the smallest set of parameters that steers what a language model says.
+"""One bias per token on the output embedding: the smallest set of parameters that steers what a language model says.
 
 It is what serving programs call `logit_bias`. A model of any size has as many of these as its vocabulary has tokens, and
 a perturbation of them needs no other forward than that of the last layer. What it learns is saved as

@@ -1,7 +1,7 @@
 """Reward functions with TRL's signature, turned into checked numbers.
 
 A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
-log_metric=)` and returns one number a completion (None: not applicable), or a single number for the whole batch, which
+log_metric=)` and returns one number per completion (None: not applicable), or a single number for the whole batch, which
 is how metrics of a set, such as F1, are written. Higher is better.
 """
 
@@ -40,7 +40,7 @@ class RewardValues:
     """What the reward functions make of one batch of completions.
 
     Attributes:
-        names: one a function.
+        names: one per function.
         values: float32, shape `(functions, prompts)`, or `(functions, 1)` if set-level. NaN: not applicable.
         total: the weighted sum over functions, float32, shape `(prompts,)`, or `(1,)` if set-level. A function that
             abstained on a sample is left out of that sample's sum; NaN where all did.
@@ -78,8 +78,8 @@ class RewardFunctions:
     Args:
         funcs: a callable with TRL's signature (synchronous or async), a `num_labels=1` sequence-classification model
             (its name, path or module), or a list of these.
-        weights: one a function; 1 by default.
-        processing_classes: tokenizers of the reward models, one a function (None for callables), or a single one.
+        weights: one per function; 1 by default.
+        processing_classes: tokenizers of the reward models, one per function (None for callables), or a single one.
 
     Raises:
         TypeError: a function is neither callable nor a model.
@@ -125,7 +125,7 @@ class RewardFunctions:
 
         Args:
             prompts: strings or conversations.
-            completions: one a prompt: a string, or a conversation's new messages.
+            completions: one per prompt: a string, or a conversation's new messages.
             completion_ids: their tokens.
             columns: the other columns of these rows, one value a row.
             label_names: the task's full set of label names, where the prompt has label words.

@@ -29,7 +29,7 @@ class SequenceClassifier:
     Args:
         model: a name or path that `AutoModelForSequenceClassification` knows, or the module.
         processing_class: its tokenizer; by default the one saved with the model.
-        batch_size: texts a forward.
+        batch_size: texts per forward.
 
     Raises:
         ValueError: the model cannot be loaded, or its classification head is not in the checkpoint.
@@ -108,11 +108,11 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
     ) -> list[float]:
-        """One logit a completion."""
+        """One logit per completion."""
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         logits = self.classifier.logits(texts, special_tokens=False, truncation=False)
         if logits.shape[1] != 1:
-            raise ValueError(f"the module returns {logits.shape[1]} logits a text where a reward model returns one")
+            raise ValueError(f"the module returns {logits.shape[1]} logits per text where a reward model returns one")
         return [float(logit) for logit in logits[:, 0]]
 
     def _text(self, prompt: str | Messages, completion: str | Messages) -> str:

@@ -31,7 +31,7 @@ def corollary_1(trace: float, norm: float, n: int, *, one_sided: bool = False) -
     Args:
         trace: tr H.
         norm: ℓ, H's largest eigenvalue.
-        n: directions a step.
+        n: directions per step.
         one_sided: as for `lemma_2`: E[ĝᵀHĝ] = tr H‖∇L‖²/(n − 1) + (n + 1 + 1/(n − 1))/n · ∇LᵀH∇L.
     """
     if one_sided:

@@ -1,4 +1,4 @@
-"""Fine-tuning by backpropagation, with Adam or SGD: what MeZO does without."""
+"""Fine-tuning by backpropagation, with Adam or SGD."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zorl.baselines.selection import Selection, look_at
 from zorl.objectives import CrossEntropy, make_objective
 from zorl.probe import CENTRE
 
-FORWARDS_A_STEP = 3  # one, and two for the backward pass
+FORWARDS_A_STEP = 3  # the backward pass counts as two
 MAX_GRAD_NORM = 1.0  # transformers' default
 LEARNING_RATES = {"adam": (1e-5, 1e-4, 1e-3), "sgd": (1e-3, 1e-2, 1e-1)}
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -31,9 +31,9 @@ def fit(
     The loss of a batch is the mean over its rows: of −log p of the true label among the label words or the row's options, or
     of the mean −log p of the tokens of the true text, so that a long text weighs as much as a short one.
 
-    Each learning rate (by default `LEARNING_RATES`) is given the whole budget, a step costing `FORWARDS_A_STEP` of it, and
-    decays linearly to 0. Of all of them the weights that did best on the development rows are kept, looked at ten times a
-    run; those before the first step are among them. `chosen` says what the whole search has cost.
+    Each learning rate (by default `LEARNING_RATES`) gets the whole budget, of which a step costs `FORWARDS_A_STEP`, and decays
+    linearly to 0. The weights are scored on the development rows before the first step and ten times per run, and the best of
+    all runs are kept. `chosen` says what the whole search cost.
 
     Raises:
         NotApplicable: the training rows have no labels, or an optimizer step costs more than the budget.
@@ -81,7 +81,7 @@ def _train(
     selection: Selection,
     spend: Report,
 ) -> int:
-    """One run; stops where it diverges. Returns the forwards that it took."""
+    """Trains with one learning rate, and stops if it diverges. Returns the forwards spent."""
     optimizer = optimizer_class(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, max(1, steps - 1))
     for step, rows in zip(range(1, steps + 1), problem.batches(), strict=False):

@@ -1,4 +1,4 @@
-"""The tasks of the paper by name. Each is a file here that makes one `TASK`; a file more is a task more."""
+"""The paper's tasks by name. Each is a file here that defines one `TASK`; to add a task, add a file."""
 
 from __future__ import annotations
 
