@@ -376,7 +376,7 @@ prompts to tune on. The *win rate* is the blind one against the starting model, 
 independently of each other. *Perplexity* is that of the answers under the starting model, and *distinct-2* the share of different
 word pairs among all of them, each as a multiple of the starting model's own ({perplexity:.2f} and {distinct:.2f}).
 
-* *replay of verdicts, output bias*: what is tuned is one bias per token on the output embedding (`zorl.output_bias`). A pair is two
+* *replay of verdicts, output bias*: one bias per token on the output embedding is tuned (`zorl.output_bias`). A pair is two
   answers of the current model. After every fourth verdict MeZO takes a step on all the verdicts so far. It asks not what the
   person said of two points, but how much likelier each point makes the texts that were preferred (`zorl.preference_replay`:
   forward passes alone, no reward model), with a brake on the divergence from the starting model.

@@ -95,7 +95,7 @@ def report(found: Sequence[dict[str, Any]]) -> str:
         "# Gradient and curvature, layer by layer",
         "",
         f"Written by `benchmarks/layers.py` ({machine()}): a masked language model of 22.7M parameters with a logistic "
-        f"regression on the mask's state, as where tuning starts. ‖∇L‖² on {MEASURED} rows that the regression has not seen, tr H "
+        f"regression on the mask's state, as where tuning starts. ‖∇L‖² on {MEASURED} rows that the regression did not see, tr H "
         f"with {DRAWS} random vectors (Hutchinson), both by backpropagation.",
         "",
         "Tuning a part alone falls by its ‖∇L‖² over twice its tr H a direction at best. So the ratio of the two shares says how "

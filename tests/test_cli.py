@@ -688,7 +688,7 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
         (["--judge", "human", "--judgments", "nowhere/j.sqlite"], "there is no folder 'nowhere'"),
         (["--judge", "reward:f2"], "unknown reward 'f2'"),
         (["--judge", "humans"], "unknown judge 'humans'; did you mean 'human'? (a judge is human, reward:NAME"),
-        (["--judge", "REWARDS:judge", "--judgments", "j.sqlite"], "leave it out, or take 'human'"),
+        (["--judge", "REWARDS:judge", "--judgments", "j.sqlite"], "leave it out, or use 'human'"),
         (["--judgments", "j.sqlite"], "--judgments is where people judge: it goes with --judge human"),
         (["--judge", "reward:f1", "--reward", "f1"], "exactly one of --reward, --judge and --loss"),
         (["--epsilon", "0"], "epsilon must be a positive number or 'auto', got '0'"),
@@ -735,7 +735,7 @@ def test_bad_input_gets_a_sentence(
         ("text\tlabel\n" + "a film\t0\n" * 20, "one class only: all 20 rows have label='0'"),
         ("text\tlabel\na film\t0\n" * 2 + "the plot\t0\n", "without a label word"),
         ("text\tlabel\na film\t0\na plot\n", "line 3: 1 fields, but the first line has 2"),
-        ("a film\t0\nthe plot\t1\n", "If the first line is no header, give positions"),
+        ("a film\t0\nthe plot\t1\n", "If the first line is not a header, give positions"),
     ],
 )
 def test_a_bad_file_gets_a_sentence(

@@ -183,7 +183,7 @@ def test_a_file_without_header_says_how_to_name_its_columns(tmp_path: Path) -> N
     complaint = message(path)
     assert "has no column 'text'" in complaint
     assert "'one long string of cliches that goes on…', '0'" in complaint
-    assert complaint.endswith("If the first line is no header, give positions: 0 is the first column")
+    assert complaint.endswith("If the first line is not a header, give positions: 0 is the first column")
     assert "has no column 2: its 2 columns are 0 to 1" in message(path, text_column=0, label_column=2)
 
 

@@ -135,7 +135,7 @@ def test_an_adapter_that_was_cut_short_is_named(saved: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("classes", [None, ("bad", "good")])
 def test_a_configuration_that_does_not_fit_the_weights_is_named(saved: Path, classes: tuple[str, ...] | None) -> None:
     _edit(saved / "config.json", vocab_size=7)
-    with pytest.raises(ValueError, match=f"the weights of {saved} have other sizes than its config.json says"):
+    with pytest.raises(ValueError, match=f"the weights of {saved} have sizes other than its config.json says"):
         load_model(str(saved), classes=classes)
 
 

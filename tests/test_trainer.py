@@ -876,7 +876,7 @@ def test_a_peft_model_and_a_peft_config_are_one_too_many(make: Callable[..., MeZ
     from peft import get_peft_model
 
     model = get_peft_model(copy.deepcopy(parts("gpt2").model), lora())
-    with pytest.raises(ValueError, match="the model is a PeftModel already"):
+    with pytest.raises(ValueError, match="the model is already a PeftModel"):
         make(model=model, peft_config=lora(), processing_class=parts("gpt2").tokenizer)
 
 

@@ -1,7 +1,7 @@
-"""transformers' Trainer without a backward pass, and with a trajectory for its checkpoint.
+"""transformers' Trainer without a backward pass, with the trajectory as its checkpoint.
 
-What Trainer does for backpropagation and cannot be told not to is overridden here. Weights are never saved while
-training: continuing a run, and going back to its best step, replay the trajectory onto the base weights.
+Here is overridden what Trainer does for backpropagation and cannot be configured not to do. Weights are never saved while
+training: continuing a run, or going back to its best step, replays the trajectory onto the base weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from zorl.whole_files import whole_file
 
 
 class ForwardTrainer(Trainer):
-    """What `MeZOTrainer` builds on. Its subclass sets the attributes below before training begins."""
+    """The base of `MeZOTrainer`, which sets the attributes below before training begins."""
 
     args: MeZOConfig
     folder: RunFolder
@@ -42,7 +42,7 @@ class ForwardTrainer(Trainer):
         return model  # neither DataParallel nor DistributedDataParallel: there are no gradients to reduce
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
-        if not any(map(is_away, model.parameters())):  # else accelerate moves it, module by module
+        if not any(map(is_away, model.parameters())):  # otherwise accelerate moves it, module by module
             super()._move_model_to_device(model, device)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
@@ -50,7 +50,7 @@ class ForwardTrainer(Trainer):
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
-        """There is none to log, and looking for it takes longer than moving a small model."""
+        """The gradient norm: there is none to log, and looking for it takes longer than moving a small model."""
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's formula counts a backward pass; `forwards` in the log is what a run costs
@@ -59,9 +59,9 @@ class ForwardTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # No DistributedDataParallel, which would copy gradients that there are none of.
+        # Not DistributedDataParallel, which would copy gradients, and there are none.
         self.accelerator.prepare_model = lambda model, **_: model
-        # Every process sees the whole batch: what they share is the work on it.
+        # Every process sees the whole batch: they share the work on it.
         self.accelerator.prepare_data_loader = lambda loader, **_: prepare_data_loader(
             loader, num_processes=1, process_index=0
         )
@@ -69,7 +69,7 @@ class ForwardTrainer(Trainer):
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
     ) -> DataLoader[Any]:
-        """A batch has the rows of all processes."""
+        """The rows of a batch, those of all processes."""
         return super()._get_dataloader(dataset, description, batch_size * processes.count(), *args, **kwargs)
 
     # --- the trajectory as the checkpoint ---------------------------------------------------------------------------
@@ -86,13 +86,15 @@ class ForwardTrainer(Trainer):
                 state = TrainerState.load_from_json(str(self.folder.state))
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{self.folder.state} is damaged ({error}): restore it from a copy, or remove it, and the run goes on "
+                    f"{self.folder.state} is damaged ({error}): restore it from a copy, or remove it, and the run continues "
                     "without its log and what it knew of its best step"
                 ) from None
             state.log_history = [entry for entry in state.log_history if entry.get("step", 0) <= step]
         state.global_step = step
-        state.train_batch_size = self._train_batch_size  # a run that was killed early has saved no state
-        state.compute_steps(self.args, max(self.args.max_steps, 1))  # evaluate and save as often as asked for now
+        state.train_batch_size = self._train_batch_size  # a run that was killed early has not saved a state
+        state.compute_steps(
+            self.args, max(self.args.max_steps, 1)
+        )  # evaluate and save as often as the current settings say
         return state
 
     def _init_training_state(
@@ -107,14 +109,14 @@ class ForwardTrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if resume_from_checkpoint is not None:
-            self.state.compute_steps(self.args, max_steps)  # shares of all steps are known only now
+            self.state.compute_steps(self.args, max_steps)  # intervals given as shares of all steps are known only now
             if self._evaluation_was_cut_off(num_update_steps_per_epoch):
                 self._determine_best_metric(self._evaluate(trial, None), trial)
                 self._save_checkpoint(self.model, trial)
         return begin
 
     def _evaluation_was_cut_off(self, steps_an_epoch: int) -> bool:
-        """A kill may fall between a step and the evaluation after it. Done late, it gives the same best step."""
+        """Makes up for an evaluation that a kill prevented after its step, so that the best step is the same."""
         step = self.state.global_step
         if not step or any(e.get("step") == step and "eval_runtime" in e for e in self.state.log_history):
             return False
@@ -124,7 +126,7 @@ class ForwardTrainer(Trainer):
         return by_steps and (step % self.state.eval_steps == 0 or step >= self.state.max_steps)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A finished run is not given one more step, nor is one that had stopped early.
+        # A run that has finished or stopped early does not get one more step.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -137,7 +139,7 @@ class ForwardTrainer(Trainer):
         """The optimizer's state is the trajectory; the schedule is a function of the step."""
         if checkpoint is not None and self.lr_scheduler is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch misses the optimizer's steps: they were replayed
+                warnings.simplefilter("ignore")  # torch warns of missing optimizer steps, which were replayed
                 for _ in range(self.state.global_step):
                     self.lr_scheduler.step()
 
@@ -152,7 +154,7 @@ class ForwardTrainer(Trainer):
         self.save_log(self.state)
 
     def save_log(self, state: TrainerState) -> None:
-        """Saves the Trainer's state, whole: a run that is killed here can read the one before."""
+        """Saves the Trainer's state atomically: a run that is killed here can read the previous one."""
         if self.args.should_save:
             with whole_file(self.folder.state) as new:
                 state.save_to_json(str(new))

@@ -101,7 +101,7 @@ class RewardModel:
         labels = 1 if self.classifier.config is None else self.classifier.config.num_labels
         if labels != 1:
             raise ValueError(
-                f"reward model '{self.__name__}' has {labels} labels where a reward model has one; choose the label to "
+                f"reward model {self.__name__!r} has {labels} labels where a reward model has one; choose the label to "
                 f"be rewarded with zorl.rewards.classifier(model, label=…)"
             )
 
@@ -131,11 +131,11 @@ def _load(name: str | Path) -> nn.Module:
         )
     except Exception as error:
         raise ValueError(
-            f"cannot load '{name}' as a sequence-classification model (a reward function is given as a callable, "
+            f"cannot load {str(name)!r} as a sequence-classification model (a reward function is given as a callable, "
             f"not by name): {error}"
         ) from error
     if missing := ", ".join(sorted(info["missing_keys"])):
-        raise ValueError(f"'{name}' is no trained sequence classifier: its checkpoint lacks {missing}")
+        raise ValueError(f"{str(name)!r} is not a trained sequence classifier: its checkpoint lacks {missing}")
     classifier: nn.Module = module.to(best_device())
     return classifier
 
@@ -144,8 +144,8 @@ def _load_tokenizer(source: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
     if not source:
-        raise ValueError(f"model '{name}' does not say where its tokenizer is; pass it as processing class")
+        raise ValueError(f"model {name!r} does not say where its tokenizer is; pass it as processing class")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"cannot load the tokenizer of '{source}' (pass it as processing class): {error}") from error
+        raise ValueError(f"cannot load the tokenizer of {source!r} (pass it as processing class): {error}") from error

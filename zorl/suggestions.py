@@ -10,7 +10,7 @@ _LONGEST = 40  # characters of a column's name in a message
 
 
 def did_you_mean(name: str, candidates: Iterable[str], *, most: int = 3) -> str:
-    """`; did you mean 'label'?`, or nothing where no candidate comes close.
+    """`; did you mean 'label'?`, or nothing if no candidate comes close.
 
     A candidate is close if it is spelt alike, or else if it is a word of the name, as f1 is of macro_f1.
 
@@ -24,7 +24,7 @@ def did_you_mean(name: str, candidates: Iterable[str], *, most: int = 3) -> str:
 
 
 def check_columns(source: str, wanted: Iterable[str], columns: Iterable[str]) -> None:
-    """Raises ValueError where a wanted column is not among `columns`, with the closest name and a list of them."""
+    """Raises ValueError if a wanted column is not among `columns`, with the closest name and a list of them."""
     known = list(columns)
     for name in wanted:
         if name not in known:

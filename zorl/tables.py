@@ -1,4 +1,4 @@
-"""Reads CSV, TSV, JSON Lines, JSON and Parquet files into Arrow tables, and says in which line a file is broken."""
+"""Reads CSV, TSV, JSON Lines, JSON and Parquet files into Arrow tables, and names the line where a file is broken."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from zorl.suggestions import check_columns, did_you_mean
 from zorl.text_files import decoded
 
-EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # each also with .gz behind it
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # each also with .gz appended
 
-Line = tuple[int, list[str]]  # 1-based number of the line a row ends in, and its fields
+Line = tuple[int, list[str]]  # the 1-based number of the line in which a row ends, and its fields
 
 
 def extension(path: Path) -> str:
@@ -32,17 +32,17 @@ def read_table(path: Path, wanted: Sequence[str], names: Sequence[str]) -> tuple
     """Reads one file.
 
     Every value of a CSV or TSV file is text. A CSV file may quote fields with double quotes; in a TSV file quotes are
-    ordinary characters. Their first line is a header where it holds all `wanted` columns. Otherwise these must be
+    ordinary characters. Their first line is a header if it holds all `wanted` columns. Otherwise these must be
     positions, counted from 0, and no line is a header.
 
     Args:
         path: a file with one of `EXTENSIONS`.
         wanted: columns that the caller is going to use, by name or position.
-        names: what those columns are called where they are given by position, one each. Other columns keep their
-            position as their name.
+        names: the names of those columns if they are given by position, one each. Other columns are named by their
+            position.
 
     Returns:
-        The table, and what each wanted column is called in it.
+        The table, and the name of each wanted column in it.
 
     Raises:
         FileNotFoundError: there is no such file; the message lists the closest names in its folder.
@@ -133,7 +133,7 @@ def _delimited(
             check_columns(f"{path}", wanted, head)
         except ValueError as error:
             raise ValueError(
-                f"{error}. If the first line is no header, give positions: 0 is the first column"
+                f"{error}. If the first line is not a header, give positions: 0 is the first column"
             ) from None
     for number, fields in lines:
         if len(fields) != len(header):
@@ -145,14 +145,14 @@ def _delimited(
 
 
 def _is_header(head: Sequence[str], name: str) -> bool:
-    """Whether a first line names this column. A number does so in its own place alone: elsewhere it is a value."""
+    """Whether a first line names this column. A number only does so at its own position: elsewhere it is a value."""
     if name.isdecimal() and int(name) < len(head):
         return head[int(name)] == name
     return name in head
 
 
 def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`line 3`, object) of each line, or (`item 3`, object) where a .json file holds one array, or one object."""
+    """(`line 3`, object) of each line, or (`item 3`, object) if a .json file holds one array or one object."""
     first = text.lstrip().split("\n", 1)[0]
     if kind == ".json" and (first.startswith("[") or not _is_json(first)):
         whole = _json(path, text)
@@ -173,14 +173,14 @@ def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[
 
 
 def _json(path: Path, text: str, line: int | None = None) -> Any:
-    """The value of a text: of this line of the file, or of the whole."""
+    """The value of a JSON text: this line of the file, or the whole file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}" if line is None else f"line {line}"
         column = "" if line is None else f" (column {error.colno})"
         raise ValueError(f"{path}, {where}: not JSON: {error.msg}{column}") from None
-    except (RecursionError, ValueError) as error:  # lists in lists without end, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # endlessly nested lists, or a number with thousands of digits
         raise ValueError(f"{path}{'' if line is None else f', line {line}'}: cannot be read: {error}") from None
 
 

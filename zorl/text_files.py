@@ -1,4 +1,4 @@
-"""Text files, which are to be UTF-8, with a byte-order mark or without."""
+"""Text files, which must be UTF-8, with or without a byte-order mark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_text(path: Path) -> str:
 
 
 def decoded(path: Path, content: bytes) -> str:
-    """The text that a file's content is, line ends as they are; raises ValueError as `read_text` does."""
+    """A file's content as text, with its line ends unchanged; raises ValueError as `read_text` does."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
