@@ -12,6 +12,7 @@ from zorl import __version__
 from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.commands import COMMANDS
 from zorl.apps.launcher import is_first
+from zorl.suggestions import did_you_mean
 
 # If these are installed, transformers loads them, and they warn about kernels that nothing here needs.
 TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
@@ -91,8 +92,6 @@ def _run(words: list[str]) -> str:
     if name == "--version":
         return f"zorl {__version__}"
     if name not in COMMANDS:
-        from zorl.tables import did_you_mean
-
         raise ValueError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     if {"-h", "--help"} & set(rest):
         return COMMANDS[name].help()

@@ -6,7 +6,6 @@ transformers' `HfArgumentParser` makes a flag of every field.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from zorl.apps.commands import Command
-from zorl.tables import did_you_mean
+from zorl.suggestions import did_you_mean
+from zorl.text_files import read_text
 
 Built = TypeVar("Built")
 CONFIG = "config"
@@ -62,8 +62,8 @@ class _Parser(HfArgumentParser):
             if not name.startswith("-"):
                 raise ValueError(f"unexpected argument {name!r}: values follow a flag, quoted where they hold spaces")
             flags = [f"--{known}" for known in self.names]
-            near = difflib.get_close_matches(f"--{name.strip('-').replace('-', '_')}", flags, n=1)
-            raise ValueError(f"unknown flag {name}{did_you_mean(near[0], near) if near else ''}")
+            meant = did_you_mean(f"--{name.strip('-').replace('-', '_')}", flags, most=1)
+            raise ValueError(f"unknown flag {name}{meant}")
         return namespace
 
     def error(self, message: str) -> NoReturn:
@@ -89,11 +89,7 @@ class _Texts(yaml.BaseLoader):
 def _read(path: Path, parser: _Parser, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML file, without those in `given`."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Texts) or {}
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+        content = yaml.load(read_text(path), Loader=_Texts) or {}
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):

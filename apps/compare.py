@@ -36,7 +36,7 @@ from zorl.data import hold_out
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
-from zorl.tables import did_you_mean
+from zorl.suggestions import did_you_mean
 from zorl.tasks import Task
 from zorl.whole_files import read_json, write_json
 

@@ -52,7 +52,7 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
         settings: further fields of `MeZOConfig`.
     """
     calibrated = settings.get("calibration") != "none" and bool(problem.prompt.labels)
-    before = math.ceil(min(1024, len(problem.train)) / problem.batch_size) if calibrated else 0
+    before = math.ceil(min(MeZOConfig.calibration_rows, len(problem.train)) / problem.batch_size) if calibrated else 0
     left = max(2, problem.budget - before)
     if "n_spsa" not in settings:
         settings["n_spsa"] = str(min(DIRECTIONS, left))

@@ -33,9 +33,10 @@ from zorl.config import ANSWERING
 from zorl.data import checked_rows
 from zorl.objectives import columns_of
 from zorl.predictor import Predictor
-from zorl.prompts import Answer, Prompt
-from zorl.reward_functions import RewardFunctions, RewardValues
+from zorl.prompts import Prompt
+from zorl.reward_functions import RewardFunctions
 from zorl.reward_models import text_of
+from zorl.reward_objective import score_answers
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
 
@@ -80,7 +81,7 @@ def run_eval(argv: Sequence[str]) -> str:
         result["macro_f1"] = f1(column=column)(**keywords)
         result["f1"] = {label: f1(column=column, pos_label=label)(**keywords) for label in prompt.labels}
     if asked:
-        values = _scored(RewardFunctions(asked, arguments.reward_weights), prompt, rows, answers)
+        values = score_answers(RewardFunctions(asked, arguments.reward_weights), prompt, rows, answers)
         result["rewards"] = {name: number(value) for name, value in values.means().items()}
         result["reward"] = number(values.total.nanmean().item())
     seconds = round(time.perf_counter() - start, 2)
@@ -144,18 +145,6 @@ def _predictor(arguments: AnswerArguments, prompt: Prompt) -> Predictor:
     given = {key: getattr(arguments, key) for key in ("forward_batch_size", "use_cpu", *ANSWERING)}
     computing = {key: value for key, value in given.items() if value is not None}
     return Predictor.load(str(arguments.model), prompt=prompt, dtype=arguments.dtype, **computing)
-
-
-def _scored(
-    functions: RewardFunctions, prompt: Prompt, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]
-) -> RewardValues:
-    return functions(
-        prompts=[prompt.render(row).prompt for row in rows],
-        completions=[answer.completion for answer in answers],
-        completion_ids=[answer.completion_ids for answer in answers],
-        columns=columns_of(rows),
-        label_names=list(prompt.labels) or None,
-    )
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -14,12 +14,12 @@ from datasets import Dataset
 from zorl.apps.arguments import InputArguments
 from zorl.apps.launcher import is_first
 from zorl.data import LABEL, TEXT, Rows, Split, load_rows
-from zorl.models import ADAPTER, is_masked, trained_classes
+from zorl.models import ADAPTER, is_masked_checkpoint, trained_classes
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction
 from zorl.rewards import load_reward
 from zorl.rewards.loading import load_file
-from zorl.tables import check_columns
+from zorl.suggestions import check_columns
 from zorl.tasks import Task, few_shot
 from zorl.tasks import task as find_task
 
@@ -107,7 +107,7 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
     if saved is not None:
         base = Prompt.from_dict(saved)
     elif task is not None:
-        base = task.prompt(masked=template is None and is_masked(str(arguments.model)))
+        base = task.prompt(masked=template is None and is_masked_checkpoint(str(arguments.model)))
     else:
         template = default if template is None else template
         return Prompt(template, words, chat=arguments.chat, system=arguments.system, options=options)

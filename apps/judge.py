@@ -28,6 +28,7 @@ from zorl.apps.page.security import is_local, read_users, sign_in
 from zorl.apps.supervisor import Supervisor
 from zorl.rewards.judgment_store import JudgmentStore
 from zorl.rewards.judgment_url import split_password
+from zorl.text_files import read_text
 
 TUNER = (sys.executable, "-m", "zorl.apps.tuner", "--run")
 STORED = ("votes_per_pair", "lease_seconds", "repeat_share", "comparison_share")  # settings that are kept in the store
@@ -142,7 +143,7 @@ def _tell_store(store: JudgmentStore, state: str, message: str) -> None:
 def _read_guidelines(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"--guidelines {path}: there is no such file")
-    guidelines = path.read_text(encoding="utf-8-sig")
+    guidelines = read_text(path)
     if not guidelines.strip():
         raise ValueError(f"--guidelines {path}: the file is empty; its first line is the question that raters see")
     return guidelines

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zorl.tables import EXTENSIONS, extension, read_table
 from zorl.tasks import reviews
+from zorl.text_files import read_text
 
 COLUMN = "prompt"
 LONGEST = 20_000  # characters
@@ -27,11 +28,7 @@ def read_prompts(path: Path) -> list[str]:
     if extension(path) == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}; save the file as UTF-8") from None
-        values: list[object] = [line.strip() for line in lines if line.strip()]
+        values: list[object] = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     elif extension(path) in EXTENSIONS:
         table, (name,) = read_table(path, [COLUMN], [COLUMN])
         values = table.column(name).to_pylist()

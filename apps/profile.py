@@ -25,6 +25,7 @@ from zorl.apps.commands import PROFILE
 from zorl.apps.embedded import REVIEWER
 from zorl.apps.inputs import check_model_folder, say
 from zorl.apps.memory import peak_memory
+from zorl.devices import best_device
 from zorl.mezo import MeZO
 from zorl.models import load_model
 from zorl.parameters import ParameterSet, select
@@ -52,7 +53,7 @@ def run(argv: Sequence[str]) -> str:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     name = arguments.model or str(REVIEWER)
     check_model_folder(name)
-    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+    device = torch.device("cpu") if arguments.use_cpu else best_device()
     available = _memory_of(device)
     _warm_up()
     with peak_memory(device) as nothing:
@@ -125,8 +126,8 @@ def _measure(case: str, model: Any, tokens: Tensor, arguments: ProfileArguments)
 
 def _wait(device: torch.device) -> None:
     """Waits for a GPU to finish: calls return before the work is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _step_of(case: str, model: Any, tokens: Tensor, lora_rank: int) -> Callable[[], None]:

@@ -22,11 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Direct, Learner, Replay, text
+from zorl.devices import best_device
 from zorl.directions import derive_seed
 from zorl.drift import DriftMeter, starting_evaluator
 from zorl.encoding import pad_token_id
@@ -65,8 +64,7 @@ class Tuner:
         self.store = JudgmentStore(self.settings.store(run))
         self.store.set_tuner("starting", f"loading {Path(self.settings.model).name}")
         self.model = load_model(self.settings.model)
-        if torch.cuda.is_available():
-            self.model.to("cuda")  # type: ignore[arg-type]
+        self.model.to(best_device())  # type: ignore[arg-type]
         self.tokenizer = load_processing_class(self.settings.model)
         patterns = self.settings.parameters or None
         if self.settings.output_bias:

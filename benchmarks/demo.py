@@ -1,19 +1,18 @@
 """The demo for five seeds: macro-F1 before and after, beside one fitted threshold.
 
-python benchmarks/demo.py            # about a minute a seed on two cores; writes docs/demo.md and results/demo.json
+python benchmarks/demo.py            # about a minute per seed on two cores; writes docs/demo.md and results/demo.json
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(5)
@@ -30,14 +29,14 @@ def main() -> None:
             print(
                 f"seed {seed}: macro-F1 {runs[-1]['tuned']['macro_f1']:.3f} in {runs[-1]['seconds']:.0f} s", flush=True
             )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread"
+    where = f"{machine()}, one thread"
     target = ROOT / "benchmarks" / "results" / "demo.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+    target.write_text(json.dumps({"machine": where, "runs": runs}, indent=1) + "\n")
     lines = [
         "# The demo, five seeds",
         "",
-        f"Written by `benchmarks/demo.py` ({machine}). "
+        f"Written by `benchmarks/demo.py` ({where}). "
         f"Macro-F1 on {runs[0]['test_rows']} held-out reviews; macro-F1 itself is "
         "the objective. Seconds are of tuning alone, on one thread.",
         "",

@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "diagnose"
@@ -96,7 +96,7 @@ def measure(model: str, data: Path, template: str) -> None:
     path = RESULTS / f"{Path(model).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    result["machine"] = machine()
     for objective in OBJECTIVES:
         cells = result.setdefault(objective, {})
         if "diagnosis" not in cells:
@@ -121,7 +121,7 @@ def report() -> str:
         "",
         f"Written by `benchmarks/diagnose.py --report` ({'; '.join(machines)}). The models are a masked one of 22.7M parameters "
         "(6 layers, width 384) and a causal one of 0.26M that tells stories. "
-        f"SST-2, {TRAIN_ROWS} training sentences, batches of {BATCH}, SPSA along one direction of rank one a step, "
+        f"SST-2, {TRAIN_ROWS} training sentences, batches of {BATCH}, SPSA along one direction of rank one per step, "
         "update=normalized with a linear schedule, no label head. "
         f"Every run has {FORWARDS} forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has "
         f"{BUDGET} forwards at most. "

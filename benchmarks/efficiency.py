@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import re
 import subprocess
@@ -26,6 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "results" / "efficiency"
@@ -51,7 +52,7 @@ class Ablation(NamedTuple):
 
 ABLATIONS = {
     "two_sided": Ablation("SPSA, one direction a step, in place of eight one-sided ones", TWO_SIDED),
-    "bias": Ablation("one fitted bias a label, in place of the label head", {"calibration": "bias"}),
+    "bias": Ablation("one fitted bias per label, in place of the label head", {"calibration": "bias"}),
     "none": Ablation("from the label words as they are", {"calibration": "none"}),
     "dense": Ablation("dense ±1 directions, in place of rank one", {"distribution": "rademacher"}),
     "prefix": Ablation("a prefix of five tokens, in place of the whole model", {"tune": "prefix"}),
@@ -148,6 +149,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     from zorl.rewards import accuracy, f1
     from zorl.tasks import task
 
+    where = f"{machine()}, one thread per run"
     generates = cell.problem == "stories"
     train, test = rows_of(cell.problem, Path(options.data), cell.seed)
     metrics = [brevity] if generates else [accuracy(), f1(average="macro")]
@@ -186,12 +188,12 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         if trainer.calibration_forwards:
             looks.append(trainer.evaluate())
         if cell.method == "threshold":
-            return {**cell._asdict(), "machine": machine(), "looks": [_figures(look) for look in looks]}
+            return {**cell._asdict(), "machine": where, "looks": [_figures(look) for look in looks]}
         began = time.perf_counter()
         try:
             trainer.train()
         except FloatingPointError as error:
-            return {**cell._asdict(), "machine": machine(), "learning_rate": cell.rate, "diverged": str(error),
+            return {**cell._asdict(), "machine": where, "learning_rate": cell.rate, "diverged": str(error),
                     "looks": [_figures(look) for look in looks]}  # fmt: skip
         seconds = (
             calibrated
@@ -203,7 +205,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         mezo = trainer.mezo
         assert mezo is not None
         return {
-            **cell._asdict(), "machine": machine(), "learning_rate": trainer.args.learning_rate, "seconds": round(seconds, 1),
+            **cell._asdict(), "machine": where, "learning_rate": trainer.args.learning_rate, "seconds": round(seconds, 1),
             "informative_share": mezo.informative_share, "test_rows": len(test), "train_rows": len(train),
             "looks": [_figures(look) for look in looks],
         }  # fmt: skip
@@ -212,12 +214,6 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 def _figures(look: dict[str, float]) -> dict[str, float]:
     names = ("forwards", "accuracy", "macro_f1", "brevity", "reward")
     return {name: round(look[f"eval_{name}"], 5) for name in names if f"eval_{name}" in look}
-
-
-def machine() -> str:
-    import torch
-
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread a run"
 
 
 # --- all runs ---------------------------------------------------------------------------------------------------------

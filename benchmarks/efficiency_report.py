@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import spread
 from efficiency import (
     ABLATIONS,
     BATCH,
@@ -39,13 +40,6 @@ def found(problem: str, objective: str, method: str) -> list[dict[str, Any]]:
     rate = best_rate(problem, objective) if method == "published" else None
     paths = [Cell(problem, objective, method, seed, rate).path for seed in SEEDS]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-
-
-def spread(values: Sequence[float]) -> str:
-    if not values:
-        return "—"
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
@@ -182,17 +176,13 @@ def ablations() -> list[str]:
 
 def plot(name: str, target: Path) -> bool:
     """A column an objective: means and their 95% confidence bands against forwards, and below them against seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     objectives = [o for o in PROBLEMS[name].objectives if found(name, o, "default") and found(name, o, "published")]
     if not objectives:
         return False
-    figure, axes = plt.subplots(
-        2, len(objectives), figsize=(4.2 * len(objectives), 6.4), layout="constrained", squeeze=False, sharey="col"
-    )
+    figure = Figure(figsize=(4.2 * len(objectives), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(objectives), squeeze=False, sharey="col")
     for column, objective in enumerate(objectives):
         shown: list[float] = []
         for method, title, colour in (
@@ -220,7 +210,6 @@ def plot(name: str, target: Path) -> bool:
         axes[0][column].set_title(f"{PROBLEMS[name].title}, tuned on {TITLES[objective]}", fontsize=10)
     axes[0][0].legend(fontsize=8)
     figure.savefig(target, dpi=110)
-    plt.close(figure)
     return True
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper import machine
+from common import machine
 from speed import CASES, Cases, make_model, measure, wait
 from torch import Tensor
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import re
 import statistics
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine
 from stories import HELD_OUT, TUNING
 
 from zorl import MeZO, Prompt
@@ -241,7 +240,7 @@ def run_cell(path: str, name: str, preference: str, seed: int, start: dict[str, 
             "decided": rater.decided / rater.verdicts, "steps": mezo.steps
         }  # fmt: skip
     return {
-        "method": name, "preference": preference, "seed": seed, "reached": reached, "machine": machine(),
+        "method": name, "preference": preference, "seed": seed, "reached": reached, "machine": f"{machine()}, one thread per run",
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
@@ -260,10 +259,6 @@ def judged(policy: Generation, rater: Rater, rows: Sequence[dict[str, str]], noi
         if choice in (Choice.FIRST, Choice.SECOND):
             pairs.append(Preference(a, b) if choice is Choice.FIRST else Preference(b, a))
     return pairs
-
-
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores (one thread a run), torch {torch.__version__}"
 
 
 def path_of(name: str, preference: str, seed: int) -> Path:
@@ -381,7 +376,7 @@ prompts to tune on. The *win rate* is the blind one against the starting model, 
 independently of each other. *Perplexity* is that of the answers under the starting model, and *distinct-2* the share of different
 word pairs among all of them, each as a multiple of the starting model's own ({perplexity:.2f} and {distinct:.2f}).
 
-* *replay of verdicts, output bias*: what is tuned is one bias a token on the output embedding (`zorl.output_bias`). A pair is two
+* *replay of verdicts, output bias*: one bias per token on the output embedding is tuned (`zorl.output_bias`). A pair is two
   answers of the current model. After every fourth verdict MeZO takes a step on all the verdicts so far. It asks not what the
   person said of two points, but how much likelier each point makes the texts that were preferred (`zorl.preference_replay`:
   forward passes alone, no reward model), with a brake on the divergence from the starting model.
@@ -404,13 +399,13 @@ to 64 tokens after the first runs, because there most pairs were ties for friend
   least in the output bias. Biases and scales inside the layers, norm gains and steering vectors on the residual stream could
   do as much or more with an exact gradient, and did less with the directions that 200 verdicts pay for.
 * *These preferences suit it.* Words of friendship, full stops and quotation marks are tokens. A preference about what is
-  said, rather than in which words, will need more than a bias a token; replay works on any parameters, at the price of whole
+  said, rather than in which words, will need more than a bias per token; replay works on any parameters, at the price of whole
   forwards.
 * *Per-coordinate steps* (Adam, exact gradients) on the same pairs won as often and cost far more: they lost to plain steps
   along the directions.
 * *The brake.* Without it the win rate is higher and the text worse (a row above). Twice as much holds too hard, and so does a
   larger β.
-* *Directions and pairs a step.* 16 or 32 of either: no order that two seeds could show.
+* *Directions and pairs per step.* 16 or 32 of either: no order that two seeds could show.
 * *What is shown.* Two answers of the current model, or the sides of a direction with shared noise, replayed alike: no order
   that two seeds could show.
 * *Verdicts alone.* A larger rate wins more often and costs more; 0.12 ends near the bound. One prompt a direction is no better
@@ -421,13 +416,11 @@ to 64 tokens after the first runs, because there most pairs were ties for friend
 
 def plot(target: Path) -> None:
     """Win rates, and what they cost, by verdicts."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     colours = ("#1f6f8b", "#c2571a")  # the ablations are in the table
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for (name, method), colour in zip(METHODS.items(), colours, strict=False):
         if not (runs := found(name)):
             continue

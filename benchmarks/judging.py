@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
+from common import machine
 from tqdm.auto import tqdm
 
 from zorl.rewards.judgment_store import JudgmentStore
@@ -238,10 +237,6 @@ def audit(run: Path, acknowledged: dict[int, str]) -> dict[str, int]:
         "steps": len(store.steps()),
         "verdicts_in_steps": used.total(),
     }
-
-
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def report() -> str:

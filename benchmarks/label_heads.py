@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, spread
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
@@ -135,11 +133,11 @@ def run(name: str, size: int, seed: int, options: argparse.Namespace) -> list[di
     ]  # fmt: skip
 
 
-def report(cells: Sequence[dict[str, Any]], machine: str) -> str:
+def report(cells: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# What a label head is tuned on",
         "",
-        f"Written by `benchmarks/label_heads.py` ({machine}). A masked language model of 22.7M parameters that is not tuned, in "
+        f"Written by `benchmarks/label_heads.py` ({machine()}). A masked language model of 22.7M parameters, not tuned, in "
         "the paper's prompts. A head on its last state is tuned on some training rows, with accuracy as the reward, and scored "
         f"on {HELD_OUT} others: mean ± standard deviation over {len(SEEDS)} draws. The rows are all from the training files.",
         "",
@@ -150,7 +148,7 @@ def report(cells: Sequence[dict[str, Any]], machine: str) -> str:
         for size in SIZES:
             for goal, title in GOALS.items():
                 of = [c for c in cells if (c["task"], c["rows"], c["goal"]) == (name, size, goal)]
-                figures = [_spread([c[figure] for c in of]) for figure in ("accuracy", "macro_f1")]
+                figures = [spread([c[figure] for c in of]) for figure in ("accuracy", "macro_f1")]
                 lines.append(f"| {name.upper().replace('SST2', 'SST-2')}, {size} | {title} | {' | '.join(figures)} |")
     return "\n".join(
         [
@@ -162,10 +160,6 @@ def report(cells: Sequence[dict[str, Any]], machine: str) -> str:
             "",
         ]
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def main() -> None:
@@ -183,9 +177,8 @@ def main() -> None:
                     sep="\n",
                     flush=True,
                 )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    RESULTS.write_text(json.dumps({"machine": machine, "cells": cells}, indent=1) + "\n", encoding="utf-8")
-    (ROOT / "docs" / "label_heads.md").write_text(report(cells, machine), encoding="utf-8")
+    RESULTS.write_text(json.dumps({"machine": machine(), "cells": cells}, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "label_heads.md").write_text(report(cells), encoding="utf-8")
 
 
 if __name__ == "__main__":

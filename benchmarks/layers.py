@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import re
 from collections import defaultdict
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -91,12 +90,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"task": name, **shares}
 
 
-def report(found: Sequence[dict[str, Any]], machine: str) -> str:
+def report(found: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Gradient and curvature, layer by layer",
         "",
-        f"Written by `benchmarks/layers.py` ({machine}): a masked language model of 22.7M parameters with a logistic regression "
-        f"on the mask's state, as where tuning starts. ‖∇L‖² on {MEASURED} rows that the regression has not seen, tr H "
+        f"Written by `benchmarks/layers.py` ({machine()}): a masked language model of 22.7M parameters with a logistic "
+        f"regression on the mask's state, as where tuning starts. ‖∇L‖² on {MEASURED} rows that the regression did not see, tr H "
         f"with {DRAWS} random vectors (Hutchinson), both by backpropagation.",
         "",
         "Tuning a part alone falls by its ‖∇L‖² over twice its tr H a direction at best. So the ratio of the two shares says how "
@@ -122,9 +121,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with the data sets")
     options = parser.parse_args()
     found = [measure(name, options) for name in ("sst2", "trec")]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    RESULTS.write_text(json.dumps({"machine": machine, "tasks": found}, indent=1) + "\n", encoding="utf-8")
-    (ROOT / "docs" / "layers.md").write_text(report(found, machine), encoding="utf-8")
+    RESULTS.write_text(json.dumps({"machine": machine(), "tasks": found}, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "layers.md").write_text(report(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

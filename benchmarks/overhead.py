@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import machine
 
 from zorl import MeZO, MeZOConfig, MeZOTrainer, Prompt
 from zorl.apps.embedded import REVIEWER
@@ -41,7 +40,7 @@ def trainer_in(folder: str) -> MeZOTrainer:
 
 
 def with_trainer() -> float:
-    """Milliseconds a step; starting and ending a run are not counted."""
+    """Milliseconds per step; starting and ending a run are not counted."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_in(folder)
         times: list[float] = []
@@ -52,7 +51,7 @@ def with_trainer() -> float:
 
 
 def bare() -> float:
-    """Milliseconds a step."""
+    """Milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_in(folder)
         rows = list(trainer.train_dataset)  # type: ignore[arg-type]
@@ -81,7 +80,7 @@ def main() -> None:
         "trainer_ms": round(statistics.median(b for _, b in pairs), 3),
         "overhead_ms": round(statistics.median(extra), 3),
         "overhead_ms_range": [round(min(extra), 3), round(max(extra), 3)],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": machine(),
     }
     print(json.dumps(result, indent=1))
     target = Path(__file__).resolve().parent / "results" / "overhead.json"

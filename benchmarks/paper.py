@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from common import machine
 from tqdm import tqdm
 
 from zorl.apps import compare
@@ -74,15 +73,15 @@ def _lmbff(task: str, *splits: str) -> tuple[str, ...]:
 _FEW = "--dataset {data}/superglue_fewglue/NAME/train.jsonl --eval_dataset {data}/superglue_fewglue/NAME/dev32.jsonl " \
        "--test_dataset {data}/superglue_fewglue/NAME/val.jsonl"  # fmt: skip
 SETTINGS = {
-    "sst2-16": Setting("SST-2, 16 rows a label", "sst2", "--dataset {data}/sst2 --k_shot 16"),
-    "trec-16": Setting("TREC, 16 rows a label", "trec", "--dataset {data}/trec --k_shot 16"),
+    "sst2-16": Setting("SST-2, 16 rows per label", "sst2", "--dataset {data}/sst2 --k_shot 16"),
+    "trec-16": Setting("TREC, 16 rows per label", "trec", "--dataset {data}/trec --k_shot 16"),
     "rte-16": Setting(
-        "RTE, 16 rows a label", "rte",
+        "RTE, 16 rows per label", "rte",
         "--dataset {pooled}/train.tsv --test_dataset {data}/lmbff_kshot/RTE/16-42/test.tsv --k_shot 16",
         pool=(("train.tsv", _lmbff("RTE", "16-13/train", "16-13/dev", "16-42/train", "16-42/dev")),),
     ),
     "snli-16": Setting(
-        "SNLI, 16 rows a label", "snli", "--dataset {pooled}/train.tsv --test_dataset {pooled}/test.tsv --k_shot 16",
+        "SNLI, 16 rows per label", "snli", "--dataset {pooled}/train.tsv --test_dataset {pooled}/test.tsv --k_shot 16",
         pool=(
             ("train.tsv", _lmbff("SNLI", "16-13/train", "16-13/dev")),
             ("test.tsv", _lmbff("SNLI", "16-42/train", "16-42/dev")),
@@ -92,7 +91,7 @@ SETTINGS = {
     "wic-32": Setting("WiC, 32 rows", "wic", _FEW.replace("NAME", "WiC")),
     "boolq-32": Setting("BoolQ, 32 rows", "boolq", f"{_FEW.replace('NAME', 'BoolQ')} --max_length 128"),
     "copa-32": Setting("COPA, 32 rows, the causal model", "copa", _FEW.replace("NAME", "COPA"), causal=True),
-    "sst2-512": Setting("SST-2, 512 rows a label", "sst2", "--dataset {data}/sst2 --k_shot 512"),
+    "sst2-512": Setting("SST-2, 512 rows per label", "sst2", "--dataset {data}/sst2 --k_shot 512"),
     "squad": Setting(
         "XQuAD (English) as SQuAD, the causal model", "squad",
         "--dataset {data}/xquad_en/xquad.en.json --k_shot 64 --max_completion_length 8", causal=True,
@@ -167,11 +166,6 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
             raise
     if failed:
         print(f"{failed} jobs failed; the same command tries them again", file=sys.stderr)
-
-
-def machine() -> str:
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
 def main() -> None:

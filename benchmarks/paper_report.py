@@ -145,10 +145,7 @@ def _list(names: Sequence[str]) -> str:
 
 def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
     """A panel a task, a line a method: the mean over the seeds, and each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     methods = [
         m
@@ -158,10 +155,9 @@ def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
     titles = {cell["method"]: cell["title"] for cells in found.values() for cell in cells}
     columns = 5
     lines = math.ceil(len(found) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(3 + 2.2 * columns, (0.9 + 0.22 * len(methods)) * lines), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = (3 + 2.2 * columns, (0.9 + 0.22 * len(methods)) * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, (name, cells) in zip(axes.flat, found.items(), strict=False):
@@ -179,7 +175,6 @@ def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
         axis.set_yticks(range(len(methods)), [titles[method] for method in methods], fontsize=8)
         axis.set_ylim(len(methods) - 0.5, -0.5)
     figure.savefig(target, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

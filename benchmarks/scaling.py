@@ -1,4 +1,4 @@
-"""Weak scaling: as many rows a process, more processes. What a step takes, and the bytes that it exchanges.
+"""Weak scaling: as many rows per process, more processes. What a step takes, and the bytes that it exchanges.
 
     python benchmarks/scaling.py --model MODEL        # docs/processes.md and benchmarks/results/scaling.json; some minutes
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,12 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import machine
+
 from zorl.config import DIRECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 PROCESSES = (1, 2, 4)
-ROWS, STEPS, SKIPPED = 16, 14, 4  # rows a process; steps a round, of which the first are not counted
+ROWS, STEPS, SKIPPED = 16, 14, 4  # rows per process; steps per round, of which the first are not counted
 
 
 def work(model: str, where: Path) -> None:
@@ -93,7 +94,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
         seconds = sorted(figure["seconds_a_step"] for figure in figures)
         rows.append({"processes": count, "rows": ROWS * count, "seconds_a_step": statistics.median(seconds),
                      "range": [seconds[0], seconds[-1]], "bytes_a_step": figures[0]["bytes_a_step"]})  # fmt: skip
-    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "cores": os.cpu_count(), "rounds": rounds,
+    return {"machine": machine(), "cores": os.cpu_count(), "rounds": rounds,
             "parameters": found[1][0]["parameters"], "rows": rows}  # fmt: skip
 
 
@@ -148,12 +149,12 @@ def report(result: dict[str, Any]) -> str:
         "",
         "## Measured",
         "",
-        f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows a process, "
-        f"{DIRECTIONS} one-sided directions a step, as is the default, one thread a process, {result['rounds']} rounds in "
+        f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows per process, "
+        f"{DIRECTIONS} one-sided directions per step, as is the default, one thread per process, {result['rounds']} rounds in "
         "turns). Where there are more processes than cores their step takes as many times longer as they share a core; "
         "efficiency is against that.",
         "",
-        "| processes | rows a step | seconds a step | range | efficiency | bytes a step from the first process to each |",
+        "| processes | rows per step | seconds per step | range | efficiency | bytes per step from the first process to each |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -171,7 +172,7 @@ def report(result: dict[str, Any]) -> str:
         f"Not measured. Assumed: {assumed}. An all-gather is taken for a ring of as many messages as there are other GPUs, and a "
         "step needs six.",
         "",
-        "| GPUs | rows a step | forwards, s | update, s | exchange, s | rewards, s | efficiency |",
+        "| GPUs | rows per step | forwards, s | update, s | exchange, s | rewards, s | efficiency |",
         "|---|---|---|---|---|---|---|",
     ]
     alone = sum(on_paper(1).values())
@@ -181,7 +182,7 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"| {gpus} | {gpus * int(GPU['rows a GPU'])} | {figures} | {alone / sum(parts.values()):.0%} |")
     lines += [
         "",
-        "The update is made by every process, so it does not shrink; with 16 rows a GPU it is small beside the forwards. What "
+        "The update is made by every process, so it does not shrink; with 16 rows per GPU it is small beside the forwards. What "
         "limits is what one process does for all, the rewards, and the latency of the exchanges. A reward that takes "
         "milliseconds, such as a model, would be first to be felt.",
         "",

@@ -14,7 +14,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import tempfile
@@ -23,6 +22,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from common import machine
 from tqdm import tqdm
 
 from zorl.config import DIRECTIONS
@@ -48,7 +48,7 @@ def main() -> None:
         result = soak(Path(folder), options.steps, options.kills, options.seed)
     result |= {
         "seconds": round(time.perf_counter() - begun),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
     }
     text = json.dumps(result, indent=1)
     options.output.write_text(text + "\n", encoding="utf-8")

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, spread
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
@@ -271,10 +270,6 @@ def compiled(model: Any, tokens: Tensor, rounds: int) -> dict[str, Any]:
             "spread": [round(ratios[0], 3), round(ratios[-1], 3)], "seconds_to_compile": round(once, 1)}  # fmt: skip
 
 
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| batch | case | ratio to two forwards | range | target | memory, MB | inference with as many rows, MB |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -350,7 +345,7 @@ def chosen() -> list[str]:
             for kind in ("default", "dense")
         ]
         if all(len(values) > 1 for values in found):
-            figures = " | ".join(f"{statistics.fmean(v):.3f} ± {statistics.stdev(v):.3f}" for v in found)
+            figures = " | ".join(map(spread, found))
             rows.append(f"| {task.upper().replace('SST2', 'SST-2')} | {figures} |")
     if rows:
         lines += [
@@ -371,22 +366,20 @@ def chosen() -> list[str]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     batches = list(dict.fromkeys(row["batch"] for row in rows if row["case"] in CASES))
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(CASES)
     for i, (case, label) in enumerate(CASES.items()):
         mine = [(batches.index(row["batch"]), row) for row in rows if row["case"] == case]
         x, y = [at + (i - 2) * width for at, _ in mine], [row["ratio"] for _, row in mine]
-        spread = [
+        error = [
             [row["ratio"] - row["spread"][0] for _, row in mine],
             [row["spread"][1] - row["ratio"] for _, row in mine],
         ]
-        axes.bar(x, y, width, yerr=spread, label=label, error_kw={"linewidth": 0.8})
+        axes.bar(x, y, width, yerr=error, label=label, error_kw={"linewidth": 0.8})
     axes.axhline(1.0, color="#666666", linestyle="--", linewidth=1)
     axes.set(xticks=range(len(batches)), xticklabels=batches, ylabel="time, two forwards = 1", yscale="log")
     marks = [0.25, 0.5, 1, 2, 4, 8]
@@ -396,7 +389,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=8, ncols=2)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:

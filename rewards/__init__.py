@@ -1,7 +1,7 @@
-"""Rewards: what a model is tuned for. Functions with TRL's signature; higher is better.
+"""Rewards: what a model is tuned for. They are functions with TRL's signature; higher is better.
 
 Each name here is a factory: `f1(average="macro", column="label")` returns the reward function. A function of your own
-needs no more than the signature: `def short(completions, **columns): return [-len(c) for c in completions]`.
+only needs the signature: `def short(completions, **columns): return [-len(c) for c in completions]`.
 
 Judges compare two answers instead of scoring one: people (`HumanJudge`, by way of a `JudgmentStore`), a reward function, a
 classifier or a language model.

@@ -1,6 +1,6 @@
-"""How far raters agree: with one another, with themselves, and whatever the order in which they saw the answers.
+"""How far raters agree: with one another, with themselves, and regardless of the order in which they saw the answers.
 
-Everything is computed from the showings that a judgment store holds. A figure that nothing speaks for is NaN.
+Everything is computed from the showings in a judgment store. A figure without data is NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DECIDED = (Choice.FIRST, Choice.SECOND)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share of n cases, with its 95% interval (Wilson 1927, score interval). Of no cases all three are NaN."""
+    """A share of n cases, with its 95% interval (Wilson 1927, score interval). All three are NaN if there are no cases."""
 
     value: float
     low: float
@@ -43,14 +43,14 @@ class RaterFigures:
     """One rater.
 
     Attributes:
-        name: of the rater.
-        votes: given, without repeats.
-        first: how often the answer seen first won, of the votes that preferred one; 0.5 is no bias of position.
+        name: the rater's name.
+        votes: the number of votes, without repeats.
+        first: how often the answer seen first won, among votes that preferred one; 0.5 means no position bias.
         consistency: how often a swapped repeat got the same opinion.
-        with_others: how often the opinion is the majority's of the other raters, where there is one.
-        ties: votes for neither, "both bad" among them.
-        abstained: votes that gave no opinion.
-        seconds: the median between seeing a pair and answering it.
+        with_others: how often the opinion is that of the majority of the other raters, where there are any.
+        ties: votes for neither, "both bad" included.
+        abstained: votes without an opinion.
+        seconds: the median time between seeing a pair and answering it.
     """
 
     name: str
@@ -71,9 +71,9 @@ class Agreement:
         alpha: Krippendorff's alpha of the opinions plus, neither, minus as ordered categories: 1 is full agreement, 0
             what chance gives. NaN unless two raters judged the same pair and the opinions differ anywhere.
         shared_pairs: pairs that two or more raters have an opinion on.
-        first: as of one rater.
-        consistency: as of one rater.
-        raters: one row each, most votes first.
+        first: as in `RaterFigures`.
+        consistency: as in `RaterFigures`.
+        raters: the figures of each, most votes first.
     """
 
     alpha: float
@@ -87,7 +87,7 @@ def agreement(records: Iterable[ShowingRecord]) -> Agreement:
     """The agreement of raters.
 
     Args:
-        records: as from `JudgmentStore.showings()`; unanswered ones are left out.
+        records: the result of `JudgmentStore.showings()`; unanswered ones are left out.
     """
     answered = [record for record in records if record.opinion is not None]
     votes = [record for record in answered if not record.repeat]
@@ -114,7 +114,7 @@ def krippendorff_alpha(opinions: Iterable[dict[str, Choice]]) -> float:
         opinions: for each pair the raters' opinions by name, abstentions left out.
 
     Returns:
-        1 for full agreement, 0 for what chance gives; NaN where no pair has two opinions, or all opinions are one.
+        1 for full agreement, 0 for what chance gives; NaN where no pair has two opinions, or all opinions are the same.
     """
     units = [of_pair for of_pair in opinions if len(of_pair) > 1]
     values = {choice.preference for of_pair in units for choice in of_pair.values()}

@@ -1,7 +1,7 @@
-"""Metrics of classification as rewards. scikit-learn computes them; higher is better.
+"""Classification metrics as rewards. scikit-learn computes them; higher is better.
 
 Completions and the data set's truth are compared as text, `str(value)` without surrounding white space. A completion
-that is none of the labels is a wrong answer. F1, balanced accuracy and Matthews' coefficient are properties of a set of
+that is not one of the labels is a wrong answer. F1, balanced accuracy and Matthews' coefficient are properties of a set of
 answers, so they return one number for the whole batch.
 """
 
@@ -26,7 +26,7 @@ def accuracy(column: str = "label") -> RewardFunction:
     """1 for a right answer and 0 for a wrong one, per sample; the mean is the accuracy.
 
     Args:
-        column: of the data set, holding the truth.
+        column: the data set's column with the truth.
     """
     return _Accuracy(column)
 
@@ -43,7 +43,7 @@ def f1(
     Args:
         average: macro, micro (for answers of one label this is the accuracy), weighted by the labels' frequency, or
             binary (of `pos_label`).
-        column: of the data set, holding the truth.
+        column: the data set's column with the truth.
         pos_label: the label whose F1 is the reward; with `average="binary"` it is 1 by default, as in scikit-learn.
             Where it occurs neither in the truth nor in the answers of a batch, F1 is 0.
 
@@ -63,7 +63,7 @@ def balanced_accuracy(column: str = "label") -> RewardFunction:
     """The mean recall over the labels that occur in the truth of the batch.
 
     Args:
-        column: of the data set, holding the truth.
+        column: the data set's column with the truth.
     """
     return _BalancedAccuracy(column)
 
@@ -72,7 +72,7 @@ def matthews(column: str = "label") -> RewardFunction:
     """Matthews' correlation coefficient of the batch, −1 to 1; 0 where all truths or all answers are the same.
 
     Args:
-        column: of the data set, holding the truth.
+        column: the data set's column with the truth.
     """
     return _Matthews(column)
 
@@ -104,7 +104,7 @@ class _F1:
         truth, answers, codes = _encoded(completions, columns, self.column, label_names)
         if self.pos_label is not None:
             if label_names is not None and self.pos_label not in codes:
-                raise ValueError(f"pos_label '{self.pos_label}' is none of the labels {', '.join(map(repr, codes))}")
+                raise ValueError(f"pos_label {self.pos_label!r} is not one of the labels {', '.join(map(repr, codes))}")
             if self.pos_label not in codes:
                 return 0.0  # no true positive is possible
             return float(f1_score(truth, answers, labels=[codes[self.pos_label]], average="macro", zero_division=0.0))
@@ -140,7 +140,7 @@ def _encoded(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Truth and answers as label numbers, each of shape `(completions,)`, and the number of each label.
 
-    The labels are those of the task, or without such a list those of the truth; any other answer has the number −1.
+    The labels are the task's or, without such a list, those that occur in the truth; any other answer has the number −1.
     """
     truth = [_text(value) for value in truth_of(columns, column, len(completions))]
     labels = sorted(set(truth)) if label_names is None else [_text(name) for name in label_names]
@@ -148,7 +148,7 @@ def _encoded(
     for row, value in enumerate(truth):
         if value not in codes:
             raise ValueError(
-                f"column '{column}' holds {value!r} in row {row} of the batch, which is none of the labels "
+                f"column {column!r} holds {value!r} in row {row} of the batch, which is not one of the labels "
                 f"{', '.join(map(repr, labels))}"
             )
     answers = [codes.get(_text(text_of(completion)), -1) for completion in completions]

@@ -1,4 +1,4 @@
-"""A trained classifier's opinion of a completion as its reward."""
+"""A trained classifier's opinion of a completion, as its reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zorl.reward_functions import RewardFunction
 from zorl.reward_models import Messages, SequenceClassifier, text_of
 
 Output = Literal["probability", "log_probability", "logit"]
-# scikit-learn's estimators do give probability 0, whose logarithm is no reward.
+# scikit-learn's estimators do give probability 0, whose logarithm is not a reward.
 _LEAST_PROBABILITY = 1e-12
 
 
@@ -29,18 +29,18 @@ def classifier(
     processing_class: Any = None,
     batch_size: int = 32,
 ) -> RewardFunction:
-    """What a classifier gives to one label, per sample. It reads the completion alone, or the prompt with it.
+    """The score that a classifier gives one label, per sample. It reads the completion alone, or prompt and completion.
 
     Args:
         model: a `transformers` sequence classifier (its name or path, from which only safetensors are read, or the
-            module), or a fitted scikit-learn estimator or pipeline over texts. zorl unpickles nothing: load an
-            estimator yourself.
-        label: the rewarded label, by name; or by number, where it is not a name. None for a model with a single logit.
+            module), or a fitted scikit-learn estimator or pipeline over texts. zorl unpickles nothing, so load
+            estimators yourself.
+        label: the rewarded label, by name; or by number, if that is not a name. None for a model with a single logit.
         output: probability, log_probability, or logit (scikit-learn: the decision function). A single logit is
-            returned as it is, whatever is chosen.
+            returned as it is, whatever the choice.
         include_prompt: read prompt and completion as one text.
         processing_class: the model's tokenizer; by default the one saved with it.
-        batch_size: texts a forward of a `transformers` model.
+        batch_size: texts per forward of a `transformers` model.
 
     Raises:
         ValueError: the model cannot be loaded, is not fitted, lacks the label, or cannot give this output.
@@ -50,7 +50,7 @@ def classifier(
         raise ValueError(f"output must be one of {', '.join(get_args(Output))}, got {output!r}")
     if isinstance(model, str | Path) and Path(model).suffix in {".pkl", ".pickle", ".joblib"}:
         raise ValueError(
-            f"'{model}' looks like a pickle, which can run any code; load it yourself and pass the estimator"
+            f"{str(model)!r} looks like a pickle, which can run any code; load it yourself and pass the estimator"
         )
     if isinstance(model, str | Path | nn.Module):
         scorer = SequenceClassifier(model, processing_class, batch_size=batch_size)
@@ -76,7 +76,7 @@ class _TransformersReward:
         if len(labels) > 1:
             self.index = _index(label, labels, scorer.name)
         elif label is not None and _index(label, labels, scorer.name) != 0:
-            raise ValueError(f"'{scorer.name}' has one logit, got label={label!r}")
+            raise ValueError(f"{scorer.name!r} has one logit, got label={label!r}")
         self.__name__ = scorer.name if self.index is None else f"{scorer.name}_{labels[self.index]}"
 
     def __call__(
@@ -133,8 +133,8 @@ def _index(label: str | int | None, labels: Sequence[str], model: str) -> int:
         return label
     choices = ", ".join(map(repr, labels))
     if label is None:
-        raise ValueError(f"'{model}' has several labels; choose the rewarded one with label=…, of {choices}")
-    raise ValueError(f"'{model}' has no label {label!r}; it has {choices}")
+        raise ValueError(f"{model!r} has several labels; choose the rewarded one with label=…, of {choices}")
+    raise ValueError(f"{model!r} has no label {label!r}; it has {choices}")
 
 
 def _texts(prompts: Sequence[str | Messages], completions: Sequence[str | Messages], include_prompt: bool) -> list[str]:
@@ -145,5 +145,5 @@ def _texts(prompts: Sequence[str | Messages], completions: Sequence[str | Messag
 
 
 def _whole(prompt: str | Messages) -> str:
-    """A prompt as text: of a conversation, the content of every message on a line of its own."""
+    """A prompt as text; a conversation as the contents of its messages, each on its own line."""
     return prompt if isinstance(prompt, str) else "".join(f"{message['content']}\n" for message in prompt)

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-# Keyword arguments of a reward function that are no columns of the data set.
+from zorl.suggestions import check_columns
+
+# Keyword arguments of a reward function that are not columns of the data set.
 _NOT_COLUMNS = frozenset({"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "label_names"})
 
 
 def truth_of(columns: Mapping[str, Any], column: str, count: int) -> list[Any]:
-    """The true answer of each completion.
+    """The true answer for each completion.
 
     Args:
         columns: the keyword arguments of a reward function.
         column: which of them holds the truth.
-        count: of completions.
+        count: the number of completions.
 
     Raises:
         ValueError: there is no such column, it has another length, or a row holds no value.
     """
-    if column not in columns:
-        names = [name for name in columns if name not in _NOT_COLUMNS]
-        near = difflib.get_close_matches(column, names, 1)
-        raise ValueError(
-            f"there is no column '{column}' to read the truth from; the data set has "
-            f"{', '.join(map(repr, names)) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
-        )
+    check_columns("the data set", [column], [name for name in columns if name not in _NOT_COLUMNS])
     truth = list(columns[column])
     if len(truth) != count:
-        raise ValueError(f"column '{column}' has {len(truth)} rows for {count} completions")
+        raise ValueError(f"column {column!r} has {len(truth)} rows for {count} completions")
     for row, value in enumerate(truth):
         if value is None:
-            raise ValueError(f"column '{column}' holds no value in row {row} of the batch")
+            raise ValueError(f"column {column!r} holds no value in row {row} of the batch")
     return truth

@@ -17,14 +17,14 @@ from zorl.rewards.majority import majority
 if TYPE_CHECKING:
     from zorl.rewards.judgment_store import JudgmentStore
 
-_KEY = "judge:"  # begins the keys of the probes that were asked here
+_KEY = "judge:"  # prefix of the keys of the probes that are asked here
 
 
 class HumanJudge:
     """Asks people, by way of a judgment store, and waits for them. A `zorl.judge_objective.Judge`.
 
-    A question has the same name whenever it is asked: a run that was stopped, and is continued, gets the verdicts that were
-    given meanwhile. One run at a time asks in a store: another's open question is withdrawn.
+    A question has the same key whenever it is asked, so a run that was stopped and is continued gets the verdicts that were given
+    in the meantime. One run at a time may use a store: open questions of another are withdrawn.
 
     Args:
         store: the store that a page shows, in this process or another; or the path or URL of one, which is created if it is
@@ -51,7 +51,7 @@ class HumanJudge:
     def __call__(
         self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], *, request_id: str, **columns: Any
     ) -> list[Choice]:
-        """The raters' majority on each pair, when there are votes enough.
+        """The raters' majority on each pair, once there are enough votes.
 
         Raises:
             ValueError: the question was withdrawn while it was open.
@@ -72,7 +72,7 @@ class HumanJudge:
         return [majority(votes[row]) for row in range(len(pairs))]
 
     def _wait(self, probe: int) -> list[Vote]:
-        """The votes on a probe, when there are enough."""
+        """The votes on a probe, once there are enough."""
         waiting = False
         while self.store.probe(probe).state not in ("withdrawn", "expired"):
             votes = self.store.close_decided(probe)
@@ -85,7 +85,7 @@ class HumanJudge:
         raise ValueError("the pairs that this run asks about were withdrawn: another run asks in the same store")
 
     def _withdraw_all_but(self, probe: int) -> None:
-        """Takes back what an earlier run has left open: nobody waits for it, and people's time is the budget."""
+        """Withdraws what an earlier run left open: nobody waits for it, and people's time is the budget."""
         for other in self.store.open_probes():
             if other.id != probe and other.state == "open" and other.key.startswith(_KEY):
                 self.store.withdraw(other.id)

@@ -1,4 +1,4 @@
-"""Judges that are no people: a reward function, a classifier or a language model compares the answers.
+"""Judges that are not people: a reward function, a classifier or a language model compares the answers.
 
 Each is a `zorl.judge_objective.Judge`, and takes the place of any other: `judge(prompts=, first=, second=, **columns)` → choices.
 """
@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from zorl.devices import best_device
 from zorl.probe import CENTRE, Choice
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions
@@ -30,14 +29,14 @@ _PAIR = "Prompt:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nThe b
 class RewardJudge:
     """The answer with the higher reward wins; equal rewards tie; without one (None) it abstains.
 
-    With `noise` and `ties` it simulates a person. What a pair of answers gets depends on the seed, the prompt and the two
-    answers alone: it is the same when they are asked about again, and in the other order.
+    With `noise` and `ties` it simulates a person. The verdict on a pair depends only on the seed, the prompt and the two answers:
+    it is the same when they are asked about again, and in the other order.
 
     Args:
-        reward_func: with TRL's signature, one number a completion. It gets no token ids, since a judge sees none.
-        noise: share of preferences that are turned round.
-        ties: share of pairs that are called a tie, whatever the rewards.
-        seed: of noise and ties.
+        reward_func: with TRL's signature, one number per completion. It gets no token ids, because a judge sees none.
+        noise: the share of preferences that are reversed.
+        ties: the share of pairs that are called a tie, whatever the rewards.
+        seed: seeds noise and ties.
 
     Raises:
         ValueError: a share is not in [0, 1].
@@ -65,7 +64,7 @@ class RewardJudge:
         """A choice for each pair.
 
         Raises:
-            RewardError: the function raised, or returned something that is no reward.
+            RewardError: the function raised, or returned something that is not a reward.
             ValueError: it scores the whole batch with one number.
         """
         if not prompts:
@@ -78,7 +77,7 @@ class RewardJudge:
         )
         if scored.set_level:
             raise ValueError(
-                f"reward function '{self._rewards.names[0]}' gives one number for a whole batch; a judge needs one for "
+                f"reward function {self._rewards.names[0]!r} gives one number for a whole batch; a judge needs one for "
                 "each answer, to tell which of two is better"
             )
         rewards = scored.total.tolist()
@@ -106,7 +105,7 @@ class ClassifierJudge:
             round to one.
         include_prompt: read prompt and answer as one text.
         processing_class: the model's tokenizer; by default the one saved with it.
-        batch_size: texts a forward.
+        batch_size: texts per forward.
 
     Raises:
         ValueError: the model cannot be loaded, or lacks the label.
@@ -144,18 +143,18 @@ class ClassifierJudge:
 
 
 class LanguageModelJudge:
-    """A language model reads each pair in both orders, and says A or B; its liking for a letter cancels out.
+    """A language model reads each pair in both orders and says A or B; its preference for a letter cancels out.
 
     The first answer wins where the log-likelihoods of the letters, log p(A) − log p(B), are higher on average with it as A
     than with it as B (both orders, as in Zheng et al. 2023, "Judging LLM-as-a-Judge", section 3.4).
 
     Args:
         model: a causal or masked language model: a name, a path or the module.
-        question: what it is asked, in front of the pair.
-        chat: put the question through the tokenizer's chat template. Default: where it has one.
-        tie_below: nats that the mean of the two orders must exceed, or the pair is a tie; by default what rounding gives.
+        question: the question that precedes the pair.
+        chat: apply the tokenizer's chat template; by default if it has one.
+        tie_below: the pair is a tie unless the mean over both orders exceeds this, in nats; by default, rounding error.
         processing_class: the model's tokenizer; by default the one saved with it.
-        batch_size: pairs a forward, each in one order.
+        batch_size: pairs per forward, each in one order.
 
     Raises:
         ValueError: `tie_below` is negative, or a module does not say where its tokenizer is.
@@ -172,9 +171,9 @@ class LanguageModelJudge:
         processing_class: Any = None,
         batch_size: int = 16,
     ) -> None:
-        # These load transformers, which a judge by reward does not need.
+        # These load transformers, which a RewardJudge does not need.
         from zorl.models import load_model, load_processing_class
-        from zorl.parameters import ParameterSet
+        from zorl.parameters import ParameterSet, plain_parameters
         from zorl.perturbation import Scratch
         from zorl.scoring import LabelWords
 
@@ -184,13 +183,15 @@ class LanguageModelJudge:
         source = str(model) if named else str(getattr(getattr(model, "config", None), "_name_or_path", ""))
         if processing_class is None and not source:
             raise ValueError("the model does not say where its tokenizer is; pass it as processing_class")
-        module: Any = _on_accelerator(load_model(str(model))) if named else model
+        module: Any = load_model(str(model)) if named else model
+        if named:
+            module.to(best_device())
         tokenizer = processing_class if processing_class is not None else load_processing_class(source)
         talks = tokenizer.chat_template is not None if chat is None else chat
         literal = question.replace("{", "{{").replace("}", "}}")
         prompt = Prompt(f"{literal}\n\n{_PAIR}", {"first": "A", "second": "B"}, chat=talks)
         # Nothing is tuned: the model is read where it is, at offset 0.
-        evaluator = Scratch(module, ParameterSet(module.named_parameters()))
+        evaluator = Scratch(module, ParameterSet(plain_parameters(module)))
         self._scorer = LabelWords(evaluator, tokenizer, prompt, batch_size=batch_size)
         self.tie_below = tie_below
         self.__name__ = f"model:{source.rstrip('/').split('/')[-1] or type(module).__name__}"
@@ -216,20 +217,20 @@ class LanguageModelJudge:
         scores = self._scorer.scores(rows, [CENTRE])[0].double()  # (2 · pairs, letters)
         if scores.isnan().any():
             raise FloatingPointError(f"the judge {self.__name__} gives NaN: its weights are out of range")
-        odds = (scores[:, 0] - scores[:, 1]).view(2, -1)  # (orders, pairs): how much rather A than B
+        odds = (scores[:, 0] - scores[:, 1]).view(2, -1)  # (orders, pairs): how much A is preferred to B
         margins = ((odds[0] - odds[1]) / 2).tolist()
         return [Choice.TIE if abs(margin) <= self.tie_below else _higher(margin, 0.0) for margin in margins]
 
 
 def _higher(first: float, second: float) -> Choice:
-    """Which number is higher; NaN is no number, and abstains."""
+    """The choice of the higher number; NaN abstains."""
     if first == second:
         return Choice.TIE
     return Choice.FIRST if first > second else Choice.SECOND if first < second else Choice.ABSTAIN
 
 
 def _draws(seed: int, prompt: Any, first: Any, second: Any) -> tuple[float, float]:
-    """Two numbers in [0, 1) that belong to a prompt and two answers in any order."""
+    """Two numbers in [0, 1) that a prompt and two answers determine, whatever the order of the answers."""
     answers = sorted(json.dumps(answer, sort_keys=True) for answer in (first, second))
     text = json.dumps([seed, json.dumps(prompt, sort_keys=True), *answers])
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -238,10 +239,5 @@ def _draws(seed: int, prompt: Any, first: Any, second: Any) -> tuple[float, floa
 
 
 def _readable(prompt: str | Messages) -> str:
-    """A prompt as text; a conversation with who says what."""
+    """A prompt as text; a conversation with the role before each message."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def _on_accelerator(model: Any) -> Any:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return model if device is None else model.to(device)

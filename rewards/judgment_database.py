@@ -1,8 +1,8 @@
-"""Opening a judgment store's database, and its transactions: short, durable when they end, one writer at a time.
+"""A judgment store's database and its transactions: short, durable once they end, one writer at a time.
 
-Writers queue up before their first statement: a transaction that first reads and then writes can neither fail half-way nor wait
-for another that waits for it. SQLite, in WAL mode with full synchronisation, does so by BEGIN IMMEDIATE, PostgreSQL by an
-advisory lock, which a transaction gives back however it ends.
+Writers queue up before their first statement, so a transaction that reads and then writes can neither fail half-way nor
+deadlock. In SQLite (WAL mode, full synchronisation) BEGIN IMMEDIATE does this; in PostgreSQL an advisory lock does, which a
+transaction releases however it ends.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from zorl.rewards.judgment_tables import SCHEMA, meta, metadata
 from zorl.rewards.judgment_url import shown, store_url
 
 _WAIT = 30.0  # seconds that a writer waits for the others; each takes milliseconds
-_WRITERS_LOCK, _TUNERS_LOCK = 0x7A6F726C, 0x7A6F726D  # numbers of PostgreSQL's advisory locks: "zorl" and the next
+_WRITERS_LOCK, _TUNERS_LOCK = (
+    0x7A6F726C,
+    0x7A6F726D,
+)  # the numbers of PostgreSQL's advisory locks: "zorl" and the next one
 _OF_A_CONNECTION = (  # settings of PostgreSQL
     "SET default_transaction_isolation = 'read committed'",
-    "SET synchronous_commit = on",  # a server may be set to acknowledge what is not yet on its disk
+    "SET synchronous_commit = on",  # a server may be configured to acknowledge what is not yet on disk
     f"SET lock_timeout = '{_WAIT:.0f}s'",
-    # A machine that is gone would keep its locks until TCP notices, which takes hours by default.
+    # A machine that has disappeared would keep its locks until TCP notices, which takes hours by default.
     f"SET idle_in_transaction_session_timeout = '{_WAIT / 3:.0f}s'",
     "SET tcp_keepalives_idle = 30",
     "SET tcp_keepalives_interval = 10",
@@ -40,13 +43,13 @@ _OF_A_CONNECTION = (  # settings of PostgreSQL
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """Kept in the store when it is made, so that all processes follow the same.
+    """Settings that are saved when the store is created, so that all processes follow the same ones.
 
     Attributes:
-        votes_per_pair: that a pair needs, each of another rater.
-        lease_seconds: for which a shown pair is kept for its rater.
-        repeat_share: of showings that repeat a pair the rater has judged, in the other order.
-        comparison_share: of showings that compare the current model with the starting one.
+        votes_per_pair: votes that a pair needs, each from a different rater.
+        lease_seconds: how long a shown pair is reserved for its rater.
+        repeat_share: the share of showings that repeat a pair the rater has judged, in the other order.
+        comparison_share: the share of showings that compare the current model with the starting one.
 
     Raises:
         ValueError: a value is out of range.
@@ -59,7 +62,7 @@ class StoreSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.votes_per_pair, bool) or not isinstance(self.votes_per_pair, int) or self.votes_per_pair < 1:
-            raise ValueError(f"votes_per_pair must be a whole number from 1 on, got {self.votes_per_pair!r}")
+            raise ValueError(f"votes_per_pair must be a whole number of at least 1, got {self.votes_per_pair!r}")
         if not 0 < self.lease_seconds < float("inf"):
             raise ValueError(f"lease_seconds must be positive, got {self.lease_seconds!r}")
         for name in ("repeat_share", "comparison_share"):
@@ -72,18 +75,18 @@ class JudgmentDatabase:
 
     Args:
         where: an SQLite file, or a URL such as postgresql://user:password@host/name.
-        wished: settings that must hold; those that are None are as stored, or the default in a new store.
+        wished: settings that must hold; None accepts the stored value, or the default in a new store.
         clock: seconds since 1970.
 
     Raises:
-        ValueError: it cannot be opened or written, is no judgment store, has another schema, or has other settings.
+        ValueError: it cannot be opened or written, is not a judgment store, has another schema, or has other settings.
     """
 
     def __init__(self, where: str | Path, wished: dict[str, Any], clock: Callable[[], float]) -> None:
         url = store_url(where)
         self.name = shown(url)
         self.clock = clock
-        self._turn = threading.Lock()  # threads queue up here: in SQLite's own queue they would poll
+        self._turn = threading.Lock()  # threads queue up here, because in SQLite's own queue they would poll
         self._engine = _engine(url)
         try:
             self.settings = self._opened(wished)
@@ -106,17 +109,17 @@ class JudgmentDatabase:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """The one transaction that may write. It is durable when the block ends, and undone if the block raises.
+        """The only transaction that may write. It is durable when the block ends, and undone if the block raises.
 
         Raises:
-            ConnectionError: the database does not answer. Where that was while the block ended, the block may have taken effect.
+            ConnectionError: the database does not answer. If this happens as the block ends, the block may have taken effect.
         """
         with self._answering(), self._turn, self._writer() as connection:
             yield connection
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
-        """Keeps the steps to this process for the block. A store in a file needs no more than the claim on its run's folder.
+        """Lets only this process make steps within the block. For a store in a file, the claim on the run's folder is enough.
 
         Raises:
             ConnectionError: the database does not answer.
@@ -129,11 +132,13 @@ class JudgmentDatabase:
             with connection.begin():
                 free = connection.scalar(select(func.pg_try_advisory_lock(_TUNERS_LOCK)))
             if not free:
-                raise ValueError(f"another process makes the steps of the judgment store '{self.name}'; stop it first")
+                raise ValueError(
+                    f"another process is making the steps of the judgment store {self.name!r}; stop it first"
+                )
             try:
                 yield
             finally:
-                connection.invalidate()  # the lock is the session's, and ends with it
+                connection.invalidate()  # the lock belongs to the session, and ends with it
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:
@@ -145,10 +150,10 @@ class JudgmentDatabase:
         try:
             yield
         except OperationalError as error:
-            raise ConnectionError(f"the judgment store '{self.name}' does not answer: {_reason(error)}") from error
+            raise ConnectionError(f"the judgment store {self.name!r} does not answer: {_reason(error)}") from error
 
     def _opened(self, wished: dict[str, Any]) -> StoreSettings:
-        """The settings of the store, which is made if it is not there."""
+        """The settings of the store, which is created if it is not there."""
         wished = {name: value for name, value in wished.items() if value is not None}
         chosen = StoreSettings(**wished)
         try:
@@ -162,7 +167,7 @@ class JudgmentDatabase:
                     )
                     return chosen
                 stored = self._stored(connection, tables, wished)
-                # Fails here, and not at the first verdict, where nothing can be written.
+                # If nothing can be written, it fails here and not at the first verdict.
                 connection.execute(update(meta).where(meta.c.name == "schema").values(value=json.dumps(SCHEMA)))
                 return stored
         except (SQLAlchemyError, sqlite3.Error) as error:
@@ -174,11 +179,11 @@ class JudgmentDatabase:
             found = {row.name: row.value for row in connection.execute(select(meta))}
         if not {"schema", "settings"} <= found.keys():
             raise ValueError(
-                f"'{self.name}' is no judgment store: it is a database with the tables {', '.join(sorted(tables)[:5])}"
+                f"{self.name!r} is not a judgment store: it is a database with the tables {', '.join(sorted(tables)[:5])}"
             )
         if (schema := json.loads(found["schema"])) != SCHEMA:
             raise ValueError(
-                f"'{self.name}' was written by another version of zorl: its schema is {schema}, and this version reads "
+                f"{self.name!r} was written by another version of zorl: its schema is {schema}, and this version reads "
                 f"{SCHEMA}; open it with the version that made it, or choose another store"
             )
         stored = StoreSettings(**json.loads(found["settings"]))
@@ -186,21 +191,21 @@ class JudgmentDatabase:
             kept = getattr(stored, f.name)
             if f.name in wished and wished[f.name] != kept:
                 raise ValueError(
-                    f"'{self.name}' was made with {f.name}={kept}, and {f.name}={wished[f.name]} was asked for; leave it "
+                    f"{self.name!r} was made with {f.name}={kept}, and {f.name}={wished[f.name]} was asked for; leave it "
                     f"out, or choose another store"
                 )
         return stored
 
 
 def _engine(url: URL) -> Engine:
-    """Connections that behave as this file promises."""
+    """An engine whose connections behave as this file promises."""
     if url.get_backend_name() == "sqlite":
         return _sqlite(url)
     try:
         return _postgresql(url)
     except ImportError as error:
         raise ValueError(
-            f"cannot open '{shown(url)}': PostgreSQL needs the driver psycopg; pip install 'psycopg[binary]'"
+            f"cannot open {shown(url)!r}: PostgreSQL needs the driver psycopg; pip install 'psycopg[binary]'"
         ) from error
 
 
@@ -209,7 +214,7 @@ def _sqlite(url: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # the driver begins nothing by itself
+        connection.isolation_level = None  # the driver begins no transaction by itself
         _in_wal_mode(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -230,16 +235,16 @@ def _postgresql(url: URL) -> Engine:
         if (encoding := connection.info.parameter_status("server_encoding")) != "UTF8":
             connection.close()
             raise ValueError(
-                f"cannot keep judgments in '{shown(url)}': its encoding is {encoding}, and answers may hold any character; "
+                f"cannot keep judgments in {shown(url)!r}: its encoding is {encoding}, and answers may hold any character; "
                 "make it with createdb --encoding UTF8 --template template0"
             )
         for setting in _OF_A_CONNECTION:
             connection.execute(setting)
-        connection.commit()  # or they would be undone with the first transaction
+        connection.commit()  # otherwise they would be undone with the first transaction
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # A writer sees at each statement all that was committed before, so all that its predecessors did; a snapshot
+        # At each statement a writer sees all that was committed before it, so all that its predecessors did; a snapshot
         # of its own would be older than its lock. A reader sees one snapshot.
         if _writes(connection):
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})")
@@ -254,7 +259,7 @@ def _writes(connection: Connection) -> bool:
 
 
 def _in_wal_mode(connection: Any) -> None:
-    """Switches a new file to WAL. SQLite does not wait here for others that do the same, so this does."""
+    """Switches a new file to WAL. SQLite does not wait for others that do the same, so this does."""
     deadline = time.monotonic() + _WAIT
     while True:
         try:
@@ -269,14 +274,16 @@ def _in_wal_mode(connection: Any) -> None:
 def _refusal(name: str, error: Exception) -> str:
     reason = _reason(error)
     if "not a database" in reason:
-        return f"'{name}' is no judgment store: it is not an SQLite file"
+        return f"{name!r} is not a judgment store: it is not an SQLite file"
     if "readonly" in reason or "unable to open" in reason:
-        return f"cannot write the judgment store '{name}': {reason}; check the rights of the file and of its folder"
+        return (
+            f"cannot write the judgment store {name!r}: {reason}; check the permissions of the file and of its folder"
+        )
     if "malformed" in reason:
-        return f"the judgment store '{name}' is damaged: {reason}"
-    return f"cannot open the judgment store '{name}': {reason}"
+        return f"the judgment store {name!r} is damaged: {reason}"
+    return f"cannot open the judgment store {name!r}: {reason}"
 
 
 def _reason(error: Exception) -> str:
-    """What the driver says, in one line: psycopg adds advice in further ones."""
+    """The driver's message, first line only: psycopg adds advice in further ones."""
     return " ".join(str(getattr(error, "orig", None) or error).split())

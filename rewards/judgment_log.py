@@ -1,4 +1,4 @@
-"""Reading a judgment store: progress, votes, charts, exports. The one place that un-flips a choice is here."""
+"""Reading a judgment store: progress, votes, charts, exports. The only place that un-flips a choice is here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Readings:
         self._database = database
 
     def progress(self, rater: int | None = None) -> Progress:
-        """Where the run stands, for everybody or with the queue of one rater."""
+        """The state of the run, for everybody or with the queue of one rater."""
         needed = self._database.settings.votes_per_pair
         queue = in_queue(select(func.count()).select_from(pairs), needed)
         if rater is not None:
@@ -77,7 +77,7 @@ class Readings:
             )
 
     def tuner(self) -> dict[str, Any]:
-        """What the tuner last said of itself: state, message and time."""
+        """What the tuner last reported: state, message and time."""
         with self._database.reading() as connection:
             return _tuner(connection)
 
@@ -161,7 +161,7 @@ class Readings:
         ]
 
     def preference_pairs(self) -> list[JudgedPair]:
-        """Every pair that somebody has voted on, with the votes. Pairs that tied by themselves are not among them."""
+        """Every pair that somebody has voted on, with the votes. Pairs that tied by themselves are left out."""
         with self._database.reading() as connection:
             votes, _ = _votes(connection, ~pairs.c.identical)
             by_pair: dict[int, list[Vote]] = {}
@@ -192,12 +192,12 @@ def log(connection: Connection, time: float, action: str, **about: Any) -> int:
 
 
 def in_queue(query: Select[Any], votes_per_pair: Any) -> Select[Any]:
-    """Of a query over pairs those that lack votes."""
+    """A query over pairs, narrowed to those that lack votes."""
     return query.where(pairs.c.state == OPEN, pairs.c.votes < votes_per_pair, ~pairs.c.identical)
 
 
 def votes_on_probe(connection: Connection, probe: int) -> list[Vote]:
-    """The votes on a probe, one for each pair that tied by itself among them; always in the same order."""
+    """The votes on a probe, always in the same order; a pair that tied by itself counts as one vote."""
     return _votes(connection, pairs.c.probe == probe)[0]
 
 
@@ -221,7 +221,7 @@ def _votes(connection: Connection, condition: Any) -> tuple[list[Vote], list[int
 
 
 def _unflipped(choice: str, flipped: bool) -> Choice:
-    """What was chosen as seen, with plus as the first."""
+    """A choice as it was seen, turned so that plus comes first."""
     return Choice(choice).flipped if flipped else Choice(choice)
 
 

@@ -13,12 +13,12 @@ from zorl.rewards.judgment_log import Readings, in_queue, log
 from zorl.rewards.judgment_records import LONGEST_NAME, AlreadyClosed, Showing
 from zorl.rewards.judgment_tables import COMPARISON, OPEN, PROBE, TIED, WITHDRAWN, pairs, raters, showings
 
-# A repeat comes at least so many pairs after the first time, so that it is not recognised …
+# A repeat comes at least this many pairs after the first showing, so that it is not recognised …
 _REPEAT_AFTER = 5
-# … and is one of this many before that.
+# … and is drawn from this many pairs before that.
 _REPEAT_WITHIN = 50
 
-# The queries of a click, built once: it takes longer to build than to run one.
+# The queries behind a click, built once: building one takes longer than running it.
 _RATER: Any = bindparam("rater")
 _NOW: Any = bindparam("now")
 _NEEDED: Any = bindparam("needed")
@@ -29,7 +29,7 @@ _SHOWING = _WHOLE.where(showings.c.id == bindparam("showing"))
 _SHOWN_TO = select(
     select(func.count()).where(showings.c.rater == raters.c.id).correlate(raters).scalar_subquery()
 ).where(raters.c.id == _RATER)
-# What a rater was shown and has yet to answer: the latest that still makes sense.
+# What a rater was shown and has not answered: the latest showing that still makes sense.
 _UNANSWERED = (
     _WHOLE.where(showings.c.rater == _RATER, showings.c.choice.is_(None))
     .where(or_(showings.c.repeat, pairs.c.state == OPEN))
@@ -53,7 +53,7 @@ _COMPARISON = (
     .order_by(pairs.c.step.desc(), pairs.c.id)
     .limit(1)
 )
-# Votes and raters that the pair is kept for do not make up what it needs.
+# Its votes and the raters that it is reserved for do not add up to what it needs.
 _LEASES = (
     select(func.count())
     .where(showings.c.pair == pairs.c.id, ~showings.c.repeat, showings.c.choice.is_(None), showings.c.expires_at > _NOW)
@@ -77,14 +77,14 @@ class RatersSide(Readings):
     """What the page asks of the store. Every method is one transaction."""
 
     def rater(self, name: str) -> int:
-        """The id of a rater, who is made when new.
+        """The id of a rater, who is added if new.
 
         Raises:
             ValueError: the name is empty, longer than `LONGEST_NAME`, or holds unprintable characters.
         """
         clean = unicodedata.normalize("NFC", name).strip()
         if not 1 <= len(clean) <= LONGEST_NAME or not clean.isprintable():
-            raise ValueError(f"a name takes 1 to {LONGEST_NAME} printable characters, got {clean[:60]!r}")
+            raise ValueError(f"a name must have 1 to {LONGEST_NAME} printable characters, got {clean[:60]!r}")
         with self._database.writing() as connection:
             known = connection.scalar(select(raters.c.id).where(raters.c.name == clean))
             if known is not None:
@@ -93,11 +93,11 @@ class RatersSide(Readings):
             return _new_id(made)
 
     def next_pair(self, rater: int) -> Showing | None:
-        """The pair that this rater should judge now, kept for them until the lease ends. None: there is nothing for now.
+        """The pair that this rater should judge now, reserved for them until the lease ends; None if there is nothing to judge.
 
-        The showing that they have not answered comes first, in the same order, also after a reload. Then now and then a
-        swapped repeat, or a comparison; the pair of the oldest probe that lacks most votes; a comparison, if there is
-        nothing else; and at last a pair that others hold but have not answered, rather than none.
+        A showing that they have not answered comes first, in the same order, even after a reload. Then, now and then, a swapped
+        repeat or a comparison; the pair of the oldest probe that lacks most votes; a comparison, if there is nothing else; and
+        finally, rather than nothing, a pair that is reserved for others who have not answered.
 
         Raises:
             ValueError: there is no such rater.
@@ -137,8 +137,8 @@ class RatersSide(Readings):
         """Records what the rater chose, as seen. It is durable when this returns; the same vote again changes nothing.
 
         Raises:
-            AlreadyClosed: the pair takes no more votes, or has another of this rater. The message is for the rater.
-            ValueError: the showing is not this rater's, or the choice is none.
+            AlreadyClosed: the pair takes no more votes, or this rater has already voted on it. The message is for the rater.
+            ValueError: the showing is not this rater's, or the choice is not one of `Choice`.
         """
         chosen = Choice(choice)
         now = self._database.clock()
@@ -150,7 +150,7 @@ class RatersSide(Readings):
             if row.choice == chosen:
                 return
             if row.choice is not None:
-                refusal = f"you have answered it with “{row.choice}”; undo takes the last answer back"
+                refusal = f"you have answered it with “{row.choice}”; undo takes back your last answer"
             elif not row.repeat and row.state != OPEN:
                 refusal = _why_closed(row.state)
             said = {"rater": rater, "probe": row.probe, "pair": row.pair, "showing": showing, "choice": chosen}
@@ -195,11 +195,11 @@ class RatersSide(Readings):
             return _as_seen(row)
 
     def _of_a_probe(self, connection: Connection, asked: dict[str, Any], *, leased: bool = False) -> int | None:
-        """A pair of the oldest open probe that lacks votes, and is not kept for others unless `leased`."""
+        """A pair of the oldest open probe that lacks votes; pairs reserved for others only if `leased`."""
         return connection.scalar(_OF_A_PROBE if leased else _OF_A_PROBE.where(_NOT_KEPT), asked)
 
     def _comparison(self, connection: Connection, asked: dict[str, Any], *, leased: bool = False) -> int | None:
-        """A comparison, of the newest step first. Pairs of identical answers take part, and tie when it is their turn."""
+        """A comparison, of the newest step first. Pairs of identical answers take part, and tie when their turn comes."""
         found = connection.execute(_COMPARISON if leased else _COMPARISON.where(_NOT_KEPT), asked).first()
         skipped = update(pairs).where(pairs.c.kind == COMPARISON, pairs.c.state == OPEN, pairs.c.identical)
         if found is not None:
@@ -229,7 +229,7 @@ class RatersSide(Readings):
         return _as_seen(connection.execute(_SHOWING, {"showing": showing}).one())
 
     def _count(self, connection: Connection, row: Any, change: int) -> None:
-        """Keeps the number of votes on the pair. Repeats do not count."""
+        """Updates the number of votes on the pair. Repeats do not count."""
         if not row.repeat:
             connection.execute(update(pairs).where(pairs.c.id == row.pair).values(votes=pairs.c.votes + change))
 
@@ -240,7 +240,7 @@ def _as_seen(row: Any) -> Showing:
 
 
 def _to_repeat(connection: Connection, rater: int, count: int) -> Any:
-    """A showing that the rater answered some time ago and has not seen again."""
+    """A showing that the rater answered some time ago and that has not been repeated."""
     recent = connection.execute(_REPEATABLE, {"rater": rater}).all()
     return recent[derive_seed(rater, "repeated", count) % len(recent)] if recent else None
 
@@ -257,5 +257,5 @@ def _why_closed(state: str) -> str:
 
 
 def _new_id(made: Any) -> int:
-    """The id that a row got when it was inserted."""
+    """The id of the row that was inserted."""
     return int(made.inserted_primary_key[0])

@@ -1,4 +1,4 @@
-"""What goes into a judgment store and comes out of it."""
+"""The records that go into a judgment store and come out of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from zorl.probe import Choice
 
 LONGEST_NAME = 40  # characters of a rater's name
-AUTOMATIC = ""  # who votes on two answers that are the same text; no rater can have this name
+AUTOMATIC = ""  # the voter on two identical answers; no rater can have this name
 
 
-class AlreadyClosed(ValueError):  # noqa: N818 - it says what happened, to the rater, and is no fault of anybody
+class AlreadyClosed(ValueError):  # noqa: N818 - it tells the rater what happened, and is nobody's error
     """A verdict came too late, or twice. The message is a sentence for the rater."""
 
 
@@ -22,9 +22,9 @@ class NewPair:
     Attributes:
         direction: index of the direction in its probe.
         row: index of the prompt in the minibatch.
-        plus: the answer at θ + ε·z; of a comparison that of the current model.
-        minus: the answer at θ − ε·z; of a comparison that of the starting model. Where both are the same text the pair
-            is a tie, and is never shown.
+        plus: the answer at θ + ε·z; in a comparison, the current model's.
+        minus: the answer at θ − ε·z; in a comparison, the starting model's. If both are the same text, the pair is a tie and
+            is never shown.
         tokens: whatever the tuner wants back with the votes, such as the token ids of the three texts.
     """
 
@@ -38,7 +38,7 @@ class NewPair:
 
 @dataclass(frozen=True, slots=True)
 class Showing:
-    """What a rater may know of a pair. Which answer is which is not in it."""
+    """What a rater may know about a pair. It does not say which answer is which."""
 
     id: int
     pair: int
@@ -49,7 +49,7 @@ class Showing:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """A rater's opinion, with plus as the first; `rater` is empty where identical answers tied by themselves."""
+    """A rater's opinion, with plus first; `rater` is empty where identical answers tied by themselves."""
 
     pair: int
     direction: int
@@ -67,7 +67,7 @@ class ComparisonVote(Vote):
 
 @dataclass(frozen=True, slots=True)
 class StoredProbe:
-    """A probe as the store has it; `state` is one of open, closed, applied, withdrawn, expired, rewound."""
+    """A stored probe; `state` is one of open, closed, applied, withdrawn, expired, rewound."""
 
     id: int
     step: int
@@ -80,16 +80,16 @@ class StoredProbe:
 
 @dataclass(frozen=True, slots=True)
 class StoredStep:
-    """A step that was made: what the trajectory is rebuilt from.
+    """A step that was made, from which the trajectory can be rebuilt.
 
     Attributes:
         step: its number.
-        probe: id of the probe that it answers.
-        projected: one projected gradient a direction; NaN for one on which everybody abstained.
-        coefficients: one a direction, as applied.
-        figures: for charts (name → number).
+        probe: the id of the probe that it answers.
+        projected: one projected gradient per direction; NaN if everybody abstained.
+        coefficients: one per direction, as applied.
+        figures: name → number, for charts.
         created: seconds since 1970. Set by the store.
-        replayed: (projected, coefficients) of each further update, made of verdicts on this and earlier probes.
+        replayed: (projected, coefficients) of each further update, from verdicts on this and earlier probes.
     """
 
     step: int
@@ -105,16 +105,16 @@ class StoredStep:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where the run stands.
+    """The state of the run.
 
     Attributes:
-        steps: in force.
-        votes_needed: that the next step takes in all; 0 while no probe is open.
-        votes_given: how many of these are there.
-        open_pairs: that this rater could still be given (without a rater: that anybody could).
-        verdicts: given so far by everybody, repeats and comparisons included.
-        raters: who gave them.
-        tuner: its state, message and time.
+        steps: the number of steps in force.
+        votes_needed: all the votes that the next step needs; 0 while no probe is open.
+        votes_given: how many of them have been given.
+        open_pairs: pairs that this rater (without a rater: anybody) could still be given.
+        verdicts: verdicts that everybody has given so far, repeats and comparisons included.
+        raters: the number of people who gave them.
+        tuner: the tuner's state, message and time.
     """
 
     steps: int
@@ -128,12 +128,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ShowingRecord:
-    """A row of the store's showings, for charts and agreement.
+    """A stored showing, for charts and agreement.
 
     Attributes:
         probe: None for a comparison.
         choice: as seen; None while unanswered.
-        opinion: the choice with plus as the first.
+        opinion: the choice, turned so that plus comes first.
     """
 
     showing: int
@@ -152,7 +152,7 @@ class ShowingRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """A row of the raw log. `choice` is as seen; fields that an action has no use for are None."""
+    """A row of the raw log. `choice` is as seen; fields that an action does not use are None."""
 
     id: int
     time: float

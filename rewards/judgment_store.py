@@ -1,4 +1,4 @@
-"""The judgment store: the truth for human work. A tuner and a page meet in it, and nowhere else.
+"""The judgment store: the record of all human work, and the only place where a tuner and a page meet.
 
 A pair is stored before it is shown, a verdict is durable before it is acknowledged, and every action is one transaction: either
 process may be killed at any moment, and no verdict is lost or used twice. The row of a step is its commit.
@@ -49,25 +49,25 @@ __all__ = [
 
 
 class JudgmentStore(RatersSide, TunersSide):
-    """Pairs to judge and verdicts on them, in a database. Threads may share one, processes open one each.
+    """Pairs to judge and the verdicts on them, in a database. Threads may share one object; each process opens its own.
 
-    The settings are kept in the store when it is made. To open one again leave them out, or give the same.
+    The settings are saved when the store is created. To open it again, leave them out or give the same ones.
 
     Args:
-        url_or_path: an SQLite file, made if it is not there, or the URL of an empty PostgreSQL database or of one that holds a
+        url_or_path: an SQLite file, created if it is not there, or the URL of an empty PostgreSQL database or of one that holds a
             store, postgresql://user:password@host/name; `pip install 'psycopg[binary]'` brings the driver.
-        votes_per_pair: that a pair needs, each of another rater; 1 by default.
-        lease_seconds: for which a shown pair is kept for its rater; 120 by default.
-        repeat_share: of showings that repeat, in the other order, a pair the rater has judged; 0.05 by default. Their votes
-            tell how consistent the rater is, and count for nothing else.
-        comparison_share: of showings that compare the current model with the starting one; 0.1 by default.
+        votes_per_pair: votes that a pair needs, each from a different rater; 1 by default.
+        lease_seconds: how long a shown pair is reserved for its rater; 120 by default.
+        repeat_share: the share of showings that repeat, in the other order, a pair the rater has judged; 0.05 by default.
+            Their votes tell how consistent the rater is, and count for nothing else.
+        comparison_share: the share of showings that compare the current model with the starting one; 0.1 by default.
         clock: seconds since 1970.
 
-    Every method raises ConnectionError where the database does not answer.
+    Every method raises ConnectionError if the database does not answer.
 
     Raises:
-        ValueError: a setting is out of range or contradicts the store's; the database cannot be opened or written, is no
-            judgment store, or is of another version.
+        ValueError: a setting is out of range or contradicts the store's; the database cannot be opened or written, is not
+            a judgment store, or has another version.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class JudgmentStore(RatersSide, TunersSide):
 
     @property
     def settings(self) -> StoreSettings:
-        """What the store was made with."""
+        """The settings that the store was created with."""
         return self._database.settings
 
     def close(self) -> None:
-        """Gives the database's connections back. Nothing is lost without it."""
+        """Closes the database's connections. Nothing is lost without it."""
         self._database.close()
 
     def __enter__(self) -> Self:

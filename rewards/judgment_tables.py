@@ -1,7 +1,7 @@
 """The tables of a judgment store, and the states that its rows pass through.
 
 A *probe* asks about some directions; a *pair* is one prompt with the two answers that it compares; a *showing* is a pair
-given to one rater, in an order of its own, and later what the rater chose. `events` is the raw log: rows are only added.
+given to one rater, in an order of its own, and later the rater's choice. `events` is the raw log, to which rows are only added.
 Times are seconds since 1970. Everything here means the same on SQLite and on PostgreSQL.
 """
 
@@ -36,16 +36,16 @@ COMPARISON: Final = "comparison"  # the current model and the starting one
 OPEN: Final = "open"  # votes are taken
 CLOSED: Final = "closed"  # its votes are final, its step is not committed yet
 APPLIED: Final = "applied"  # its step is committed
-WITHDRAWN: Final = "withdrawn"  # taken back before anybody voted
-EXPIRED: Final = "expired"  # taken back with votes on it, which made no step
+WITHDRAWN: Final = "withdrawn"  # withdrawn before anybody voted
+EXPIRED: Final = "expired"  # withdrawn with votes on it, which made no step
 REWOUND: Final = "rewound"  # its step was committed and taken back
 LIVE: Final = (OPEN, CLOSED, APPLIED)  # in these a probe owns its key
 # States of a pair: open, closed and withdrawn as above, and
-TIED: Final = "tied"  # the two answers are the same text, which nobody needs to look at
+TIED: Final = "tied"  # the two answers are the same text, which nobody needs to judge
 
 metadata = MetaData()
 
-# Id columns are 64 bits on a server. SQLite's row ids are so anyway, and only its INTEGER PRIMARY KEY counts by itself.
+# Id columns have 64 bits on a server. SQLite's row ids always do, and only its INTEGER PRIMARY KEY increments by itself.
 _ID = BigInteger().with_variant(Integer, "sqlite")
 
 
@@ -53,7 +53,7 @@ def _primary() -> Column[int]:
     return Column("id", _ID, primary_key=True, autoincrement=True)
 
 
-# The schema's version, the store's settings, and what the tuner says of itself.
+# The schema's version, the store's settings, and the tuner's state.
 meta = Table("meta", metadata, Column("name", String(40), primary_key=True), Column("value", Text, nullable=False))
 
 raters = Table(
@@ -85,14 +85,14 @@ pairs = Table(
     metadata,
     _primary(),
     Column("kind", String(16), nullable=False),
-    Column("probe", _ID, ForeignKey("probes.id")),  # of a comparison: none
+    Column("probe", _ID, ForeignKey("probes.id")),  # NULL for a comparison
     Column("step", BigInteger, nullable=False),
     Column("direction", Integer, nullable=False),
     Column("row", Integer, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("plus", Text, nullable=False),
     Column("minus", Text, nullable=False),
-    Column("tokens", Text, nullable=False),  # of prompt and answers, as the tuner wants them back
+    Column("tokens", Text, nullable=False),  # for prompt and answers, as the tuner wants them back
     Column("identical", Boolean, nullable=False),
     Column("state", String(16), nullable=False),
     Column("votes", Integer, nullable=False),  # showings that were answered, repeats left out
@@ -111,10 +111,10 @@ showings = Table(
     Column("repeat", Boolean, nullable=False),  # an attention check: the same pair again, in the other order
     Column("flipped", Boolean, nullable=False),  # the minus side is shown first
     Column("shown_at", Float(53), nullable=False),
-    Column("expires_at", Float(53), nullable=False),  # until then the pair is kept for this rater
-    Column("choice", String(16)),  # as seen; none while it is unanswered
+    Column("expires_at", Float(53), nullable=False),  # until then the pair is reserved for this rater
+    Column("choice", String(16)),  # as seen; NULL while it is unanswered
     Column("answered_at", Float(53)),
-    # The newest event of this showing: what comes last is read from it, for a clock may be set back.
+    # The newest event of this showing. It gives the order, because a clock may be set back.
     Column("event", BigInteger, nullable=False),
 )
 Index("one_showing", showings.c.pair, showings.c.rater, showings.c.repeat, unique=True)
@@ -128,7 +128,7 @@ steps = Table(
     Column("step", BigInteger, nullable=False),
     Column("probe", _ID, ForeignKey("probes.id"), nullable=False),
     Column("epsilon", Float(53), nullable=False),
-    Column("seeds", Text, nullable=False),  # JSON, as the four below; NaN is allowed
+    Column("seeds", Text, nullable=False),  # JSON, like the four below; NaN is allowed
     Column("projected", Text, nullable=False),
     Column("coefficients", Text, nullable=False),
     Column("replayed", Text, nullable=False),
@@ -145,7 +145,7 @@ requests = Table(
     _primary(),
     Column("kind", String(40), nullable=False),
     Column("payload", Text, nullable=False),  # JSON
-    Column("result", Text),  # JSON; none while it is unanswered
+    Column("result", Text),  # JSON; NULL while it is unanswered
     Column("created", Float(53), nullable=False),
     Column("answered_at", Float(53)),
 )

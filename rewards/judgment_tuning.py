@@ -1,4 +1,4 @@
-"""The tuner's side of a judgment store: probes, their votes, the steps that come of them, and requests to the model."""
+"""The tuner's side of a judgment store: probes, their votes, the steps that they lead to, and requests to the model."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class TunersSide(Readings):
     """What the process that owns the model asks of the store. Every method is one transaction."""
 
     def tuning(self) -> AbstractContextManager[None]:
-        """Keeps the making of steps to this process for a block.
+        """Lets only this process make steps within the block.
 
         Raises:
-            ValueError: when the block begins, another process makes them.
+            ValueError: another process is making them when the block begins.
         """
         return self._database.tuning()
 
@@ -55,8 +55,8 @@ class TunersSide(Readings):
         """Stores a probe's pairs; from then on they are shown. Identical answers tie at once.
 
         Args:
-            key: names the probe. Adding a key again returns what is there, whatever came of it; the key of a probe that was
-                withdrawn, has expired or was rewound is free again.
+            key: names the probe. Adding a key again returns the probe that is there, whatever its state; the key of a probe that
+                was withdrawn, expired or rewound is free again.
 
         Raises:
             ValueError: there are no pairs.
@@ -91,7 +91,7 @@ class TunersSide(Readings):
             self._add(connection, pairs, COMPARISON, None, step)
 
     def probe(self, probe: int) -> StoredProbe:
-        """A probe as it stands.
+        """A probe in its current state.
 
         Raises:
             ValueError: there is no such probe.
@@ -106,12 +106,12 @@ class TunersSide(Readings):
             return [_stored(row) for row in connection.execute(query)]
 
     def probes_written(self) -> int:
-        """How many probes the store has ever been given, whatever came of them."""
+        """How many probes have ever been stored, whatever their state."""
         with self._database.reading() as connection:
             return connection.scalar(select(func.count()).select_from(probes)) or 0
 
     def decided(self, probe: int) -> bool:
-        """Whether every pair that can be shown has its votes; also of a probe that is closed. False of a withdrawn one.
+        """Whether every pair that can be shown has its votes; true of a closed probe, false of a withdrawn one.
 
         Raises:
             ValueError: there is no such probe.
@@ -120,12 +120,12 @@ class TunersSide(Readings):
             return self._decided(connection, _row(connection, probe))
 
     def close_decided(self, probe: int) -> list[Vote] | None:
-        """The votes of a probe that is decided, which is closed with that; None while it is not.
+        """Closes a probe that is decided, and returns its votes; None while it is not decided.
 
         It is one transaction: a rater who takes a vote back comes either before it, or too late.
 
         Raises:
-            ValueError: as of `close_probe`.
+            ValueError: as for `close_probe`.
         """
         with self._database.writing() as connection:
             row = _row(connection, probe)
@@ -134,16 +134,16 @@ class TunersSide(Readings):
             return self._close(connection, row)
 
     def close_probe(self, probe: int) -> list[Vote]:
-        """Takes no more votes on a probe, and returns those it has: the same ones, whenever it is called.
+        """Closes a probe to further votes, and returns those it has: the same ones on every call.
 
         Raises:
-            ValueError: it was withdrawn, has expired or was rewound, or there is no such probe.
+            ValueError: it was withdrawn, expired or rewound, or there is no such probe.
         """
         with self._database.writing() as connection:
             return self._close(connection, _row(connection, probe))
 
     def withdraw(self, probe: int) -> None:
-        """Takes a probe back: it counts as expired if anybody has voted on it. Again, it changes nothing.
+        """Withdraws a probe, which counts as expired if anybody has voted on it. Calling it again changes nothing.
 
         Raises:
             ValueError: its step is committed, or there is no such probe.
@@ -155,12 +155,12 @@ class TunersSide(Readings):
             self._withdraw(connection, row)
 
     def commit_step(self, step: StoredStep) -> None:
-        """Records a step and that its probe is applied, both or neither. This is what makes it a step.
+        """Records a step and marks its probe as applied, both or neither. This is what commits the step.
 
-        The step of a probe that was withdrawn or has expired may be recorded as well: it is one of abstentions.
+        The step of a probe that was withdrawn or has expired may be recorded as well: it consists of abstentions.
 
         Raises:
-            ValueError: the step is there already, is not behind the last one, or its probe takes votes still or has made
+            ValueError: the step is there already or does not follow the last one, or its probe is still open or has already made
                 another step.
         """
         with self._database.writing() as connection:
@@ -173,7 +173,7 @@ class TunersSide(Readings):
             taken = exists().where(steps.c.probe == step.probe, ~steps.c.rewound)
             if state in (APPLIED, REWOUND) or connection.scalar(select(taken)):
                 raise ValueError(
-                    f"step {step.step} cannot be committed: its probe {step.probe} has made a step already"
+                    f"step {step.step} cannot be committed: its probe {step.probe} has already made a step"
                 )
             connection.execute(
                 insert(steps).values(
@@ -194,9 +194,9 @@ class TunersSide(Readings):
                 connection.execute(update(probes).where(probes.c.id == step.probe).values(state=APPLIED))
 
     def rewind(self, step: int) -> None:
-        """Goes back to where θ had seen `step` steps: those numbered `step`, from 0, and later are no longer in force.
+        """Goes back to θ after `step` steps: those numbered `step` (from 0) and later are no longer in force.
 
-        Whatever waits for votes is withdrawn: it was asked of a model that is gone.
+        Whatever waits for votes is withdrawn, because it was asked about a model that is gone.
         """
         with self._database.writing() as connection:
             for row in connection.execute(
@@ -213,7 +213,7 @@ class TunersSide(Readings):
             _withdraw_comparisons(connection, unseen=False)
 
     def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Adds to the figures of a step in force; the same name again replaces its number.
+        """Adds figures to a step in force; a name that is there already gets the new number.
 
         Raises:
             ValueError: there is no such step.
@@ -228,7 +228,7 @@ class TunersSide(Readings):
             connection.execute(update(steps).where(steps.c.id == row.id).values(figures=json.dumps(merged)))
 
     def set_tuner(self, state: str, message: str = "") -> None:
-        """Says what the tuner is doing, for the page. Saying the same within a second is free: nothing is written."""
+        """Reports what the tuner is doing, for the page. The same report within a second is not written again."""
         now, before = self._database.clock(), self.tuner()
         if (before["state"], before["message"]) == (state, message) and 0 <= now - before["time"] < 1:
             return
@@ -238,7 +238,7 @@ class TunersSide(Readings):
                 connection.execute(insert(meta).values(name="tuner", value=said))
 
     def request(self, kind: str, payload: Mapping[str, Any]) -> int:
-        """Asks something of the process with the model; returns an id for `request_result`."""
+        """Sends a request to the process with the model, and returns an id for `request_result`."""
         with self._database.writing() as connection:
             made = connection.execute(
                 insert(requests).values(
@@ -249,7 +249,7 @@ class TunersSide(Readings):
             return int(made.inserted_primary_key[0])
 
     def pending_requests(self) -> list[tuple[int, str, dict[str, Any]]]:
-        """(id, kind, payload) of the requests that wait for an answer, oldest first."""
+        """The requests that wait for an answer as (id, kind, payload), oldest first."""
         query = select(requests).where(requests.c.answered_at.is_(None)).order_by(requests.c.id)
         with self._database.reading() as connection:
             return [(row.id, row.kind, json.loads(row.payload)) for row in connection.execute(query)]
@@ -270,7 +270,7 @@ class TunersSide(Readings):
             )
 
     def request_result(self, request: int) -> dict[str, Any] | None:
-        """The answer to a request; None while there is none.
+        """The answer to a request; None until it is given.
 
         Raises:
             ValueError: there is no such request.
@@ -295,7 +295,7 @@ class TunersSide(Readings):
                 "minus": _storable(pair.minus),
                 "tokens": pair.tokens,
                 "identical": pair.plus == pair.minus,
-                # Of comparisons only some are shown; identical ones wait for their turn, or ties would outnumber the rest.
+                # Only some comparisons are shown. Identical ones wait for their turn, or ties would outnumber the rest.
                 "state": TIED if kind == PROBE and pair.plus == pair.minus else OPEN,
                 "votes": 0,
                 "created": now,
@@ -341,7 +341,7 @@ def _withdraw_comparisons(connection: Connection, *, unseen: bool) -> None:
 
 
 def _storable(text: str) -> str:
-    """A text for people. A model may write the character 0, which nobody can see and PostgreSQL does not take."""
+    """A text for people. A model may write the character 0, which is invisible and which PostgreSQL refuses."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 

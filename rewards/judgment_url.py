@@ -1,6 +1,6 @@
-"""Where a judgment store is: an SQLite file, or a database on a PostgreSQL server.
+"""The address of a judgment store: an SQLite file, or a database on a PostgreSQL server.
 
-A password may be part of a URL; it is in nothing that is made here to be shown or saved.
+A URL may contain a password; nothing made here to be shown or saved does.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from sqlalchemy import make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
 
-_SECRETS = ("password", "sslpassword")  # that libpq takes in the query of a URL
+_SECRETS = ("password", "sslpassword")  # options that libpq takes in the query of a URL
 
 
 def store_url(where: str | Path) -> URL:
-    """What SQLAlchemy opens: SQLite for a file, psycopg for a URL of PostgreSQL.
+    """The URL that SQLAlchemy opens: SQLite for a file, psycopg for PostgreSQL.
 
     Raises:
-        ValueError: it is not a URL of either, or a file that cannot be there.
+        ValueError: it is a URL of neither, or a file that cannot exist there.
     """
     if isinstance(where, str) and "://" in where:
         url = _parsed(where)
         if url.get_backend_name() in ("postgresql", "postgres"):
             return url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() != "sqlite":
-            raise ValueError(f"cannot open '{shown(url)}': judgments are kept in an SQLite file or on PostgreSQL")
+            raise ValueError(f"cannot open {shown(url)!r}: judgments are kept in an SQLite file or on PostgreSQL")
     else:
         url = URL.create("sqlite", database=str(where))
     if url.database in (None, "", ":memory:"):
-        raise ValueError("a judgment store needs a file: two processes meet in it, and none of it may get lost")
+        raise ValueError("a judgment store needs a file: two processes meet in it, and nothing may get lost")
     if str(url.database).startswith("file:"):  # SQLite's own notation, with options
         return url
     path = Path(str(url.database))
     if path.is_dir():
-        raise ValueError(f"'{path}' is a folder; a judgment store is a file, such as {path / 'judgments.sqlite'}")
+        raise ValueError(f"{str(path)!r} is a folder; a judgment store is a file, such as {path / 'judgments.sqlite'}")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder '{path.parent}' to keep the judgment store '{path.name}' in")
+        raise ValueError(f"there is no folder {str(path.parent)!r} to keep the judgment store {path.name!r} in")
     return url
 
 
@@ -49,10 +49,10 @@ def shown(url: URL) -> str:
 
 
 def split_password(database: str) -> tuple[str, str | None]:
-    """The URL of a PostgreSQL database without its password, which can be saved, and the password.
+    """The URL of a PostgreSQL database without its password, fit to be saved; and the password.
 
     Raises:
-        ValueError: it is no such URL, or carries the password of a key.
+        ValueError: it is not such a URL, or contains the password of a key.
     """
     url = store_url(database) if "://" in database else None
     if url is None or url.get_backend_name() != "postgresql":
@@ -75,11 +75,11 @@ def split_password(database: str) -> tuple[str, str | None]:
 
 
 def _parsed(text: str) -> URL:
-    # What cannot be read as a URL may hold a password anywhere, so nothing of it is repeated.
+    # What cannot be parsed as a URL may hold a password anywhere, so no part of it is repeated.
     wrong = "that is not the URL of a database, such as postgresql://user:password@host/name"
     try:
         url = make_url(text)
-    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+    except (ArgumentError, ValueError):  # ValueError: the port is not a number
         raise ValueError(wrong) from None
     if "@" in (url.host or ""):
         raise ValueError(f"{wrong}; in a password @ is written %40")

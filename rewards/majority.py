@@ -1,4 +1,4 @@
-"""What several raters say together."""
+"""The majority of several raters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from zorl.probe import Choice
 
 
 def majority(choices: Iterable[Choice]) -> Choice:
-    """The opinion that most have. Abstentions are left out; a draw between opinions is a tie; without one all abstain.
+    """The most frequent opinion. Abstentions are left out; a draw is a tie; without any opinion it is an abstention.
 
-    A tie and "both bad" are votes for neither side: together they may outvote one.
+    A tie and "both bad" are both votes for neither side: together they may outvote a side.
     """
     counts = Counter(choice for choice in choices if choice is not Choice.ABSTAIN)
     if not counts:

@@ -1,4 +1,4 @@
-"""Judgments as files: preferences that TRL trains on, and the raw log. Both are JSON Lines."""
+"""Judgments as JSON Lines files: preferences that TRL trains on, and the raw log."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of the judged pairs.
+    """The number of judged pairs by outcome.
 
     Attributes:
-        preferences: that were written.
-        ties: dropped, because neither answer has the majority.
+        preferences: written.
+        ties: dropped, because neither answer has a majority.
         abstained: dropped, because nobody has an opinion.
     """
 
@@ -52,7 +52,7 @@ def write_preferences(store: JudgmentStore, path: str | Path) -> Written:
 
 
 def write_events(store: JudgmentStore, path: str | Path) -> int:
-    """Writes the raw log, an event a line and in order, and returns how many there are."""
+    """Writes the raw log, one event per line and in order, and returns the number of events."""
     rows = [asdict(event) for event in store.events()]
     _write(Path(path), rows)
     return len(rows)
@@ -61,12 +61,12 @@ def write_events(store: JudgmentStore, path: str | Path) -> int:
 def _row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     messages = {name: _messages(value) for name, value in row.items()}
-    # The answers to a conversation are conversations too: one text that looks like JSON is a text still.
+    # The answers to a conversation are conversations too; a single text that looks like JSON remains a text.
     return row if None in messages.values() else messages
 
 
 def _messages(value: str) -> list[dict[str, str]] | None:
-    """The conversation that a text is the JSON of; None where it is none."""
+    """The conversation that a text holds as JSON; None if it does not hold one."""
     if not value.startswith("["):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Question answering rewards: exact match and token F1 as SQuAD defines them.
+"""Rewards for question answering: exact match and token F1, as SQuAD defines them.
 
 Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of Text", section 6.1; unanswerable
 questions as in Rajpurkar et al. 2018 (SQuAD 2.0).
@@ -24,11 +24,11 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 def exact_match(column: str = "answers") -> RewardFunction:
     """1 if a completion is one of its gold answers after normalisation (see `normalized`), else 0.
 
-    For labels or codes, where case and punctuation count, take `accuracy`.
+    For labels or codes, where case and punctuation count, use `accuracy`.
 
     Args:
-        column: of the data set, holding the gold answers: a string, a list of strings (any of them will do), or
-            SQuAD's `{"text": [...]}`. An empty list means that the question has no answer; silence is then right.
+        column: the data set's column with the gold answers: a string, a list of strings (any of them will do), or
+            SQuAD's `{"text": [...]}`. An empty list means that the question has no answer, and an empty completion is right.
     """
     return _ExactMatch(column)
 
@@ -37,13 +37,13 @@ def squad_f1(column: str = "answers") -> RewardFunction:
     """F1 of the words that a completion shares with a gold answer, after normalisation; the best gold answer counts.
 
     Args:
-        column: of the data set, holding the gold answers, as for `exact_match`.
+        column: the data set's column with the gold answers, as for `exact_match`.
     """
     return _SquadF1(column)
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, the articles a, an, the, and superfluous white space."""
+    """The text in lower case, without punctuation, the articles a, an and the, or superfluous white space."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -78,14 +78,14 @@ def _token_f1(answer: str, gold: str) -> float:
 
 
 def _golds(columns: Mapping[str, Any], column: str, count: int) -> list[list[str]]:
-    """Normalised gold answers of each sample, at least one each."""
+    """The normalised gold answers of each sample, at least one each."""
     golds = []
     for row, value in enumerate(truth_of(columns, column, count)):
         texts = value.get("text") if isinstance(value, Mapping) else value
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"column '{column}' holds {value!r} in row {row} of the batch; expected a string, a list of strings, "
+                f"column {column!r} holds {value!r} in row {row} of the batch; expected a string, a list of strings, "
                 f"or {{'text': [...]}}"
             )
         golds.append([normalized(text) for text in texts] or [""])

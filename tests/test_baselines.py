@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from zorl import Prompt
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, answers_of, progress, target_text
 from zorl.baselines.selection import LOOKS, look_at
 from zorl.encoding import longest_input
-from zorl.probe import Point
+from zorl.goal import Goal
+from zorl.loss_objectives import CrossEntropy
+from zorl.probe import CENTRE, Point
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -192,6 +195,27 @@ def test_text_is_learnt_by_teacher_forcing(text) -> None:
     assert completions(fitted, [{"text": "good plot"}]) == [" great story"]
 
 
+def test_the_loss_of_fine_tuning_has_the_gradients_of_the_models_own_whatever_the_length_of_texts(text) -> None:
+    rows = [{"text": "film", "label": "great"}, {"text": "plot", "label": "an odd story, and a great film"}]
+    problem = text(train=rows, dev=rows, max_completion_length=40)
+    model, tokenizer = problem.load()
+    model.requires_grad_(True)
+    objective = Goal(loss="cross_entropy").objective(problem.policy(model, tokenizer))
+    assert isinstance(objective, CrossEntropy)
+    objective.losses(rows, [CENTRE]).mean().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    losses = []
+    for row in rows:
+        prompt = tokenizer(f"question: was it {row['text']} ? answer:")["input_ids"]
+        answer = [*tokenizer(f" {row['label']}")["input_ids"], tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(answer)))
+    torch.stack(losses).mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_grpo_raises_the_reward_of_generated_text(text) -> None:
     problem = text(budget=40)
     start = problem.score(problem.dev, zero_shot.fit(problem).answers(problem.dev))
@@ -221,6 +245,13 @@ def test_a_run_that_diverges_leaves_the_weights_of_the_start(labels) -> None:
     fitted = fine_tuning.fit(problem, lambda n: None, optimizer="sgd", learning_rates=(1e30,))
     assert (fitted.chosen["learning_rate"], fitted.chosen["step"]) == (None, 0)
     assert fitted.answers(TEST) == zero_shot.fit(problem).answers(TEST)
+
+
+def test_grpo_counts_the_steps_of_a_run_that_diverges_and_no_more(text) -> None:
+    spent: list[int] = []
+    fitted = grpo.fit(text(budget=40), spent.append, learning_rates=(1e30,))
+    assert (fitted.chosen["learning_rate"], fitted.chosen["step"]) == (None, 0)
+    assert fitted.chosen["search_forwards"] == sum(spent) < 40
 
 
 # --- demonstrations -------------------------------------------------------------------------------------------------------
@@ -264,7 +295,7 @@ def test_probing_refuses_words_of_several_tokens(labels) -> None:
 def test_grpo_refuses_labels_masked_models_scores_of_sets_and_too_little_budget(labels, text) -> None:
     with pytest.raises(NotApplicable, match="answered with one of its label words"):
         grpo.fit(labels())
-    with pytest.raises(NotApplicable, match="BertForMaskedLM is none"):
+    with pytest.raises(NotApplicable, match="BertForMaskedLM is not one"):
         grpo.fit(labels(prompt=TEXT))
     with pytest.raises(NotApplicable, match="'whole' scores a batch as a whole"):
         grpo.fit(text(reward=whole), lambda n: None)

@@ -106,7 +106,11 @@ def test_every_method_for_label_words_learns_or_says_why_not(
     assert set(found) == {f"{name}-1" for name in methods}
     assert {name for name, cell in found.items() if "not_applicable" in cell} == {"grpo-1"}
     assert found["grpo-1"]["not_applicable"] in shown
-    assert all(0.0 <= cell["accuracy"] <= 1.0 for name, cell in found.items() if name != "grpo-1")
+    evaluation = ["eval", "--model", str(files / "bert"), "--dataset", str(files / "test.tsv"), *QUESTION, "--json"]
+    assert main(evaluation) == 0
+    assert found["zero_shot-1"]["accuracy"] == json.loads(capsys.readouterr().out)["accuracy"]
+    right = [cell["accuracy"] * 30 for name, cell in found.items() if name != "grpo-1"]
+    assert right == pytest.approx([round(n) for n in right])
     for tuned in ("mezo-1", "mezo_lora-1", "mezo_one_point-1", "lp_mezo-1", "fine_tuning-1"):
         assert 0 < found[tuned]["forwards"] <= 24
     assert found["mezo_published-1"]["forwards"] <= 24 + 3 * 6
@@ -115,7 +119,7 @@ def test_every_method_for_label_words_learns_or_says_why_not(
 def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    more = ["--methods", "mezo", "--seeds", "3", "--metrics", f"{files / 'rewards.py'}:right"]
+    more = ["--methods", "mezo", "--seeds", "3", "--metrics", f"{files / 'rewards.py'}:right", "accuracy"]
     assert main(words(files, tmp_path / "straight", *more)) == 0
     trajectory = tmp_path / "broken" / "runs" / "mezo-3" / "trajectory.zorl"
     (files / "stop").write_text(str(trajectory))
@@ -125,7 +129,7 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     assert not cells(tmp_path / "broken")
     assert main(words(files, tmp_path / "broken", *more)) == 0
     expected, found = cells(tmp_path / "straight")["mezo-3"], cells(tmp_path / "broken")["mezo-3"]
-    assert 0.0 <= found["right"] <= 1.0
+    assert found["right"] == found["accuracy"]
     measured = ("seconds", "peak_memory_mb")
     assert {k: v for k, v in found.items() if k not in measured} == {
         k: v for k, v in expected.items() if k not in measured

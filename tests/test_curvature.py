@@ -90,7 +90,9 @@ def _mean_of(sample: Tensor) -> Callable[[Tensor], float]:
 def test_the_interval_of_a_mean_is_students() -> None:
     """The jackknife of a mean is its standard error; 95 of 100 intervals hold the truth."""
     samples = torch.randn(400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    first = jackknife(_mean_of(samples[0]), 8)
-    assert first.high - first.value == pytest.approx(2.3646 * samples[0].std().item() / math.sqrt(8), rel=2e-3)
+    for size, quantile in ((3, 4.302653), (8, 2.364624)):  # Student's t at 97.5%, with two and seven degrees of freedom
+        first = jackknife(_mean_of(samples[0]), size)
+        error = samples[0, :size].std().item() / math.sqrt(size)
+        assert first.high - first.value == pytest.approx(quantile * error, rel=1e-6)
     intervals = [jackknife(_mean_of(sample), 8) for sample in samples]
     assert sum(i.low < 0.0 < i.high for i in intervals) / 400 == pytest.approx(0.95, abs=0.03)

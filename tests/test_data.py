@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zorl.data import checked_rows, hold_out, label_counts, load_rows
+from zorl.data import checked_rows, hold_out, load_rows
 from zorl.prompts import Prompt
 from zorl.tables import read_table
 
@@ -184,7 +184,7 @@ def test_a_file_without_header_says_how_to_name_its_columns(tmp_path: Path) -> N
     complaint = message(path)
     assert "has no column 'text'" in complaint
     assert "'one long string of cliches that goes on…', '0'" in complaint
-    assert complaint.endswith("If the first line is no header, give positions: 0 is the first column")
+    assert complaint.endswith("If the first line is not a header, give positions: 0 is the first column")
     assert "has no column 2: its 2 columns are 0 to 1" in message(path, text_column=0, label_column=2)
 
 
@@ -248,20 +248,6 @@ def test_reading_a_table_touches_only_what_it_is_asked_for(tmp_path: Path) -> No
     path = write(tmp_path / "a.csv", "a,b\n1,2\n")
     table, found = read_table(path, [], [])
     assert (table.column_names, found) == (["a", "b"], [])
-
-
-def test_labels_are_counted_as_text_in_order() -> None:
-    assert label_counts(Dataset.from_dict({"label": [1, 0, 1, 1]}), "label") == {"0": 1, "1": 3}
-    assert list(label_counts(Dataset.from_dict({"y": ["b", "a"]}), "y")) == ["a", "b"]
-
-
-def test_a_data_set_of_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="all 3 rows have the label 'good' in 'label'; expected two or more labels"):
-        label_counts(Dataset.from_dict({"label": ["good"] * 3}), "label")
-    with pytest.raises(ValueError, match="holds no rows"):
-        label_counts(Dataset.from_dict({"label": []}), "label")
-    with pytest.raises(ValueError, match="has no column 'lable'; did you mean 'label'?"):
-        label_counts(Dataset.from_dict({"label": [0, 1]}), "lable")
 
 
 def numbered(labels: list[Any]) -> Dataset:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zorl.answer_logits import AnswerLogits
-from zorl.drift import Drift, DriftMeter, distinct_2, starting_evaluator
+from zorl.drift import DriftMeter, distinct_2, starting_evaluator
 from zorl.generation import Generation
 from zorl.output_bias import add_output_bias, output_bias_name
 from zorl.parameters import ParameterSet, select
@@ -69,7 +69,6 @@ def test_there_is_none_at_the_start(parts):
     assert found.kl == pytest.approx(0.0, abs=1e-6)
     assert found.perplexity == pytest.approx(1.0, abs=1e-5)
     assert found.distinct_2 == 1.0
-    assert found.within(0.1)
 
 
 def test_a_model_that_says_one_word_alone_has_drifted(parts):
@@ -79,7 +78,6 @@ def test_a_model_that_says_one_word_alone_has_drifted(parts):
     found = drift.measure()
     assert found.kl > 1.0
     assert found.perplexity > 1.5
-    assert not found.within(0.1)
 
 
 def test_a_model_that_says_nothing_any_more_has_drifted_without_measure(parts):
@@ -88,13 +86,6 @@ def test_a_model_that_says_nothing_any_more_has_drifted_without_measure(parts):
         bias[parts("llama").tokenizer.eos_token_id] += 100.0
     found = drift.measure()
     assert found.distinct_2 == 0.0
-    assert not found.within(0.1)
-
-
-def test_the_bound_holds_on_both_sides():
-    assert Drift(0.1, 1.09, 0.91).within(0.1)
-    assert not Drift(0.1, 0.85, 1.0).within(0.1)
-    assert not Drift(0.1, 1.0, 1.11).within(0.1)
 
 
 def test_distinct_2_is_the_share_of_different_word_pairs():

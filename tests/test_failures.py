@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_ends_the_run_before_the_step_that_it_could_not_hol
 def test_whatever_is_written_to_a_full_disk_the_file_and_the_way_on_are_named(disk: dict[str, Any], when: str):
     assert "No space left on device" in disk[when]
     assert "disk0" in disk[when]
-    assert "free space and resume" in disk[when] or "see that there is room" in disk[when]
+    assert "free space and resume" in disk[when] or "make sure that there is room" in disk[when]
 
 
 def test_once_there_is_room_the_run_ends_in_the_bits_of_an_undisturbed_one(disk: dict[str, Any]):
@@ -177,7 +177,9 @@ def test_a_read_only_folder_is_named_and_left_as_it_is(disk: dict[str, Any], whe
 
 def test_a_folder_below_a_file_is_named(make: Callable[..., MeZOTrainer], tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OSError, match="Not a directory; see that there is room, and permission to write.*file/out"):
+    with pytest.raises(
+        OSError, match="Not a directory; make sure that there is room and permission to write.*file/out"
+    ):
         make("file/out").train()
 
 

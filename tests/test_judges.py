@@ -247,7 +247,7 @@ def test_judges_by_name(tmp_path: Path, parts: Callable[[str], Any]) -> None:
     [
         ("human", None, "needs a file to meet people in: --judgments"),
         ("reward:f1", "some.sqlite", "the judge is 'reward:f1'; leave it out"),
-        ("humen", None, "unknown judge 'humen'; a judge is human, .*did you mean 'human'"),
+        ("humen", None, r"unknown judge 'humen'; did you mean 'human'\? \(a judge is human, "),
         ("classifier:", None, "the judge 'classifier:' is incomplete"),
         ("classifier:m,lable=good", None, "has no option 'lable=good'; it takes label="),
         ("reward:nothing", None, "unknown reward 'nothing'"),

@@ -385,7 +385,7 @@ def test_a_step_is_committed_once(store: JudgmentStore, clock: Clock) -> None:
     assert (store.probe(probe.id).state, store.open_probes()) == ("applied", [])
     with pytest.raises(ValueError, match="step 0 cannot be committed: the store has steps up to 0"):
         store.commit_step(step_of(probe.id, 0))
-    with pytest.raises(ValueError, match="its probe 1 has made a step already"):
+    with pytest.raises(ValueError, match="its probe 1 has already made a step"):
         store.commit_step(step_of(probe.id, 1))
     store.add_figures(0, {"win_rate": 0.75})
     (step,) = store.steps()
@@ -417,7 +417,7 @@ def test_withdrawn_unseen_expired_with_votes(store: JudgmentStore) -> None:
     assert len(store.preference_pairs()) == 1  # what people said stays
     store.commit_step(step_of(unseen.id, 0))  # recorded as abstained
     assert store.probe(unseen.id).state == "expired"
-    with pytest.raises(ValueError, match="has made a step already"):
+    with pytest.raises(ValueError, match="has already made a step"):
         store.commit_step(step_of(unseen.id, 1))
 
 
@@ -494,7 +494,7 @@ def test_settings_stay_with_the_store(store_at: str | Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"votes_per_pair": 0}, "votes_per_pair must be a whole number from 1 on, got 0"),
+        ({"votes_per_pair": 0}, "votes_per_pair must be a whole number of at least 1, got 0"),
         ({"votes_per_pair": 1.5}, "votes_per_pair must be a whole number"),
         ({"lease_seconds": 0}, "lease_seconds must be positive"),
         ({"lease_seconds": math.nan}, "lease_seconds must be positive"),
@@ -511,14 +511,14 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: Any, expect
 def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
     text = tmp_path / "text.sqlite"
     text.write_text("no database " * 100)
-    with pytest.raises(ValueError, match="is no judgment store: it is not an SQLite file"):
+    with pytest.raises(ValueError, match="is not a judgment store: it is not an SQLite file"):
         JudgmentStore(text)
     assert text.read_text() == "no database " * 100
     other = tmp_path / "other.sqlite"
     connection = sqlite3.connect(other)
     connection.execute("CREATE TABLE recipes (id INTEGER)")
     connection.close()
-    with pytest.raises(ValueError, match="is no judgment store: it is a database with the tables recipes"):
+    with pytest.raises(ValueError, match="is not a judgment store: it is a database with the tables recipes"):
         JudgmentStore(other)
     with pytest.raises(ValueError, match="is a folder; a judgment store is a file"):
         JudgmentStore(tmp_path)
@@ -547,7 +547,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(ValueError, match="check the rights of the file and of its folder"):
+        with pytest.raises(ValueError, match="check the permissions of the file and of its folder"):
             JudgmentStore(tmp_path / "store")
     finally:
         tmp_path.chmod(0o700)

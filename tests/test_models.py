@@ -14,7 +14,7 @@ import torch
 
 from zorl.adapters import add_lora
 from zorl.apps.cli import main
-from zorl.models import _sound_weights, is_masked, load_model, load_processing_class, trained_classes
+from zorl.models import _sound_weights, is_masked_checkpoint, load_model, load_processing_class, trained_classes
 
 CODE = """from pathlib import Path
 Path({trace!r}).write_text("executed")
@@ -52,7 +52,7 @@ def _edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("load", [load_model, load_processing_class, is_masked, trained_classes])
+@pytest.mark.parametrize("load", [load_model, load_processing_class, is_masked_checkpoint, trained_classes])
 def test_code_in_a_checkpoint_is_never_run_whatever_is_answered(
     own_code: tuple[Path, Path], load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +135,7 @@ def test_an_adapter_that_was_cut_short_is_named(saved: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("classes", [None, ("bad", "good")])
 def test_a_configuration_that_does_not_fit_the_weights_is_named(saved: Path, classes: tuple[str, ...] | None) -> None:
     _edit(saved / "config.json", vocab_size=7)
-    with pytest.raises(ValueError, match=f"the weights of {saved} have other sizes than its config.json says"):
+    with pytest.raises(ValueError, match=f"the weights of {saved} have sizes other than its config.json says"):
         load_model(str(saved), classes=classes)
 
 

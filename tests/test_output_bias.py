@@ -68,7 +68,7 @@ def test_what_cannot_be_done_is_said(parts):
         output_bias_name(model)
     add_output_bias(model)
     model.generation_config.sequence_bias = [[[5], 1.0]]
-    with pytest.raises(ValueError, match="has a sequence_bias already"):
+    with pytest.raises(ValueError, match="already has a sequence_bias"):
         move_output_bias_to_generation_config(model)
     headless = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(TypeError, match=r"has no linear output embedding \(NoneType\)"):

@@ -242,7 +242,7 @@ def test_the_api_takes_verdicts_from_another_program(served: tuple[str, Judgment
             "choice must be one of 'first', 'second', 'tie', 'both bad', 'abstain', got 'left'",
         ),
         ("/next_pair", [""], "A rater needs a name"),
-        ("/next_pair", ["x" * 41], "a name takes 1 to 40"),
+        ("/next_pair", ["x" * 41], "a name must have 1 to 40"),
         ("/undo", ["somebody new"], "There is no answer of yours to take back"),
     ],
 )
@@ -436,7 +436,7 @@ def test_what_is_wrong_with_a_file_of_prompts_is_said(tmp_path: Path, name: str,
         (["--model", str(REVIEWER)], "--prompts is required with --model"),
         (["--prompts", "none.txt"], "there is no file 'none.txt'"),
         (["--guidelines", "none.txt"], "there is no such file"),
-        (["--votes_per_pair", "0"], "votes_per_pair must be a whole number from 1 on"),
+        (["--votes_per_pair", "0"], "votes_per_pair must be a whole number of at least 1"),
         (["--vote_per_pair", "2"], "unknown flag --vote_per_pair; did you mean '--votes_per_pair'?"),
     ],
 )

@@ -117,7 +117,7 @@ def test_one_process_makes_the_steps(store: JudgmentStore, url: str) -> None:
     with JudgmentStore(url) as other:
         with store.tuning():
             with (
-                pytest.raises(ValueError, match="another process makes the steps of the judgment store"),
+                pytest.raises(ValueError, match="another process is making the steps of the judgment store"),
                 other.tuning(),
             ):
                 pass
@@ -150,7 +150,7 @@ def test_a_database_of_somebody_else_is_refused_and_left_alone(postgres: Any, ur
     database = store_url(url).database
     postgres.run("CREATE TABLE recipes (id integer)", database)
     with pytest.raises(
-        ValueError, match=f"'postgresql://zorl:.*/{database}' is no judgment store: .* the tables recipes"
+        ValueError, match=f"'postgresql://zorl:.*/{database}' is not a judgment store: .* the tables recipes"
     ):
         JudgmentStore(url)
     assert postgres.run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", database) == [("recipes",)]

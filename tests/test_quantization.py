@@ -21,9 +21,10 @@ from zorl.config import MeZOConfig
 from zorl.models import load_model
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
-from zorl.probe import CENTRE, Point
+from zorl.probe import CENTRE, Choice, Point
 from zorl.prompts import Prompt
 from zorl.quantization import PACKAGES, is_plain, is_quantized, quantization_config
+from zorl.rewards import LanguageModelJudge
 from zorl.scoring import LabelWords
 from zorl.twin import Twin
 
@@ -56,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, parts: Callable[[str], Any]) 
     tokenizer = parts("llama").tokenizer
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=96, initializer_range=0.3,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("base")
@@ -136,6 +137,16 @@ def test_a_run_on_quantised_weights_is_resumed_replayed_and_used(base: str, kind
     assert replayed["matches_saved_weights"]
 
 
+@each_kind
+def test_a_quantised_model_judges(base: str, parts: Any, kind: str) -> None:
+    judge = LanguageModelJudge(load_model(base, quantize=kind), processing_class=parts("gpt2").tokenizer)
+    prompts, first, second = ["the film", "the plot"], ["great", "odd"], ["terrible", "odd"]
+    choices = judge(prompts=prompts, first=first, second=second)
+    assert choices[0] in (Choice.FIRST, Choice.SECOND)
+    assert choices[1] is Choice.TIE
+    assert judge(prompts=prompts, first=second, second=first) == [choice.flipped for choice in choices]
+
+
 def zorl(*words: str) -> Any:
     """What a command prints, as JSON."""
     with redirect_stdout(io.StringIO()) as out:
@@ -152,7 +163,7 @@ def test_what_was_saved_quantised_is_loaded_so_and_what_has_nothing_to_quantise_
     with pytest.raises(ValueError, match="was saved quantised and is used as it is: leave quantize='int8' out"):
         load_model(str(tmp_path / "small"), quantize="int8")
     parts("gpt2").model.save_pretrained(tmp_path / "gpt2")  # its layers are transposed, and not linear ones
-    with pytest.raises(ValueError, match=r"int8 quantises linear layers, and .* has none that it knows"):
+    with pytest.raises(ValueError, match=r"int8 quantises linear layers, and .* has none that it supports"):
         load_model(str(tmp_path / "gpt2"), quantize="int8")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -101,8 +102,8 @@ def test_a_misspelt_column_is_named_with_the_one_that_was_meant():
     def right(completions, labell):
         return 0.0
 
-    message = "reward function 'right' needs a column 'labell'; the data set has 'label', 'text' .did you mean 'label'"
-    with pytest.raises(RewardError, match=message):
+    message = "reward function 'right' needs a column 'labell', which the data set does not have; did you mean 'label'?"
+    with pytest.raises(RewardError, match=re.escape(f"{message} (columns: 'label', 'text')")):
         score(right)
 
 

@@ -192,7 +192,7 @@ def test_a_module_without_a_configuration_is_checked_when_it_runs(bert_tokenizer
             return self.inner(**inputs)
 
     assert len(RewardModel(Wrapped(1), bert_tokenizer)(prompts=["it "], completions=["was"])) == 1
-    with pytest.raises(ValueError, match="returns 2 logits a text where a reward model returns one"):
+    with pytest.raises(ValueError, match="returns 2 logits per text where a reward model returns one"):
         RewardModel(Wrapped(2), bert_tokenizer)(prompts=["it "], completions=["was"])
 
 

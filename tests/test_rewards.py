@@ -155,7 +155,9 @@ def test_they_run_through_reward_functions(case):
 
 def test_a_missing_column_is_named_with_the_one_that_was_meant():
     for reward in (accuracy(column="labell"), f1(column="labell"), exact_match(column="labell")):
-        with pytest.raises(ValueError, match=r"no column 'labell'.*has 'label', 'text' \(did you mean 'label'\?\)"):
+        with pytest.raises(
+            ValueError, match=r"no column 'labell'; did you mean 'label'\? \(columns: 'label', 'text'\)"
+        ):
             reward(completions=["a"], label=["a"], text=["x"], prompts=["p"], label_names=["a"])
 
 
@@ -230,14 +232,14 @@ def test_labels_are_compared_as_text_without_surrounding_space(truth, completion
 
 def test_binary_f1_is_of_label_1_by_default_as_in_scikit_learn():
     assert f1(average="binary")(completions=["1", "1", "0"], label=[1, 0, 1]) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="pos_label '1' is none of the labels 'no', 'yes'"):
+    with pytest.raises(ValueError, match="pos_label '1' is not one of the labels 'no', 'yes'"):
         f1(average="binary")(completions=["no"], label=["no"], label_names=["no", "yes"])
 
 
 def test_a_truth_without_a_label_is_named_with_its_row():
     for reward in (accuracy(), f1(), balanced_accuracy(), matthews()):
         with pytest.raises(
-            ValueError, match="column 'label' holds 'z' in row 1 of the batch, which is none of .*'a', 'b'"
+            ValueError, match="column 'label' holds 'z' in row 1 of the batch, which is not one of .*'a', 'b'"
         ):
             reward(completions=["a", "b"], label=["a", "z"], label_names=["a", "b"])
 

@@ -129,7 +129,7 @@ def test_rewards_and_cross_entropy_go_by_the_options_probabilities(parts: Callab
     (answers,) = words.answers(ROWS, [CENTRE])
     hits = [answer.completion == row["label"] for answer, row in zip(answers, ROWS, strict=True)]
     assert figures["accuracy"] == pytest.approx(sum(hits) / 3)
-    with pytest.raises(ValueError, match="holds 'a lie', which is none of the answers"):
+    with pytest.raises(ValueError, match="holds 'a lie', which is not one of the answers"):
         objective.ask([{**ROWS[0], "label": "a lie"}], POINTS, 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import subprocess
@@ -14,13 +13,11 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 
-from zorl.prompts import Prompt
 from zorl.tasks import Hub, Task, names, task
 from zorl.tasks.fields import label, text, texts
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
-TAKES_OPTIONS = "options" in inspect.signature(Prompt).parameters
 NLI = {"premise": "It rains.", "hypothesis": "It is wet."}
 
 
@@ -330,8 +327,6 @@ def test_hub_file_and_folder_give_the_same_rows(name: str, tmp_path: Path, monke
 
 def test_prompts_take_the_rows_and_have_a_word_for_every_label(name: str) -> None:
     found, rows = task(name), EXAMPLES[name].rows
-    if found.kind == "multiple_choice" and not TAKES_OPTIONS:
-        pytest.skip("Prompt takes no options")
     prompts = [found.prompt(masked=False)] + ([found.prompt(masked=True)] if found.masked is not None else [])
     for prompt in prompts:
         prompt.check_columns(rows[0])

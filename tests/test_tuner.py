@@ -172,8 +172,8 @@ def test_the_step_follows_the_preferred_side(direct: Path):
     )
     assert tuner._apply_decided()
     (step,) = store.steps()
-    assert step.projected[0] <= 0.0
-    assert step.coefficients[0] >= 0.0
+    assert step.projected[0] < 0.0
+    assert step.coefficients[0] > 0.0
     tuner.mezo.close()
 
 

@@ -1,7 +1,7 @@
 """Which parameters a run tunes: all of the model's, those of an adapter, or the output embedding's alone.
 
 MeZO does as well with few parameters as with many (Malladi et al. 2023, section 3), and each kind has its own scale: a
-step or a perturbation that suits weights of 0.05 is lost on a prefix, whose keys and values are of size one.
+step or a perturbation that suits weights of 0.05 is too small for a prefix, whose keys and values are around 1.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Tune = Literal["full", "lora", "prefix", "head"]
 
 
 class Scale(NamedTuple):
-    """What suits a kind of parameters.
+    """Settings that suit a kind of parameters.
 
     Attributes:
         learning_rate: the typical change of a weight in one step of one direction, at most (see `default_learning_rate`).
-        length: of a step, in units of a model's own. Low-rank adapters move a weight by a product with what they hold.
+        length: the length of a step, relative to a full model's. Low-rank adapters move a weight by a product of two factors.
         epsilon: ε.
     """
 
@@ -46,12 +46,12 @@ SCALES: dict[str, Scale] = {
     "prefix": Scale(3e-2, 1.0, "0.1"),
     "head": Scale(3e-3, 1.0, "auto"),
 }
-_RATE, _SIZE = 3e-4, 22_744_506  # a step of 3e-4 a weight on a model of this size is 1.43 long
+_RATE, _SIZE = 3e-4, 22_744_506  # at 3e-4 per weight, a step on a model of this size has length 1.43
 ALL_LINEAR = "all-linear"
 
 
 def prepare(model: Any, args: MeZOConfig) -> Any:
-    """The model as `args.tune` wants it, with `requires_grad` on what is tuned; the model itself is changed.
+    """The model prepared for `args.tune`, with `requires_grad` on what is tuned. The model is changed in place.
 
     Raises:
         ValueError: the model is a PeftModel, is quantised and would be written, has no output embedding, or is of a kind that
@@ -62,7 +62,7 @@ def prepare(model: Any, args: MeZOConfig) -> Any:
     if is_peft(model):
         if args.tune == "full":
             return model
-        raise ValueError(f"the model is a PeftModel already: leave tune={args.tune!r} out, or pass the base model")
+        raise ValueError(f"the model is already a PeftModel: leave tune={args.tune!r} out, or pass the base model")
     if is_quantized(model) and args.tune in ("full", "head"):
         raise ValueError(
             f"the model is quantised, and tune={args.tune!r} would write its weights: tune a LoRA adapter on it with "
@@ -78,22 +78,22 @@ def prepare(model: Any, args: MeZOConfig) -> Any:
 def default_learning_rate(tune: str, parameters: int) -> float:
     """The typical change of a weight in one step of one direction, for so many tuned parameters (`update="normalized"`).
 
-    All steps of a kind have one length, so that the more weights are tuned, the less each of them moves: the rate falls with the
-    root of their number (docs/what_pays.md).
+    All steps of a kind have the same length: the more weights are tuned, the less each of them moves, so the rate falls with
+    the square root of their number (docs/what_pays.md).
     """
     scale = SCALES[tune]
     return min(scale.learning_rate, scale.length * _RATE * math.sqrt(_SIZE / parameters))
 
 
 def is_peft(model: Any) -> bool:
-    """Whether the model is wrapped by peft already."""
-    from peft import PeftModel  # takes a second, and most runs need none of it
+    """Whether peft already wraps the model."""
+    from peft import PeftModel  # takes a second, and most runs do not need it
 
     return isinstance(model, PeftModel)
 
 
 def adapt(model: Any, config: Any) -> Any:
-    """peft's `get_peft_model`, without its warnings of what is meant."""
+    """peft's `get_peft_model`, without warnings about what is intended."""
     from peft import get_peft_model
 
     with quiet():
@@ -102,7 +102,7 @@ def adapt(model: Any, config: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """peft asks transformers by an old name, and tells of GPT-2's transposed layers, which it then handles."""
+    """Silences peft's use of an old name in transformers, and its warning about GPT-2's transposed layers, which it handles."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
@@ -112,13 +112,13 @@ def quiet() -> Iterator[None]:
 def add_lora(model: Any, rank: int, alpha: int, targets: list[str] | None, seed: int) -> Any:
     """Low-rank adapters W + α/r · B A (Hu et al. 2021), A at random and B = 0, so that tuning starts from the model itself.
 
-    On a quantised base A stays as it is and B alone is tuned: the update that cannot be written into W is gathered in the
+    On a quantised base only B is tuned and A stays as it is: the update, which cannot be written into W, accumulates in the
     span of A.
 
     Args:
         targets: names of linear layers, `["all-linear"]`, or None for the queries and values of the attention, as in the
             MeZO paper.
-        seed: of A.
+        seed: seeds A.
 
     Raises:
         ValueError: targets is None, and peft does not know where this kind of model has its queries and values.
@@ -148,7 +148,7 @@ def add_lora(model: Any, rank: int, alpha: int, targets: list[str] | None, seed:
 
 
 def _bring_adapters_in(adapted: Any) -> None:
-    """peft sends an adapter where its layer is. Beside one that is offloaded, it would be a shell: it stays where inputs are."""
+    """Puts new adapters where the inputs are if their layer is offloaded: there, peft would leave them empty shells."""
     from peft.tuners.lora import LoraLayer
 
     for module in adapted.modules():
@@ -163,14 +163,14 @@ def _bring_adapters_in(adapted: Any) -> None:
 
 @torch.no_grad()
 def add_prefix(model: Any, tokens: int, seed: int) -> Any:
-    """Keys and values in front of every text, in every layer (Li and Liang 2021).
+    """Puts keys and values in front of every text, in every layer (Li and Liang 2021).
 
-    They start as those that the model itself computes for random tokens of its vocabulary: without these *real activations*
+    They start as those that the model computes for random tokens of its vocabulary: without these *real activations*
     prefix tuning by forward passes hardly learns (Malladi et al. 2023, appendix on prefix tuning).
 
     Args:
-        tokens: how many.
-        seed: of their choice.
+        tokens: the length of the prefix.
+        seed: seeds the choice of tokens.
 
     Raises:
         ValueError: the model keeps no keys and values, or not the same number in every layer.
@@ -183,7 +183,7 @@ def add_prefix(model: Any, tokens: int, seed: int) -> Any:
         generator=torch.Generator().manual_seed(derive_seed(seed, "prefix")),
     )
     start = _activations(model, ids)
-    # peft calls a masked model with a prefix only where it takes it for an extractor of features.
+    # peft calls a masked model with a prefix only if it is declared a feature extractor.
     task = "CAUSAL_LM" if _generates(model) else "FEATURE_EXTRACTION"
     adapted = adapt(model, PrefixTuningConfig(num_virtual_tokens=tokens, task_type=task))
     encoder = adapted.prompt_encoder[adapted.active_adapter]
@@ -205,7 +205,7 @@ def _activations(model: Any, ids: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        # Masked models are asked for no cache, and fill one that they are given.
+        # Masked models return no cache, but fill one that they are given.
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
     finally:
         model.train(was_training)
@@ -214,13 +214,13 @@ def _activations(model: Any, ids: Tensor) -> Tensor:
     if not layers or len({tensor.shape for tensor in layers}) > 1:
         found = "no keys and values" if not layers else "layers that differ in their keys and values"
         raise ValueError(
-            f"{type(model).__name__} has {found}, so it takes no prefix: tune another way, such as tune='lora'"
+            f"{type(model).__name__} has {found}, so it cannot take a prefix: tune another way, such as tune='lora'"
         )
     return torch.cat(layers).float().permute(2, 0, 1, 3).reshape(ids.shape[1], -1)
 
 
 def head_alone(model: Any) -> Any:
-    """Freezes all but the output embedding, untied from the input embedding where the two are one.
+    """Freezes all but the output embedding, and unties it from the input embedding if the two are shared.
 
     Raises:
         ValueError: the model has no output embedding.
@@ -235,9 +235,9 @@ def head_alone(model: Any) -> Any:
 
 
 def untie_output_embedding(model: Any) -> bool:
-    """Gives the output embedding tensors of its own where it shares them, so that moving it moves nothing else.
+    """Gives the output embedding tensors of its own if it shares them, so that moving it moves nothing else.
 
-    The model saves them, and says so in its configuration. It takes a vocabulary's worth of memory more.
+    The model saves them, and its configuration says so. They take memory for one more vocabulary.
 
     Returns:
         Whether anything was shared.

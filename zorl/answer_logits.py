@@ -1,7 +1,7 @@
-"""What a model makes of given answers: its logits at every one of their tokens, at points around θ.
+"""A model's logits at the tokens of given answers, at points around θ.
 
-The answers of a judged pair are read again and again at other points. Where only the output embedding is tuned, all that
-comes before it is the same at every point: it is computed once an answer, and a point costs one matrix product.
+The answers of a judged pair are read again and again at other points. If only the output embedding is tuned, everything
+before it is the same at every point: it is computed once per answer, and a point costs one matrix product.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class AnswerLogits:
 
     Args:
         evaluator: runs a causal language model at points.
-        parameters: what the points move.
+        parameters: the parameters that the points move.
         pad_id: a token to pad with; it is hidden from the model.
-        temperature: divides the logits: the one that the answers were sampled with.
-        batch_size: answers a forward.
+        temperature: divides the logits; use the one that the answers were sampled with.
+        batch_size: answers per forward.
 
     Raises:
         ValueError: temperature or batch_size is not positive.
@@ -75,11 +75,11 @@ class AnswerLogits:
         return self._head is not None
 
     def forget(self, keep: Sequence[TokenAnswer] = ()) -> None:
-        """Frees what is kept of answers, but of these."""
+        """Frees what is cached for all answers but these."""
         self._kept = {answer: self._kept[answer] for answer in keep if answer in self._kept}
 
     def log_probabilities(self, answers: Sequence[TokenAnswer], point: Point = CENTRE) -> Tensor:
-        """Of every token of the vocabulary at each place of the answers: float32, shape `(places, vocabulary)`."""
+        """The log-probability of every token at each position of the answers: float32, shape `(places, vocabulary)`."""
         return (self._logits(answers, point).float() / self.temperature).log_softmax(dim=-1)
 
     def _logits(self, answers: Sequence[TokenAnswer], point: Point) -> Tensor:
@@ -94,7 +94,7 @@ class AnswerLogits:
         for batch in self._batches(answers):
             inputs, logits = self._full(batch, CENTRE)
             if inputs is None or not self._head_gives(inputs, logits):
-                self._head, self._kept = None, {}  # the model does something to its logits after the output embedding
+                self._head, self._kept = None, {}  # the model changes its logits after the output embedding
                 return
             self._kept |= zip(batch, inputs.split([len(answer.ids) for answer in batch]), strict=True)
 
@@ -102,11 +102,11 @@ class AnswerLogits:
         head = self._head
         assert head is not None
         found: Tensor = self.evaluator.evaluate(CENTRE, lambda: head(inputs))
-        tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2  # matrices of other shapes round otherwise
+        tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2  # matrices of other shapes round differently
         return torch.allclose(found.to(logits.device).float(), logits.float(), rtol=tolerance, atol=tolerance)
 
     def _full(self, answers: Sequence[TokenAnswer], point: Point) -> tuple[Tensor | None, Tensor]:
-        """What the output embedding was given and the logits, at the places of the answers, by a whole forward."""
+        """The output embedding's input and the logits at the answers' positions, by a whole forward."""
         module = self.evaluator.module
         device = computing_device(module)
         inputs = [[*answer.prompt_ids, *answer.ids[:-1]] for answer in answers]
@@ -135,7 +135,7 @@ class AnswerLogits:
 def answer_sums(values: Tensor, answers: Sequence[TokenAnswer]) -> Tensor:
     """Sums of `values`, shape `(places,)`, over the places of each answer: shape `(answers,)`.
 
-    They are added up on the CPU, in order: a GPU would do it in any, with other last bits each time.
+    They are added on the CPU, in order: on a GPU the order, and so the last bits, would vary.
     """
     owners = torch.repeat_interleave(torch.tensor([len(answer.ids) for answer in answers]))
     return torch.zeros(len(answers), dtype=values.dtype).index_add_(0, owners, values.cpu()).to(values.device)

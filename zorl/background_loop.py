@@ -14,7 +14,7 @@ T = TypeVar("T")
 class BackgroundLoop:
     """Runs coroutines to their end from synchronous code, even in a thread that has a running loop (a notebook).
 
-    All calls share one loop, which is started by the first and stopped with the object: clients that bind to the loop
+    All calls share one loop, which the first one starts and which stops with the object: clients that bind to the loop
     they first ran in (HTTP sessions, locks) keep working from one call to the next.
     """
 

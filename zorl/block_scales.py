@@ -3,8 +3,8 @@
 Points lie along d⁻¹⊙z: blocks with a large d are perturbed less. With the variance modified θ moves along d⊙z, and the estimate
 stays unbiased; with the expectation modified it moves along z, and the estimate's mean is diag(d)⁻¹∇L, a preconditioned gradient.
 
-d is the blocks' parameter norms, or estimates of their gradients' norms: |g| of a SPSA step along z in one block alone, which
-takes a step of its own with two forwards a block and moves nothing. Both are renewed every so many steps.
+d is the blocks' parameter norms, or estimates of their gradients' norms: |g| of an SPSA step along z in one block alone, which
+takes a step of its own, with two forwards per block, that moves nothing. Both are renewed every `block_scales_every` steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from zorl.parameters import ParameterSet
 from zorl.updates import bfloat16
 
 BlockScales = Literal["parameter_norms", "gradient_norms"]
-LARGEST = 16.0  # scales lie within 1/16 … 16: a block whose norm is 0, such as new biases, is not thrown anywhere
+LARGEST = (
+    16.0  # scales lie within 1/16 … 16, so that a block whose norm is 0, such as new biases, is not thrown far away
+)
 
 
 def check_block_scales(kind: str, every: int) -> None:
@@ -31,19 +33,19 @@ def check_block_scales(kind: str, every: int) -> None:
 
 
 def measures(header: Mapping[str, Any], step: int) -> bool:
-    """Whether a run's step estimates the blocks' gradient norms and moves nothing."""
+    """Whether this step of a run estimates the blocks' gradient norms and moves nothing."""
     return header.get("block_scales") == "gradient_norms" and step % header["block_scales_every"] == 0
 
 
 def rescales(header: Mapping[str, Any], step: int) -> bool:
-    """Whether the parameters' norms are taken anew before a run's step."""
+    """Whether the parameters' norms are measured again before this step of a run."""
     return header.get("block_scales") == "parameter_norms" and step % header["block_scales_every"] == 0
 
 
 def parameter_norms(parameters: ParameterSet) -> dict[str, float]:
-    """d of each parameter by its norm."""
+    """d of each parameter from its norm."""
     norms = {
-        # In float64, so that machines which add in another order agree on what is rounded to bfloat16.
+        # In float64, so that machines that add in another order agree after rounding to bfloat16.
         name: float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
         for name, tensor in parameters.items()
     }
@@ -53,8 +55,8 @@ def parameter_norms(parameters: ParameterSet) -> dict[str, float]:
 def normalized(norms: Mapping[str, float], parameters: ParameterSet) -> dict[str, float]:
     """d: the norms over their geometric mean over all elements of the parameters, rounded to bfloat16.
 
-    So the mean of log d over the elements is 0: on the whole neither d⁻¹ nor d makes ε or the learning rate larger. Blocks
-    without a norm (0 or NaN) do not count in the mean and get the smallest scale; where none has one, all are 1.
+    The mean of log d over the elements is thus 0: on the whole, neither d⁻¹ nor d changes ε or the learning rate. Blocks without
+    a norm (0 or NaN) do not count in the mean and get the smallest scale; if no block has one, all scales are 1.
     """
     known = {name: norm for name, norm in norms.items() if norm > 0.0}
     if not known:

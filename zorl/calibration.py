@@ -1,8 +1,8 @@
-"""A bias for each label, fitted to the training rows: what can be had without tuning anything.
+"""A bias for each label, fitted to the training rows without tuning the model.
 
-Label words come badly calibrated: one of them is likelier whatever the text says (Zhao et al. 2021), and most of what the
-first hundred steps of tuning buy is putting that right. Fitting it costs one evaluation of the training rows and some
-arithmetic. So it is where tuning starts, and the baseline that tuning has to beat.
+Label words are badly calibrated: one of them is likelier whatever the text says (Zhao et al. 2021), and the first hundred steps
+of tuning mostly correct that. Fitting a bias costs one evaluation of the training rows and some arithmetic. So tuning starts
+from it, and it is the baseline that tuning has to beat.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 def fit_label_bias(
     scores: Tensor, objective: Callable[[Tensor], float], *, candidates: int = 48, rounds: int = 3
 ) -> tuple[Tensor, float]:
-    """Biases that make `objective` largest, by coordinate ascent: each label in turn, the others fixed.
+    """Biases that maximise `objective`, by coordinate ascent: each label in turn, the others fixed.
 
     A label's candidates are the biases at which a prediction changes, or `candidates` quantiles of these; a second pass
     looks between the neighbours of the best.
 
     Args:
-        scores: of the labels, shape `(rows, labels)`.
+        scores: the labels' scores, shape `(rows, labels)`.
         objective: from scores with the biases added, shape `(rows, labels)`, to a number; higher is better.
         candidates: values to try for each label in each pass.
-        rounds: over the labels, at most; stops when nothing improves.
+        rounds: the most passes over the labels; it stops when nothing improves.
 
     Returns:
         The biases, shape `(labels,)`, float64, the first zero, and the objective with them.
@@ -43,7 +43,7 @@ def fit_label_bias(
         for label in range(1, values.shape[1]):
             biased = values + bias
             biased[:, label] = -torch.inf
-            crossings = (biased.amax(1) - values[:, label]).unique()  # where the label begins to win a row
+            crossings = (biased.amax(1) - values[:, label]).unique()  # where the label starts to win a row
             low, high = 0.0, 1.0
             for _ in range(2):
                 grid = torch.linspace(low, high, candidates, dtype=torch.float64)
@@ -63,7 +63,7 @@ def fit_label_bias(
 
 
 def _between(crossings: Tensor, position: float) -> float:
-    """The middle of the gap at a relative position among sorted crossings: no prediction sits on the edge."""
+    """The middle of the gap at a relative position among sorted crossings, so that no prediction is on the edge."""
     i = round(position * len(crossings))
     if i == 0:
         return float(crossings[0]) - 1.0

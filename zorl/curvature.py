@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import t as students_t
 from torch import Tensor
 
 from zorl.directions import Distribution, Step
@@ -44,7 +45,7 @@ _UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """What m directions say of the loss at θ.
+    """The slopes and curvature of the loss at θ along m directions.
 
     Attributes:
         slopes: zᵢ·∇L, float64 of shape `(m,)`.
@@ -76,8 +77,8 @@ class Curvature:
 
     @property
     def effective_rank(self) -> Estimate:
-        """r = tr H / ‖H‖_op (Malladi et al. 2023, Assumption 1). NaN where the trace's interval holds 0: a loss that is not known
-        to curve upwards has none."""
+        """r = tr H / ‖H‖_op (Malladi et al. 2023, Assumption 1). NaN if the trace's interval contains 0: a loss
+        that is not known to curve upwards has none."""
         return _positive(lambda i: _rank(self._of(i)), len(self.slopes)) if self.trace.low > 0.0 else _UNKNOWN
 
     @property
@@ -90,7 +91,7 @@ class Curvature:
 
 
 def forwards_of(directions: int) -> int:
-    """Evaluations that `measure_curvature` makes: θ, both sides of m directions, and of each pair."""
+    """The evaluations that `measure_curvature` makes: θ, both sides of m directions, and both sides of each pair."""
     return 1 + 2 * directions + directions * (directions - 1)
 
 
@@ -99,14 +100,14 @@ def measure_curvature(
 ) -> Curvature:
     """Slopes and curvature along directions and between them, by central differences; errors are of order ε².
 
-    θ is moved to θ ± εzᵢ and looked at from there along the other directions; a copy of it is kept, and put back.
+    θ is moved to θ ± εzᵢ, evaluated from there along the other directions, and restored from a copy.
 
     Args:
         losses: evaluates `parameters` in place, at any point around them.
-        seeds: of the m directions, at least 3.
+        seeds: the seeds of the m directions, at least 3.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer than 3.
     """
     m = len(seeds)
     if m < 3:
@@ -132,7 +133,7 @@ def measure_curvature(
 
 @contextmanager
 def restored(parameters: ParameterSet) -> Iterator[Callable[[], None]]:
-    """Keeps a copy of θ for the block and puts it back, bit for bit, whenever the given function is called and at the end."""
+    """Keeps a copy of θ for the block. The given function restores it, bit for bit, and so does the end of the block."""
     kept = {name: tensor.detach().clone() for name, tensor in parameters.items()}
 
     def restore() -> None:
@@ -147,28 +148,25 @@ def restored(parameters: ParameterSet) -> Iterator[Callable[[], None]]:
 
 
 def jackknife(statistic: Callable[[Tensor], float], size: int) -> Estimate:
-    """A statistic of `size` things and its interval, from the scatter when each is left out (Tukey 1958).
+    """A statistic of `size` items and its 95% interval, from the scatter when each is left out (jackknife; Tukey 1958).
+
+    The quantile is Student's t with `size` − 1 degrees of freedom.
 
     Args:
-        statistic: of the things with the given indices, int64 of shape `(n,)`.
+        statistic: computes it from the items with the given indices, int64 of shape `(n,)`.
     """
     everything = torch.arange(size)
     value = statistic(everything)
     without = torch.tensor([statistic(everything[everything != i]) for i in range(size)], dtype=torch.float64)
     deviation = math.sqrt((size - 1) * without.var(correction=0).item())
-    margin = _students_t(size - 1) * deviation
+    margin = float(students_t.ppf(0.975, size - 1)) * deviation
     return Estimate(value, value - margin, value + margin)
 
 
 def _positive(statistic: Callable[[Tensor], float], size: int) -> Estimate:
-    """Of what is positive and scatters by factors: the interval is its logarithm's. NaN where it is not positive."""
+    """A positive statistic that scatters by factors, with the interval of its logarithm. NaN where it is not positive."""
     log = jackknife(lambda i: math.log(value) if (value := statistic(i)) > 0.0 else math.nan, size)
     return Estimate(math.exp(log.value), math.exp(min(log.low, 700.0)), math.exp(min(log.high, 700.0)))
-
-
-def _students_t(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, by the Cornish–Fisher expansion around the normal one (0.5% off at 5 degrees)."""
-    return 1.95996 + 2.37227 / freedom + 2.82250 / freedom**2 + 2.55585 / freedom**3
 
 
 def _trace(matrix: Tensor) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ import torch
 from datasets import Dataset
 
 from zorl.prompts import Prompt
-from zorl.tables import EXTENSIONS, check_columns, did_you_mean, extension, read_table
+from zorl.suggestions import check_columns, did_you_mean
+from zorl.tables import EXTENSIONS, extension, read_table
 
 TEXT, LABEL = "text", "label"  # the names of columns that are given by position
 _A_SCRIPT = "scripts are no longer supported"  # what datasets says about code in place of rows
@@ -106,24 +106,6 @@ def load_rows(
         None if text_column is None else next(called),
         None if label_column is None else next(called),
     )
-
-
-def label_counts(dataset: Dataset, label_column: str) -> dict[str, int]:
-    """How often each label occurs, with labels as text and sorted by it.
-
-    Raises:
-        ValueError: the column is missing, or there are fewer than two different labels to tell apart.
-    """
-    check_columns("the data set", [label_column], dataset.column_names)
-    counts = Counter(str(label) for label in dataset[label_column])
-    if not counts:
-        raise ValueError("the data set holds no rows")
-    if len(counts) == 1:
-        (label,) = counts
-        raise ValueError(
-            f"all {len(dataset)} rows have the label {label!r} in {label_column!r}; expected two or more labels"
-        )
-    return dict(sorted(counts.items()))
 
 
 def hold_out(

@@ -1,16 +1,16 @@
-"""What a model's loss looks like where tuning starts, and the lr and ε that follow, from a bounded number of forwards.
+"""The shape of a model's loss where tuning starts, and the lr and ε that follow from it, in a bounded number of forwards.
 
 Five things are measured, each on batches as training draws them:
 
 1. ε: slopes along a few directions at ε from 1e-4 to 0.1 (`zorl.slopes`).
 2. curvature and effective rank (`zorl.curvature`), at that ε.
-3. the share of a slope that another batch confirms: the rest of it is the batch's own.
+3. the share of a slope that another batch confirms; the rest is noise of the batch.
 4. the learning rate of the descent lemma with these figures (Malladi et al. 2023, Corollary 1).
-5. a few real steps with that rate, or with one that moves weights by ε a step where that is less, with a quarter of it and
-   with four times it, from the same start, on the same batches. The rate of theory is suggested, unless the loss falls
-   farther with another by more than twice the standard error of the difference.
+5. a few real steps with that rate (or, if it is smaller, one that moves weights by ε per step), with a quarter of it and with
+   four times it, from the same start and on the same batches. The rate of theory is suggested, unless the loss falls farther
+   with another by more than twice the standard error of the difference.
 
-θ is the same afterwards, bit for bit.
+θ is unchanged afterwards, bit for bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from zorl.updates import measured_in_weights
 LOOKS = 4  # directions that ε is chosen by
 TRIES = (0.25, 1.0, 4.0)  # times the learning rate that the theory gives
 MEASURED_ON = 4  # batches on which the fall of the loss is measured
-LEAST_CONFIRMED = 0.1  # a share measured below this is taken for this: it is hardly known
+LEAST_CONFIRMED = 0.1  # a share measured below this is replaced by it, being hardly known
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Try:
     """A few real steps.
 
     Attributes:
-        falls: of the loss, a step, on each of several batches that stay the same.
+        falls: how far the loss fell per step, on each of several fixed batches.
     """
 
     learning_rate: float
@@ -60,24 +60,24 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What was found, and what to train with.
+    """What was measured, and what to train with.
 
     Attributes:
-        parameters: d, of those that are tuned.
-        n_spsa: n, directions a step.
-        forwards: evaluations of a batch that this took, `calibration_forwards` of them for the start that tuning has.
-        looks: what ε was chosen by, smallest first.
+        parameters: d, the number of tuned parameters.
+        n_spsa: n, directions per step.
+        forwards: the evaluations of a batch that it took, `calibration_forwards` of them for the calibration at the start.
+        looks: the slopes at each ε, smallest ε first.
         curvature: along random directions, and with it gradient, trace, norms and effective rank.
-        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions a step.
+        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions per step.
         confirmed: the share of a squared slope that another batch confirms.
         corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
         gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"` (see
             `zorl.updates.measured_in_weights`).
         tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
             a step where that is less.
-        predicted_fall: of the loss, in the first step with the middle rate.
-        epsilon: to train with; None where no fixed one will do, and `"auto"` is to be left to find one.
-        lr_normalized, lr_sgd: to train with.
+        predicted_fall: the predicted fall of the loss in the first step with the middle rate.
+        epsilon: the ε to train with; None if no fixed one will do, so that `"auto"` should find one.
+        lr_normalized, lr_sgd: the learning rates to train with.
     """
 
     parameters: int
@@ -98,11 +98,11 @@ class Diagnosis:
 
 
 def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], object] = lambda n: None) -> Diagnosis:
-    """Measures a trainer's objective where its training would start. The trainer is not trained by it.
+    """Measures a trainer's objective where its training would start, without training it.
 
     Args:
         trainer: with a training set, and a reward or a loss that has a value for every answer.
-        budget: evaluations of a batch, at most; those of the calibration are among them.
+        budget: the most evaluations of a batch, calibration included.
         progress: called with the number of evaluations made.
 
     Raises:
@@ -112,7 +112,7 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     args, parameters = trainer.args, trainer.tuned
     if args.estimator == "forward_gradient":
         raise ValueError(
-            "a diagnosis measures slopes by differences, and estimator='forward_gradient' has them without: leave it out"
+            "a diagnosis measures slopes by differences, and estimator='forward_gradient' computes them exactly: leave it out"
         )
     n = Directions.parse(args.n_spsa).at(0)
     one_sided = args.estimator == "one_sided"
@@ -123,7 +123,9 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     plan = Plan.of(budget - calibration, a_step)
     if plan is None:
         least = next(b for b in itertools.count() if Plan.of(b, a_step)) + calibration
-        raise ValueError(f"a budget of {budget} forwards is too small: {least} are needed, {calibration} to calibrate")
+        raise ValueError(
+            f"a budget of {budget} forwards is too small: {least} are needed, {calibration} of them to calibrate"
+        )
     progress(calibration)
     batches = _batches(trainer)
     seeds = [derive_seed(args.seed, "diagnosis", i) for i in range(plan.directions)]
@@ -171,7 +173,7 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
 
 
 def _corollary_1_of(curvature: Curvature, n: int, one_sided: bool) -> float:
-    """With the trace's upper end where it cannot be told from zero; infinite where nothing curves upwards."""
+    """Corollary 1 with the trace, or its upper end if it cannot be told from zero; infinite if nothing curves upwards."""
     trace = curvature.trace
     steepest = trace.value if trace.low > 0.0 else trace.high
     norm = max(curvature.norm.value, 0.0)
@@ -183,15 +185,16 @@ def _corollary_1_of(curvature: Curvature, n: int, one_sided: bool) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a budget is spent."""
+    """How to spend a budget."""
 
     directions: int
     steps: int
 
     @classmethod
     def of(cls, budget: int, a_step: int) -> Plan | None:
-        """With as many points a step of training: up to 16 directions for at most two fifths of it, the rest for real steps;
-        None where it is too small.
+        """A plan for steps of that many points: up to 16 directions for two fifths of the budget at most, then real steps.
+
+        None if the budget is too small.
         """
         directions = max((m for m in range(6, 17) if forwards_of(m) + 2 * m <= 0.4 * budget), default=6)
         left = budget - cls(directions, 0).forwards(a_step)
@@ -206,8 +209,8 @@ class Plan:
 
 
 def choose_try(tries: Sequence[Try]) -> Try:
-    """The one with which the loss fell farthest, or the middle one where its lead over that is no more than noise: twice the
-    standard error of the difference over the batches."""
+    """The try with which the loss fell farthest; the middle one, unless that leads by more than twice the standard error of
+    the difference over the batches."""
     middle = tries[len(tries) // 2]
     best = max(tries, key=lambda found: found.fall if math.isfinite(found.fall) else -math.inf)
     if not math.isfinite(middle.fall):
@@ -235,7 +238,7 @@ def _descend(
     batches: Iterator[list[dict[str, Any]]],
     progress: Callable[[int], object],
 ) -> list[Try]:
-    """The same few steps with each learning rate, along the same directions, from θ as it is."""
+    """The same few steps with each learning rate, along the same directions, from the current θ."""
     args = trainer.args
     n = Directions.parse(args.n_spsa).at(0)
     measured = [_losses(trainer, next(batches), 2 + i, a_step, progress) for i in range(MEASURED_ON)]
@@ -267,7 +270,7 @@ def _descend(
 def _losses(
     trainer: MeZOTrainer, rows: list[dict[str, Any]], number: int, a_step: int, progress: Callable[[int], object]
 ) -> Losses:
-    """The mean loss on these rows, at as many points at once as a step of training holds. Its noise is always the same."""
+    """The mean loss on these rows, at as many points at a time as a training step has, always with the same noise."""
     noise = derive_seed(trainer.args.seed, "diagnosis", "noise", number)
 
     def losses(points: Sequence[Point]) -> Tensor:
@@ -276,7 +279,7 @@ def _losses(
             chunk = points[start : start + a_step]
             answers = trainer.objective.ask(rows, chunk, noise).answers
             if not isinstance(answers, Scores):
-                raise ValueError("a judge only compares: there is no value whose curvature could be measured")
+                raise ValueError("a judge only compares, so there is no value whose curvature could be measured")
             found.append(answers.losses)
             progress(len(chunk))
         return torch.cat(found)

@@ -2,7 +2,7 @@
 
 A counter-based generator hashes an element's index under a key made from the seed and the parameter's canonical name.
 So equal-shaped tensors get independent noise, the order of parameters does not matter, any slice can be made alone, and
-no global random state is read or written. Every direction satisfies E[z zᵀ] = I, which is all that SPSA asks
+no global random state is read or written. Every direction satisfies E[z zᵀ] = I, which is all that SPSA requires
 (Spall 1992, section II; Malladi et al. 2023, Definition 1).
 
 This file says *what* z is; `zorl.kernels` turns it into θ + c·z.
@@ -30,18 +30,18 @@ def rank(distribution: Distribution) -> int:
     """r of a low-rank direction; 0 for the dense ones.
 
     A low-rank direction of a matrix is z = (u₁v₁ᵀ + … + uᵣvᵣᵀ) / √r with signs u and v (EGGROLL, Sarkar et al. 2025): a model
-    can be evaluated there without making the matrix. A tensor of more dimensions is a matrix of its first dimension by the
-    rest; vectors, and numbers, get independent signs. With r = 1 or 4 every element is an exact floating-point number.
+    can be evaluated there without materialising the matrix. A tensor of more dimensions is a matrix of its first dimension by the
+    rest; vectors and scalars get independent signs. With r = 1 or 4 every element is an exact floating-point number.
     """
     return {"rank1": 1, "rank4": 4}.get(distribution, 0)
 
 
 def matrix_width(shape: Sequence[int]) -> int:
-    """Columns of a tensor as the matrix that low-rank directions see; 0 for vectors and numbers."""
+    """The columns of the matrix that low-rank directions take a tensor for; 0 for vectors and scalars."""
     return math.prod(shape[1:]) if len(shape) > 1 else 0
 
 
-# torch.compile, DistributedDataParallel and peft wrap a model and so lengthen the names of its parameters.
+# torch.compile, DistributedDataParallel and peft wrap a model and lengthen the names of its parameters.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod\.|module\.|base_model\.model\.|base_layer\.)")
 
 
@@ -95,7 +95,7 @@ def derive_seed(master: int, *path: int | str) -> int:
 def half_normal_table() -> Tensor:
     """The 2¹⁵ magnitudes that a Gaussian direction takes (float32): equally likely quantiles of |N(0, 1)|.
 
-    A table, rather than Box–Muller, because table look-ups have the same bits on every machine, and libraries' logarithms
+    A table rather than Box–Muller, because table look-ups give the same bits on every machine, while libraries' logarithms
     and cosines do not. The quantiles are scaled to a second moment of exactly one; the largest is 4.32, the kurtosis 2.999.
     """
     n = 1 << 15
@@ -109,7 +109,7 @@ class Step:
     """One direction and the coefficient that it was applied with: θ ← θ + coefficient · z(seed).
 
     Attributes:
-        scales: a multiple of the coefficient for each parameter, by canonical name; None: all the same.
+        scales: a multiple of the coefficient for each parameter, by canonical name; None for the same in all.
     """
 
     seed: int
@@ -117,5 +117,5 @@ class Step:
     scales: Mapping[str, float] | None = None
 
     def coefficient_of(self, name: str) -> float:
-        """The coefficient in the parameter with this canonical name. Two bfloat16 factors: exact in float32."""
+        """The coefficient for the parameter with this canonical name. Both factors are bfloat16, so it is exact in float32."""
         return self.coefficient if self.scales is None else self.coefficient * self.scales[name]

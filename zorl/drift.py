@@ -1,9 +1,8 @@
 """How far a tuned model has drifted from where it started, from forward passes alone.
 
-A win is cheap where the text may fall apart: what a person, or any reward, does not ask about is free to get worse.
-Three figures tell. KL is what tuning has spent, on text of the tuned model alone (the penalty of Ziegler et al. 2019,
-eq. 2). Perplexity under the starting model rises when answers turn odd; distinct-2 (Li et al. 2016) falls when they
-repeat themselves.
+A win is cheap if the text may fall apart: whatever a person or a reward does not ask about is free to get worse. Three figures
+show it. KL is what tuning has spent, on text of the tuned model alone (the penalty of Ziegler et al. 2019, eq. 2). Perplexity
+under the starting model rises when answers turn odd; distinct-2 (Li et al. 2016) falls when they repeat themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from zorl.prompts import Answer
 
 
 def starting_evaluator(model: nn.Module, parameters: ParameterSet) -> Scratch:
-    """Runs the model as it is *now*, whatever becomes of it: with copies of the tuned parameters, sharing everything else.
+    """Runs the model as it is *now*, whatever becomes of it: it copies the tuned parameters and shares everything else.
 
     Make it before `MeZO` resumes a trajectory, while the parameters hold the base weights.
     """
@@ -40,36 +39,32 @@ def starting_evaluator(model: nn.Module, parameters: ParameterSet) -> Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Of the current model's answers.
+    """The drift of the current model's answers.
 
     Attributes:
-        kl: mean over the tokens of the divergence KL(current ‖ start) between the next-token distributions, in nats.
-        perplexity: of the answers under the starting model, as a multiple of that of its own answers.
-        distinct_2: share of word pairs that are different ones, as a multiple of that of its own answers.
+        kl: the divergence KL(current ‖ start) between the next-token distributions, in nats, averaged over the tokens.
+        perplexity: the answers' perplexity under the starting model, as a multiple of that of its own answers.
+        distinct_2: the share of distinct word pairs, as a multiple of that of the starting model's own answers.
     """
 
     kl: float
     perplexity: float
     distinct_2: float
 
-    def within(self, bound: float) -> bool:
-        """Whether perplexity and distinct-2 are both within a share `bound` of the start, such as 0.1."""
-        return abs(self.perplexity - 1.0) <= bound and abs(self.distinct_2 - 1.0) <= bound
-
 
 class DriftMeter:
     """Measures drift on fixed prompts, with sampling noise that both models share. The starting model answers once.
 
     Args:
-        current: what is measured.
-        start: the same policy of the starting model (see `starting_evaluator`).
+        current: the policy to measure.
+        start: the same policy for the starting model (see `starting_evaluator`).
         reader: reads answers in the current model.
-        start_reader: and in the starting one.
-        rows: of the prompts; more of them, a steadier figure.
-        noise_seed: of sampling.
+        start_reader: reads answers in the starting model.
+        rows: the rows to prompt with; the more, the steadier the figures.
+        noise_seed: seeds sampling.
 
     Raises:
-        ValueError: there are no rows, or the starting model has nothing to say to any.
+        ValueError: there are no rows, or the starting model answers none of them.
     """
 
     def __init__(
@@ -92,20 +87,20 @@ class DriftMeter:
             raise ValueError("the starting model answered none of the prompts with a single token")
         self._log_perplexity = -chosen(start_reader.log_probabilities(tokens), tokens).mean().item()
         start_reader.forget()
-        self._distinct_2 = distinct_2(text_of(answer) for answer in answers)
+        self._distinct_2 = distinct_2(whole_text(answer) for answer in answers)
 
     def measure(self) -> Drift:
-        """Of the current model as it is now."""
+        """The drift of the current model as it is now."""
         (answers,) = self._current.answers(self._rows, [CENTRE], noise_seed=self._noise_seed)
         tokens = self._tokens(answers)
-        if not tokens:  # it says nothing any more
+        if not tokens:  # it no longer says anything
             return Drift(math.inf, math.inf, 0.0)
         now, before = (reader.log_probabilities(tokens) for reader in (self._reader, self._start_reader))
         kl = divergence(now, before).mean().item()
         log_perplexity = -chosen(before, tokens).mean().item()
         for reader in (self._reader, self._start_reader):
             reader.forget()
-        distinct = distinct_2(text_of(answer) for answer in answers)
+        distinct = distinct_2(whole_text(answer) for answer in answers)
         return Drift(
             kl,
             math.exp(log_perplexity - self._log_perplexity),
@@ -121,12 +116,12 @@ class DriftMeter:
 
 
 def distinct_2(texts: Iterable[str]) -> float:
-    """Different pairs of neighbouring words, as a share of all of them (Li et al. 2016); 0 where there are none."""
+    """The share of distinct pairs of neighbouring words (Li et al. 2016); 0 if there are none."""
     pairs = [pair for text in texts for words in [text.lower().split()] for pair in pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def text_of(answer: Answer) -> str:
-    """What the model wrote, in plain text or as the assistant of a conversation."""
+def whole_text(answer: Answer) -> str:
+    """What the model wrote: a plain text, or the contents of all messages, each on its own line."""
     completion = answer.completion
     return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)

@@ -1,4 +1,4 @@
-"""From prompts to batches of token ids: tokenised once, shortened where too long, put into batches of like length."""
+"""From prompts to batches of token ids: tokenised once, shortened if too long, batched by length."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from zorl.prompts import Prompt, Rendered
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Prompts whose tokens are remembered. At 64 tokens each they take some 30 MB.
+# Prompts whose tokens are cached. At 64 tokens each they take some 30 MB.
 CACHED_PROMPTS = 1 << 16
-# What one more forward costs, in tokens: a batch is split where that saves more padding. Measured on two CPU cores with
-# a BERT of 22M parameters; results do not depend on it but in rounding.
+# The cost of one more forward, in tokens: a batch is split if that saves more padding. Measured on two CPU cores with
+# a BERT of 22M parameters; results depend on it only in rounding.
 FORWARD_TOKENS = 256
 
 
@@ -53,7 +53,7 @@ class Options:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest option."""
+        """The tokens of the longest option."""
         return max(map(len, self.tokens))
 
 
@@ -63,8 +63,8 @@ class Encoded:
 
     Attributes:
         ids: int32, shape `(T,)`.
-        position: the index in `ids` whose logits tell the answer's first token.
-        options: the answers to choose from; None where the answer is generated.
+        position: the index in `ids` whose logits predict the answer's first token.
+        options: the answers to choose from; None if the answer is generated.
     """
 
     ids: NDArray[np.int32]
@@ -73,22 +73,22 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest input made from this prompt."""
+        """The number of tokens of the longest input made from this prompt."""
         return len(self.ids) + (self.options.longest - 1 if self.options is not None else 0)
 
     @property
     def choices(self) -> Options:
-        """The options of a prompt that has some."""
+        """The options, for a prompt that has some."""
         assert self.options is not None
         return self.options
 
 
 class ContextTokenizer:
-    """Tokenises what a model is to continue: with what the tokenizer puts in front, without what it puts behind.
+    """Tokenises text for a model to continue: with the special tokens that the tokenizer puts in front, without those behind.
 
     Args:
         tokenizer: any of transformers' tokenizers.
-        prompt: for its chat template options.
+        prompt: gives the options of its chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
@@ -107,7 +107,7 @@ class ContextTokenizer:
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # too long is ours to handle
+            verbose=False,  # over-long texts are handled here
         )
         return encoding["input_ids"]
 
@@ -131,7 +131,7 @@ class ContextTokenizer:
         return [ids or start for ids in contexts]
 
     def continuations(self, contexts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text as it is tokenised behind its context, or alone where the two run into one token."""
+        """The token ids of each text as it is tokenised behind its context, or alone if a token spans both."""
         before = self.plain(contexts)
         both = self.plain([context + text for context, text in zip(contexts, texts, strict=True)])
         alone = self.plain(texts)
@@ -151,7 +151,7 @@ class ContextTokenizer:
                 f"the prompt is a chat, but the tokenizer {type(self.tokenizer).__name__} has no chat_template;"
                 " use an instruct model's tokenizer, or a plain text prompt"
             )
-        open_reply = messages[-1][0] == "assistant"  # the reply has begun: go on from there
+        open_reply = messages[-1][0] == "assistant"  # the reply has begun and is continued
         try:
             text = self.tokenizer.apply_chat_template(
                 [{"role": role, "content": content} for role, content in messages],
@@ -170,11 +170,11 @@ class PromptEncoder:
 
     Args:
         prompt: the template.
-        tokenise: from rendered prompts to tokens.
+        tokenise: turns rendered prompts into tokens.
         max_length: no input gets longer than this many tokens: the row's values are cut, longest first, never the
             template, the chat's own text or the mask.
-        keep: the end of a value that survives.
-        vocabulary: rows of the model's input embedding.
+        keep: which end of a value is kept when it is cut.
+        vocabulary: the number of rows of the model's input embedding.
 
     Raises:
         ValueError: when called, for a row whose prompt is too long even with all its values cut to nothing, or holds a
@@ -216,7 +216,7 @@ class PromptEncoder:
         return result
 
     def _shortened(self, row: Mapping[str, Any]) -> Encoded:
-        """The row with its values cut to the most characters that fit, found by bisection."""
+        """The row with its values cut to the largest number of characters that fits, found by bisection."""
 
         def cut(limit: int) -> Encoded:
             return self._tokenise([self._prompt.render(row, limit=limit, keep=self._keep)])[0]
@@ -240,12 +240,12 @@ class PromptEncoder:
 
 
 def longest_input(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that the model reads, by its position embeddings and its tokenizer (`sys.maxsize`: no limit)."""
+    """The longest input, in tokens, by the model's position embeddings and its tokenizer (`sys.maxsize`: no limit)."""
     config: Any = module.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # rotary or none: may be absent
     limits = [sys.maxsize, tokenizer.model_max_length]
     if positions is not None and positions > 0:
-        # RoBERTa and its kin number positions from padding_idx + 1, and so reach less far than their table is long.
+        # RoBERTa and its kin number positions from padding_idx + 1, so they read less than the length of their table.
         tables = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
         unused = max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
         # peft's prompt and prefix tuning put tokens of their own in front.
@@ -259,7 +259,7 @@ def length_buckets(lengths: Sequence[int], batch_size: int, overhead: int = FORW
 
     Args:
         lengths: in tokens.
-        batch_size: prompts in a batch, at most.
+        batch_size: the most prompts per batch.
         overhead: the cost of one more batch, in tokens.
 
     Returns:
@@ -268,7 +268,7 @@ def length_buckets(lengths: Sequence[int], batch_size: int, overhead: int = FORW
     n = len(lengths)
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     width = np.asarray(lengths, dtype=np.int64)[order]
-    # cost[j]: of the first j prompts, whose last batch starts at start[j] and is as wide as its first prompt.
+    # cost[j]: the cost of the first j prompts, whose last batch starts at start[j] and is as wide as its first prompt.
     cost, start = np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=np.int64)
     size = np.arange(min(batch_size, n), 0, -1)
     for j in range(1, n + 1):
@@ -298,6 +298,6 @@ def padded(
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with: the attention mask hides it, so where the tokenizer has none any other will do."""
+    """A token to pad with: the attention mask hides it, so any will do if the tokenizer has none."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(i for i in candidates if i is not None))

@@ -1,7 +1,7 @@
-"""How far to look: ε, fixed or adapted so that probes say something.
+"""The size ε of a perturbation, fixed or adapted so that probes are informative.
 
 Accuracy and F1 are flat at small scales: at the published ε = 1e-3 half of all probes on SST-2 find the same score on
-both sides, and a classifier that has collapsed onto one class never finds another (the zero-signal trap). The automatic
+both sides, and a classifier that has collapsed onto one class never finds another (a zero-signal trap). The automatic
 ε widens after a tie and narrows after an informative probe. It is a pure function of the log.
 """
 
@@ -27,7 +27,7 @@ class Epsilon:
 
     Args:
         value: a number keeps ε fixed there; "auto" starts at `start`.
-        dtypes: of the parameters; half precision has a floor.
+        dtypes: the parameters' dtypes; half precision has a floor.
         start: the first and smallest automatic ε.
         target: the share of informative directions to keep, in (0, 1).
         cap: how many times its start the automatic ε may grow.
@@ -58,7 +58,7 @@ class Epsilon:
                     f"epsilon={first:g} is below {FLOOR[dtype]:g}, under which {dtype} rounds most perturbations away"
                 )
         self._start = float(first)
-        self._log, self._largest_log = 0.0, math.log(cap)  # of ε as a multiple of its start
+        self._log, self._largest_log = 0.0, math.log(cap)  # ε as a multiple of its start
         self._up = math.log(growth)
         aim = target + (1.0 - target) / 4.0
         self._down = self._up * (1.0 - aim) / aim
@@ -66,7 +66,7 @@ class Epsilon:
 
     @property
     def largest(self) -> float:
-        """No probe looks farther than this."""
+        """The largest ε of any probe."""
         return self._start * math.exp(self._largest_log) if self.adaptive else self.value
 
     def observe(self, projected: Sequence[float]) -> None:

@@ -1,11 +1,11 @@
-"""The expected reward of labels, where the reward of the best label is a staircase.
+"""The expected reward of labels, which is smooth where the reward of the best label is a staircase.
 
-A policy with label words has a probability for every label. Its expected reward is what it earns when it samples its
+A policy with label words has a probability for every label. Its expected reward is what it earns by sampling its
 answers, the objective of policy gradients (Williams 1992, section 2). It moves with every perturbation, however small, and
 also for a classifier that has collapsed onto one label; the reward of the best labels moves only where a row changes
 sides. Answers that are sampled cost no forward: all points share one set of scores and one set of noise each.
 
-A reward of single answers needs no sampling at all: E[r] = Σ_l p(l)·r(l), with r asked once a label and the same at all
+A reward of single answers needs no sampling at all: E[r] = Σ_l p(l)·r(l), with r called once per label and the same at all
 points. A reward of a whole set, such as F1, is averaged over a few draws of all answers.
 """
 
@@ -23,7 +23,7 @@ from zorl.directions import derive_seed
 from zorl.generation import gumbel
 
 LabelReward = Literal["expected", "best"]
-DRAWS = 8  # of a set's answers
+DRAWS = 8  # per set of answers
 
 
 def expected_reward(scores: Tensor, rewards: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def expected_reward(scores: Tensor, rewards: Tensor) -> Tensor:
     Args:
         scores: log-probabilities of the labels at each point, shape `(points, rows, labels)`; −inf for a label that a row
             does not have.
-        rewards: of each label, shape `(rows, labels)`. NaN: not applicable; the other labels then share its probability.
+        rewards: each label's reward, shape `(rows, labels)`. NaN: not applicable; the other labels then share its probability.
 
     Returns:
         float64, shape `(points, rows)`; NaN on rows where no label has a reward.
@@ -44,7 +44,7 @@ def expected_reward(scores: Tensor, rewards: Tensor) -> Tensor:
 
 
 def rectangle(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Values of each row's answers, one row after the other, as `(rows, most answers of a row)`; NaN where a row has fewer."""
+    """Values of the rows' answers, given row after row, as `(rows, most answers of a row)`; NaN where a row has fewer."""
     return pad_sequence(list(values.split(list(counts))), batch_first=True, padding_value=math.nan)
 
 

@@ -1,8 +1,8 @@
 """The forward gradient (Baydin et al. 2022; MeZO, Appendix B.5): z·∇L itself, by forward-mode differentiation.
 
-Numbers that carry a derivative along with them go through one forward, and out comes L and z·∇L: what SPSA estimates by a
-difference, without ε and its error. It needs a loss that torch can differentiate, and it holds z and a derivative beside every
-activation in work, where SPSA holds neither. No graph is kept and there is no backward pass.
+Dual numbers, which carry a derivative, go through one forward and give L and z·∇L: what SPSA estimates by a difference, without
+ε and its error. It needs a loss that torch can differentiate, and it holds z and a derivative beside every
+activation in use, where SPSA holds neither. No graph is kept and there is no backward pass.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class ForwardGradient:
     sides = 1
 
     def points(self, seeds: tuple[int, ...], epsilon: float) -> tuple[Point, ...]:
-        """θ itself for each seed: the slope there along z(seed) is asked for."""
+        """θ itself for each seed, where the slope along z(seed) is wanted."""
         return tuple(Point(seed, 0.0) for seed in seeds)
 
     def project(self, answers: Answers, directions: int, epsilon: float) -> list[float]:
         """The slopes of the loss.
 
         Raises:
-            ValueError: the answers are scores or verdicts, or not of so many directions.
+            ValueError: the answers are scores or verdicts, or are for another number of directions.
         """
         if not isinstance(answers, Slopes):
             raise ValueError(
@@ -63,12 +63,12 @@ class DirectionalDerivative:
         model: any module whose operations have forward derivatives. Attention is computed eagerly, on a replica: fused
             attention has none.
         parameters: the tuned ones, taken from this model.
-        distribution: of z.
+        distribution: the distribution of z.
     """
 
     def __init__(self, model: nn.Module, parameters: ParameterSet, distribution: Distribution = "rademacher") -> None:
         self.parameters, self.distribution = parameters, distribution
-        self.evaluator = Scratch(model, parameters, distribution)  # at offset 0 it is what picks the head's rows
+        self.evaluator = Scratch(model, parameters, distribution)  # at offset 0, it selects the head's rows
         self.module: Any = self.evaluator.module
         for inner in self.module.modules():
             if isinstance(inner, PreTrainedModel):
@@ -88,7 +88,7 @@ class DirectionalDerivative:
             loss: runs `module` and returns a tensor with one element.
 
         Raises:
-            ValueError: the loss is no tensor, or does not depend on the parameters in a way that can be differentiated.
+            ValueError: the loss is not a tensor, or does not depend on the parameters in a way that can be differentiated.
         """
         found = [self._along(point.seed, loss) for point in points]
         return found[0][0], Slopes(tuple(slope for _, slope in found))
@@ -116,7 +116,7 @@ class DirectionalDerivative:
     @contextmanager
     def _carrying(self, z: dict[str, Tensor]) -> Iterator[None]:
         """The replica's parameters with their derivative, z, beside them."""
-        with warnings.catch_warnings():  # torch loads its rules on first use, in a way that it has itself deprecated
+        with warnings.catch_warnings():  # torch loads its rules on first use, in a way that it has deprecated itself
             warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
             duals = {
                 name: forward_ad.make_dual(tensor.detach(), z[name].to(tensor.dtype))

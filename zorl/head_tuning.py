@@ -1,9 +1,9 @@
-"""Where tuning starts: biases and a head for the labels, fitted without one more forward of the model.
+"""The start of tuning: biases and a head for the labels, fitted without further forwards of the model.
 
-Tuning a head W h + b needs no forward at all, because h does not depend on W: every point around W is a matrix product away.
-So MeZO can be given thousands of directions, on all rows at once, for the price of one evaluation of the rows. It is the
-last layer first, as in linear probing followed by MeZO (Malladi et al. 2023, Appendix), but for labels that the reward
-favours, whatever it is, in place of true ones.
+Tuning a head W h + b needs no forward at all, because h does not depend on W: a point around W costs one matrix product. So
+MeZO can have thousands of directions, on all rows at once, for one evaluation of the rows. The last layer comes first, as in
+linear probing followed by MeZO (Malladi et al. 2023, Appendix), but with the labels that the reward favours in place of the
+true ones.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Calibration = Literal["auto", "head", "bias", "probe", "none"]
 DIRECTIONS = 8  # a step
 LEARNING_RATE, EPSILON = 2e-2, 2e-2  # of weights on states that have variance one
 STEPS, LOOK, PATIENCE = 400, 25, 100  # at most; between looks at held-out rows; without a better look before stopping
-_NAME = "label_head"  # of W and b as a parameter: it names their noise
+_NAME = "label_head"  # the parameter name of W and b, which selects their noise
 
 
 class LabelGoal(Protocol):
-    """What an objective makes of label scores of rows that stay the same, however they come about."""
+    """An objective as a function of the label scores of fixed rows, however the scores come about."""
 
     @property
     def scores(self) -> Tensor:
@@ -44,7 +44,7 @@ class LabelGoal(Protocol):
         """The objective of the likeliest labels, for scores `(n, labels)` of the n rows with these indices; higher is better."""
 
     def of_each_label(self, answers: Tensor) -> Tensor:
-        """The objective if a row's answer were that label and the other rows' `answers` (indices of labels, one a row).
+        """The objective if a row's answer were that label and the other rows' `answers` (indices of labels, one per row).
 
         Returns:
             float64, shape `(rows, labels)`; NaN where a label cannot be judged.
@@ -52,29 +52,29 @@ class LabelGoal(Protocol):
 
 
 def fit_bias(goal: LabelGoal) -> LabelHead:
-    """One bias a label: the fitted threshold."""
+    """One bias per label: the fitted threshold."""
     return LabelHead(tuple(_bias(goal, torch.arange(len(goal.scores))).tolist()))
 
 
 def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lambda steps: None) -> LabelHead:
     """W and b by MeZO on the likelihood of the labels that the objective favours, from the fitted biases on.
 
-    How many steps do good is found on rows that were held out: each half of the rows judges, by the objective itself, a head
-    that is fitted to the other, until that has not helped for a while. Where it never did better than biases that were fitted
-    likewise, the biases stay alone. Then a head is fitted to all rows in as many steps.
+    The number of steps is found on held-out rows: each half of the rows judges, by the objective itself, a head that is fitted to
+    the other half, until it has not improved for a while. If it never beats biases fitted in the same way, only the biases are
+    kept. Otherwise a head is fitted to all rows in that number of steps.
 
-    A reward of single answers is asked once for each label of each row. A reward of a set of answers is called as often, each
+    A reward of single answers is called once for each label of each row. A reward of a set of answers is called as often, each
     time with one answer of the set changed.
 
     Args:
-        seed: of directions.
+        seed: seeds the directions.
         progress: called with 1 after every step.
 
     Raises:
         FloatingPointError: a state is NaN or infinite.
 
     Returns:
-        The head; its weights are bfloat16 values, so that what is written down is what is used.
+        The head; its weights are bfloat16 values, so that what is saved is what is used.
     """
     start = fit_bias(goal)
     rows = torch.arange(len(goal.scores))
@@ -84,7 +84,7 @@ def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lam
     scores = goal.scores + torch.tensor(start.bias, dtype=goal.scores.dtype)
     targets = favoured(goal.of_each_label(scores.argmax(dim=1)))
     halves = rows[0::2], rows[1::2]
-    biased = goal.scores.clone()  # by biases that were fitted to the other half
+    biased = goal.scores.clone()  # with biases fitted to the other half
     fits = []
     for half, other in (halves, halves[::-1]):
         bias = _bias(goal, half).to(biased.dtype)
@@ -113,17 +113,17 @@ def fit_head(goal: LabelGoal, seed: int, progress: Callable[[int], object] = lam
 
 
 def favoured(objective: Tensor) -> Tensor:
-    """What a likelihood has to weigh for its maximum to be the objective's: classification with costs, as one of weights.
+    """The weights that make the maximum of a likelihood the objective's: cost-sensitive classification as a weighted one.
 
-    A row's weight is what choosing badly costs it, and lies on its best label; several that are as good share it. With accuracy
-    all weights are one, and the likelihood is that of the truth. A likelihood is concave in a head's weights and the expected
-    reward is not: tuned on it, heads know more of rows that they have not seen (docs/label_heads.md).
+    A row's weight is the cost of choosing badly, and goes to its best label; labels that are equally good share it. With accuracy
+    all weights are one, and the likelihood is that of the truth. The likelihood is concave in a head's weights and the expected
+    reward is not: heads tuned on it do better on unseen rows (docs/label_heads.md).
 
     Args:
-        objective: of each label, shape `(rows, labels)`; NaN where it cannot be judged.
+        objective: each label's objective, shape `(rows, labels)`; NaN where it cannot be judged.
 
     Returns:
-        float64, the same shape; the mean weight of a row is one, or all are zero where no label makes a difference.
+        float64, the same shape; the mean weight of a row is one, or all are zero if no label makes a difference.
     """
     objective = objective.double()
     known = ~objective.isnan()
@@ -136,7 +136,7 @@ def favoured(objective: Tensor) -> Tensor:
 
 
 def _bias(goal: LabelGoal, rows: Tensor) -> Tensor:
-    """Fitted to these rows, float64, shape `(labels,)`."""
+    """The biases fitted to these rows, float64, shape `(labels,)`."""
     bias, _ = fit_label_bias(goal.scores[rows], lambda scores: goal.best(scores, rows))
     return bias
 
@@ -148,7 +148,7 @@ def _tuned(scores: Tensor, targets: Tensor, states: Tensor, seed: int) -> Iterat
     at_points = torch.empty(2 * DIRECTIONS, *weight.shape)
     yield weight
     for step in range(STEPS):
-        # A rate without a horizon: the run may be stopped anywhere.
+        # The rate has no horizon, because the run may stop anywhere.
         mezo.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(1.0 + step / LOOK)
         probe = mezo.ask()
         for point, out in zip(probe.points, at_points, strict=True):
@@ -170,13 +170,13 @@ class _Standardised:
         if not states.isfinite().all():
             raise FloatingPointError("the model's last states are NaN or infinite: its weights are out of range")
         self.mean, deviation = states.mean(dim=0), states.std(dim=0)
-        # What varies by no more than rounding says nothing, and scaled to variance one it would speak the loudest.
+        # A state that varies only by rounding says nothing, but scaled to unit variance it would dominate.
         varies = deviation > 1e-4 * (self.mean.abs() + deviation.max())
         self.deviation = torch.where(varies, deviation, torch.inf)  # divided by it, the rest is 0
         self.states = torch.cat([(states - self.mean) / self.deviation, torch.ones(len(states), 1)], dim=1)
 
     def head(self, weight: Tensor, start: LabelHead) -> LabelHead:
-        """The same function of states as they come: `weight` is `(labels, width + 1)`, on top of the biases of `start`."""
+        """The same function of raw states: `weight` is `(labels, width + 1)`, and is added to the biases of `start`."""
         scaled = (weight[:, :-1] / self.deviation).bfloat16().float()
         bias = torch.tensor(start.bias) + weight[:, -1] - scaled @ self.mean
         return LabelHead(tuple(bias.tolist()), tuple(map(tuple, scaled.tolist())))

@@ -14,13 +14,13 @@ Interruptible = Callable[[Callable[[], Any]], Any]
 
 @contextmanager
 def uninterrupted() -> Iterator[Interruptible]:
-    """Holds SIGINT back until the block is done, then delivers it. Only the main thread receives signals in Python.
+    """Holds SIGINT back until the block is done, then delivers it. In Python only the main thread receives signals.
 
-    The block is given a function that calls its argument with SIGINT let through: for code that may take long. What has
-    to be undone then belongs in a `finally` of the block.
+    The block gets a function that calls its argument with SIGINT let through, for code that may take long. What must be undone
+    in that case belongs in a `finally` of the block.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield lambda function: function()  # None: a handler that is not Python's, and cannot be put back
+        yield lambda function: function()  # None: the handler is not Python's and cannot be restored
         return
     pending: list[FrameType | None] = []
 
@@ -47,10 +47,10 @@ def uninterrupted() -> Iterator[Interruptible]:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM is a Ctrl-C: schedulers end a run by it, and torchrun the processes that another one has left."""
+    """Turns SIGTERM into Ctrl-C within the block. Schedulers end runs with it, and torchrun the processes that one has left."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell starts in the background
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 

@@ -1,7 +1,7 @@
-"""A linear layer for the labels: what is added to their words' log-probabilities, W h + b.
+"""A linear layer for the labels, W h + b, added to their words' log-probabilities.
 
-h is the model's last state, the input of its output embedding. That embedding scores a label by its word alone; how much of
-what h knows about the task lands in those few rows is a matter of luck. Without W it is one bias a label, a threshold.
+h is the model's last state, the input of its output embedding. That embedding scores a label by its word alone, and how much of
+what h knows about the task reaches those few rows is a matter of luck. Without W it is one bias per label, a threshold.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LabelHead:
-    """What is added to the label words' log-probabilities: W h + b.
+    """The linear layer W h + b, added to the label words' log-probabilities.
 
     Args:
-        bias: b, one number a label, in the order of the prompt's label words.
-        weight: W, one row a label, as wide as the model's last state; None where only biases were fitted.
+        bias: b, one number per label, in the order of the prompt's label words.
+        weight: W, one row per label, as wide as the model's last state; None where only biases were fitted.
 
     Raises:
-        ValueError: the rows of W are not one a label, or differ in width.
+        ValueError: W does not have one row per label, or its rows differ in width.
     """
 
     bias: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Cross entropy of the answers to choose from: how unlikely the right one is."""
+"""Cross entropy of the right one among the answers to choose from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LabelLoss:
 
     Args:
         policy: scores the answers to choose from.
-        column: of the data set, holding the truth: a label's name, or the text of an option.
+        column: the data set's column with the truth: a label's name, or the text of an option.
     """
 
     def __init__(self, policy: Choosing, column: str) -> None:
@@ -30,7 +30,7 @@ class LabelLoss:
         """float64, shape `(points, rows)`.
 
         Raises:
-            ValueError: the truth of a row is none of the answers to choose from.
+            ValueError: the truth of a row is not one of the answers to choose from.
         """
         scores = self.policy.scores(rows, points).cpu()  # (points, rows, answers)
         return -scores.gather(2, self.truth(rows).expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
@@ -41,7 +41,7 @@ class LabelLoss:
         for row, answers in zip(rows, self.policy.every_answer(rows), strict=True):
             names = [answer.completion for answer in answers]
             if (found := str(row.get(self.column))) not in names:
-                raise ValueError(f"the column {self.column!r} holds {found!r}, which is none of the answers {names}")
+                raise ValueError(f"the column {self.column!r} holds {found!r}, which is not one of the answers {names}")
             indices.append(names.index(found))
         return torch.tensor(indices)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zorl.classifier_head import ClassifierHead
 
-STRENGTHS = tuple(10.0**i for i in range(-4, 3))  # C, of states that have variance one
+STRENGTHS = tuple(10.0**i for i in range(-4, 3))  # C, for states of unit variance
 FOLDS = 5
 
 
@@ -25,11 +25,11 @@ FOLDS = 5
 def probe(policy: ClassifierHead, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> float:
     """Fits the model's last linear layer to labelled rows, all else frozen, and writes it.
 
-    Where the head is one linear layer, that is the whole head; where a dense layer comes before it (BERT, RoBERTa), the states
-    are those behind that.
+    If the head is one linear layer, that is the whole head; if a dense layer comes before it (BERT, RoBERTa), the states are that
+    layer's output.
 
     Args:
-        labels: of the rows, each one of the policy's.
+        labels: the rows' labels, each one of the policy's.
 
     Raises:
         ValueError: a class has no row.
@@ -70,10 +70,10 @@ def fit(
     Args:
         states: shape `(rows, width)`.
         truth: shape `(rows,)`, classes 0 … L−1, each at least once.
-        intercept: fit one a class; without, states are scaled and not centred, and the intercepts are 0.
+        intercept: fit one per class; without, states are scaled and not centred, and the intercepts are 0.
 
     Returns:
-        Weights `(L, width)` and intercepts `(L,)` for the states as they come, and C.
+        Weights `(L, width)` and intercepts `(L,)` for the raw states, and C.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -93,13 +93,13 @@ def fit(
     weight, bias = model.coef_ / scaler.scale_, model.intercept_
     if intercept:
         bias = bias - weight @ scaler.mean_
-    if len(weight) == 1:  # of two classes scikit-learn keeps the difference
+    if len(weight) == 1:  # for two classes scikit-learn keeps the difference
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return weight, bias if intercept else np.zeros(len(weight)), float(model.C)
 
 
 def _makes(scores: Tensor, states: Tensor, head: torch.nn.Linear) -> bool:
-    """Whether these scores are what the layer makes of these states, up to rounding."""
+    """Whether the layer gives these scores for these states, up to rounding."""
     logits = states @ head.weight.float().cpu().T
     if head.bias is not None:
         logits = logits + head.bias.float().cpu()

@@ -38,20 +38,19 @@ def load_model(
     quantize: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A masked or causal language model, or a classifier, by what its configuration says it is. No code in a checkpoint is run.
+    """A masked or causal language model, or a classifier, as its configuration says. No code in a checkpoint is run.
 
     Args:
-        name: of a model on the hub, or the path of a folder. A folder with an adapter gives its base with the adapter on it.
+        name: a model's name on the hub, or the path of a folder. A folder with an adapter gives its base with the adapter on it.
         dtype: float32, bfloat16, float16, or auto (as saved).
-        classes: load it as a sequence-classification model of these classes. Where the checkpoint has no such head, there is a
-            new one, the same each time.
+        classes: load it as a sequence-classification model of these classes. A checkpoint without such a head
+            gets a new one, the same each time.
         quantize: int8 or int4: see `zorl.quantization`. A model that was saved quantised is loaded as it is.
         options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: the dtype is none of these, the model is a classifier of another number of classes or needs code of its
-            own, quantize is neither, nothing in the model can be quantised, or its weights are damaged or do not fit its
-            configuration.
+        ValueError: dtype or quantize is not one of these, the model is a classifier of another number of classes or needs code
+            of its own, nothing in the model can be quantised, or its weights are damaged or do not fit its configuration.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -73,22 +72,21 @@ def load_model(
         )
     if quantize is not None and all(map(is_plain, model.parameters())):
         raise ValueError(
-            f"{quantize} quantises linear layers, and {name} has none that it knows ({type(model).__name__}): leave it out"
+            f"{quantize} quantises linear layers, and {name} has none that it supports ({type(model).__name__}): leave it out"
         )
     return model
 
 
-def is_masked(name: str, **options: Any) -> bool:
-    """Whether a model's configuration says that it is a masked language model; a causal one otherwise.
+def is_masked_checkpoint(name: str) -> bool:
+    """Whether a model is a masked language model, by its configuration; otherwise it is a causal one.
 
     Args:
-        name: of a model on the hub, or the path of a folder.
-        options: passed on to `from_pretrained`, such as `revision`.
+        name: a model's name on the hub, or the path of a folder.
 
     Raises:
         OSError: there is no such model.
     """
-    return _reads_masks(_config(name, **options))
+    return _reads_masks(_config(name))
 
 
 def trained_classes(name: str) -> tuple[str, ...] | None:
@@ -105,7 +103,9 @@ def _load_adapter(name: str, dtype: str, classes: Sequence[str] | None, quantize
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
-        raise ValueError(f"{Path(name) / ADAPTER} names no base model: it was made in memory, so load it in a script")
+        raise ValueError(
+            f"{Path(name) / ADAPTER} names no base model: it was made in memory, so load it in a script of your own"
+        )
     model = load_model(base, dtype, classes=classes, quantize=quantize)
     with quiet(), _sound_weights(name):
         return PeftModel.from_pretrained(model, name)
@@ -150,7 +150,7 @@ def _no_code_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def _sound_weights(name: str) -> Iterator[None]:
-    """Gives weights that cannot be loaded a sentence. Memory that runs out is a RuntimeError, too, and is raised as it is."""
+    """Turns failures to load weights into one sentence. Running out of memory is a RuntimeError too, and is raised as it is."""
     try:
         yield
     except SafetensorError as error:
@@ -159,7 +159,7 @@ def _sound_weights(name: str) -> Iterator[None]:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"the weights of {name} have other sizes than its config.json says (the report above names them): they do not belong "
+            f"the weights of {name} have sizes other than its config.json says (the report above names them): they do not belong "
             "together, so download both again"
         ) from error
 
@@ -176,7 +176,7 @@ def _reads_masks(config: PreTrainedConfig) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
+def load_processing_class(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
@@ -185,7 +185,7 @@ def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """
     try:
         with _no_code_of(name):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         if not _of_a_damaged_file(error):
             raise
@@ -197,6 +197,6 @@ def load_processing_class(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def _of_a_damaged_file(error: Exception) -> bool:
-    """Whether a tokenizer's file is no JSON, or JSON of another kind: transformers looks into it without a check."""
+    """Whether a tokenizer's file is not JSON, or not the right JSON: transformers reads it without checks."""
     damaged = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
-    return isinstance(error, damaged) or type(error) is Exception  # which is all that the tokenizers library raises
+    return isinstance(error, damaged) or type(error) is Exception  # all that the tokenizers library raises

@@ -1,7 +1,7 @@
-"""One bias a token on the output embedding: the smallest set of parameters that steers what a language model says.
+"""One bias per token on the output embedding: the smallest set of parameters that steers what a language model says.
 
-It is what serving programs call `logit_bias`. A model of any size has as many of these as its vocabulary has tokens, and
-a perturbation of them needs no other forward than that of the last layer. What it learns is saved as
+Serving programs call it `logit_bias`. A model of any size has one for each token of its vocabulary, and perturbing them only
+needs a forward of the last layer. What it learns is saved as
 `sequence_bias` in `generation_config.json`, so that plain transformers generates with it.
 """
 
@@ -14,13 +14,13 @@ from torch import nn
 
 
 def add_output_bias(model: Any) -> nn.Parameter:
-    """Gives the model's output embedding a bias of zeros, and returns it; one that is there is returned as it is.
+    """Gives the model's output embedding a bias of zeros, and returns it; an existing one is returned as it is.
 
     Args:
         model: a transformers language model. Weights tied to the input embedding stay tied.
 
     Raises:
-        TypeError: the output embedding is no linear layer.
+        TypeError: the output embedding is not a linear layer.
     """
     head = _head(model)
     if head.bias is None:
@@ -30,10 +30,10 @@ def add_output_bias(model: Any) -> nn.Parameter:
 
 
 def output_bias_name(model: Any) -> str:
-    """The bias's name among the model's parameters, such as `lm_head.bias`: the pattern that tunes it alone.
+    """The bias's name among the model's parameters, such as `lm_head.bias`: the pattern that tunes only it.
 
     Raises:
-        TypeError: the output embedding is no linear layer.
+        TypeError: the output embedding is not a linear layer.
         ValueError: it has no bias.
     """
     head = _head(model)
@@ -44,19 +44,19 @@ def output_bias_name(model: Any) -> str:
 
 
 def move_output_bias_to_generation_config(model: Any) -> None:
-    """Takes the bias off the output embedding and writes it into the model's generation config.
+    """Removes the bias from the output embedding and writes it into the model's generation config.
 
-    Then `model.save_pretrained` saves all of it, and `from_pretrained` followed by `generate` says the same. A plain
+    `model.save_pretrained` then saves all of it, and `from_pretrained` followed by `generate` gives the same text. A plain
     forward no longer has the bias. Tokens whose bias is zero are left out.
 
     Raises:
-        TypeError: the output embedding is no linear layer.
-        ValueError: it has no bias, or the generation config has a `sequence_bias` already.
+        TypeError: the output embedding is not a linear layer.
+        ValueError: it has no bias, or the generation config already has a `sequence_bias`.
     """
     output_bias_name(model)
     head = _head(model)
     if model.generation_config.sequence_bias:
-        raise ValueError("the model's generation config has a sequence_bias already; it would be overwritten")
+        raise ValueError("the model's generation config already has a sequence_bias, which would be overwritten")
     biases = head.bias.detach().float().tolist()
     head.register_parameter("bias", None)
     model.generation_config.sequence_bias = [[[token], bias] for token, bias in enumerate(biases) if bias] or None

@@ -59,7 +59,7 @@ class ParameterSet(Mapping[str, Tensor]):
         return {tensor.dtype for tensor in self._tensors.values()}
 
     def add(self, steps: Sequence[Step], distribution: Distribution) -> None:
-        """θ ← θ + Σ cᵢ·z(seedᵢ), in order. This and `change` are all that writes θ.
+        """θ ← θ + Σ cᵢ·z(seedᵢ), in order. Only this and `change` write θ.
 
         Each block of θ is brought into cache once for all the steps, so a long replay runs at cache speed.
         """
@@ -81,17 +81,25 @@ class ParameterSet(Mapping[str, Tensor]):
         return [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()]
 
     def sha256(self) -> str:
-        """Of the names, shapes, dtypes and bytes of all tensors."""
+        """The SHA-256 of the names, shapes, dtypes and bytes of all tensors."""
         return tensors_sha256(self._tensors)
+
+
+def plain_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters but quantised weights, as (name, tensor) pairs: those of any model that `ParameterSet` accepts.
+
+    For offloaded parameters, the tensors that they are brought in from.
+    """
+    return [(name, values) for name, p, values in named_stored(model) if is_plain(p)]
 
 
 def base_sha256(model: nn.Module) -> str:
     """SHA-256 of a model's parameters, by canonical name.
 
-    Quantised weights are left out: their bits are the quantiser's own on each device, and what stands beside them
-    (embeddings, norms, biases, the adapter) tells the checkpoint.
+    Quantised weights are left out: their bits depend on the quantiser and the device, and the rest (embeddings,
+    norms, biases, the adapter) identifies the checkpoint.
     """
-    plain = [(name, values) for name, p, values in named_stored(model) if is_plain(p)]
+    plain = plain_parameters(model)
     names = canonical_names(name for name, _ in plain)
     return tensors_sha256(dict(zip(names, (p for _, p in plain), strict=True)))
 
@@ -114,7 +122,7 @@ def select(model: nn.Module, patterns: Sequence[str] | str | None = None) -> lis
         patterns: such as `"*.bias"` or `["*norm*", "lm_head.*"]`; None selects all.
 
     Returns:
-        (name, tensor) pairs. Of parameters that are offloaded, the tensors that they are brought in from.
+        (name, tensor) pairs. For offloaded parameters, the tensors that they are brought in from.
 
     Raises:
         ValueError: nothing requires a gradient, a pattern matches nothing, or a parameter lies on disk.

@@ -10,12 +10,11 @@ from zorl.choosing import Choosing
 from zorl.classifier_models import prepare_classifier
 from zorl.config import ANSWERING, MeZOConfig
 from zorl.models import load_model, load_processing_class
-from zorl.parameters import ParameterSet
+from zorl.parameters import ParameterSet, plain_parameters
 from zorl.perturbation import Scratch
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import Answer, Prompt
-from zorl.quantization import is_plain
 from zorl.run_folder import RunFolder
 
 
@@ -62,7 +61,7 @@ class Predictor:
         tokenizer = load_processing_class(name)
         if prompt.classes is not None:
             prompt = prepare_classifier(module, prompt, tokenizer)
-        evaluator = Scratch(module, ParameterSet((n, p) for n, p in module.named_parameters() if is_plain(p)))
+        evaluator = Scratch(module, ParameterSet(plain_parameters(module)))
         return cls(make_policy(evaluator, tokenizer, prompt, args))
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:

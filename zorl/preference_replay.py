@@ -1,7 +1,7 @@
-"""Past verdicts, asked again: a loss of the pairs that somebody has judged, for probes that cost nobody a click.
+"""Past verdicts replayed: a loss on the pairs that somebody has judged, for probes that cost nobody a click.
 
-A verdict on a probe is spent by the step that it decides. But it also says that of two texts one is preferred, and how
-likely both are can be read at any point around θ. The loss of a judged pair is that of direct preference optimisation
+A verdict on a probe is used up by the step that it decides. But it also says which of two texts is preferred, and how likely both
+are can be read at any point around θ. The loss of a judged pair is that of direct preference optimisation
 (Rafailov et al. 2023, eq. 7), from forward passes alone. With m the log-likelihood of the preferred answer less that of
 the other, in excess of what it is in the starting model,
 
@@ -11,9 +11,8 @@ Divided by β the loss falls by half a nat for each nat of m at first, and level
 counts as learnt. KL is the exact divergence between the two models' next-token distributions, summed over an answer's
 tokens and averaged over both answers: it brakes drift where the verdicts do not pay for it.
 
-What a person compared were two texts, and not the points that are compared here. There is no model of what people like
-either: the verdicts themselves are the loss, and a pair that nobody judged has none. To MeZO these are scores like any
-others.
+A person compared two texts, not the points that are compared here. There is no model of what people like either: the verdicts
+themselves are the loss, and a pair that nobody judged has none. To MeZO these are scores like any others.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from zorl.trajectory import Record
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt of which the first was preferred. Ties teach nothing here and are no pairs."""
+    """Two answers to a prompt, of which the first was preferred. Ties teach nothing here and are left out."""
 
     preferred: TokenAnswer
     other: TokenAnswer
@@ -47,10 +46,10 @@ class PreferenceReplay:
         current: reads answers at points of the model that is tuned.
         start: reads answers in the starting model (see `zorl.drift.starting_evaluator`); with the same temperature.
         beta: β: the larger, the sooner a pair counts as learnt.
-        brake: what a nat of KL an answer costs.
-        batch_size: pairs a probe, at most.
-        capacity: pairs that are kept: the newest.
-        seed: of which pairs a probe sees.
+        brake: the cost of a nat of KL per answer.
+        batch_size: the most pairs per probe.
+        capacity: the most pairs to keep; the newest are kept.
+        seed: seeds the choice of pairs for each probe.
 
     Raises:
         ValueError: an argument is out of its range, or the temperatures differ.
@@ -85,7 +84,7 @@ class PreferenceReplay:
         self.pairs: list[Preference] = []
 
     def add(self, pairs: Sequence[Preference]) -> None:
-        """Takes verdicts in; the oldest go where there are too many."""
+        """Adds verdicts; if there are too many, the oldest are dropped."""
         self.pairs = [*self.pairs, *pairs][-self.capacity :]
         if len(self.pairs) == self.capacity:
             kept = [answer for pair in self.pairs for answer in (pair.preferred, pair.other)]
@@ -93,7 +92,7 @@ class PreferenceReplay:
             self.start.forget(kept)
 
     def ask(self, points: Sequence[Point], step: int) -> Asked:
-        """Scores of the points on pairs drawn for this step, the same ones at each point.
+        """Scores of the points on pairs drawn for this step, the same pairs at each point.
 
         Raises:
             ValueError: there are no judged pairs yet.

@@ -1,7 +1,7 @@
-"""What is asked of the world, and what it answers.
+"""Probes and the answers to them.
 
 A probe names points around θ; whoever evaluates them returns scores (a number for every point and prompt) or verdicts
-(which of two points did better on a prompt). Neither needs a gradient, or even a model: only an opinion.
+(which of two points did better on a prompt). Neither needs a gradient, or even a model, but only an opinion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Point:
     """The parameters θ + offset · z(seed). Offset 0 is θ itself, whatever the seed.
 
     Attributes:
-        scales: a multiple of the offset for each parameter, by canonical name (0 where it is missing); None: all the same.
+        scales: a multiple of the offset for each parameter, by canonical name (0 if it is missing); None for the same in all.
     """
 
     seed: int
@@ -41,9 +41,9 @@ class Probe:
 
     Attributes:
         id: increases by one with every probe of a run.
-        step: the step that its answers will make, counted from 0.
+        step: the number of the step that its answers lead to, from 0.
         epsilon: the size of the offsets.
-        seeds: one seed a direction, `n_spsa` of them.
+        seeds: one per direction, `n_spsa` of them.
         points: what to evaluate, in the estimator's order.
         made_at: the number of steps that θ had seen when the question was asked.
     """
@@ -61,7 +61,7 @@ class Scores:
     """Rewards of a probe's points; higher is better.
 
     Attributes:
-        values: float tensor of shape `(points, prompts)`, or `(points, 1)` where one number scores the whole batch.
+        values: float tensor of shape `(points, prompts)`, or `(points, 1)` if one number scores the whole batch.
             NaN is an abstention: that point was not scored on that prompt.
 
     Raises:
@@ -99,7 +99,7 @@ class Choice(StrEnum):
 
     @property
     def flipped(self) -> Choice:
-        """The same opinion about the pair shown in the other order. Ties and abstentions stay what they are."""
+        """The same opinion about the pair in the other order. Ties and abstentions stay the same."""
         return {Choice.FIRST: Choice.SECOND, Choice.SECOND: Choice.FIRST}.get(self, self)
 
     @property
@@ -110,7 +110,7 @@ class Choice(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's opinion on two points of a probe, given one prompt: `choice` speaks of point_a as the first."""
+    """A judge's opinion on two points of a probe, given one prompt: in `choice`, point_a is the first."""
 
     point_a: int
     point_b: int

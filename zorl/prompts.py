@@ -1,12 +1,11 @@
 """Templates, label words and conversations: how a row of a data set becomes a question to a language model.
 
-A `Prompt` knows text only. Tokens are the business of `zorl.encoding`, scores of `zorl.scoring`, and generated text of
+A `Prompt` only knows text. Tokens are the business of `zorl.encoding`, scores of `zorl.scoring`, and generated text of
 `zorl.generation`.
 """
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,21 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from zorl.label_head import LabelHead
+from zorl.suggestions import did_you_mean
 
-MASK = "mask"  # a reserved field: where the label word goes
-SEPARATOR = "sep"  # the other one: where the second text of a pair begins
+MASK = "mask"  # a reserved field: the place of the label word
+SEPARATOR = "sep"  # the other one: the beginning of a pair's second text
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model answers to one row at one point.
+    """The model's answer to one row at one point.
 
     Attributes:
-        completion: with label words the name of the best label, with options the best one's text; otherwise the generated
-            text, or, where the row's prompt is a conversation, `[{"role": "assistant", "content": text}]`.
-        completion_ids: its token ids, the end-of-sequence token included and padding not.
+        completion: with label words, the best label's name; with options, the best one's text; otherwise the generated text or,
+            if the row's prompt is a conversation, `[{"role": "assistant", "content": text}]`.
+        completion_ids: its token ids, with the end-of-sequence token and without padding.
     """
 
     completion: str | list[Message]
@@ -36,14 +36,14 @@ class Answer:
 
 
 class Rendered(NamedTuple):
-    """One row put into the template. Hashable: equal ones are the same question.
+    """One row in the template. It is hashable: equal ones are the same question.
 
     Attributes:
-        before: text up to the label word; the whole text where there is none.
-        after: text behind the label word.
+        before: the text up to the label word; the whole text if there is none.
+        after: the text behind the label word.
         messages: the (role, content) pairs to put through the model's chat template; empty for plain text.
         conversational: the row's own prompt is a conversation, so its completion is one too.
-        options: the row's own answers to choose from; empty where it has none.
+        options: the row's own answers to choose from; empty if it has none.
     """
 
     before: str
@@ -54,7 +54,7 @@ class Rendered(NamedTuple):
 
     @property
     def prompt(self) -> str | list[Message]:
-        """The prompt as reward functions get it: text, or messages where the row holds a conversation."""
+        """The prompt as reward functions get it: text, or messages if the row holds a conversation."""
         return [{"role": r, "content": c} for r, c in self.messages] if self.conversational else self.before
 
 
@@ -71,7 +71,7 @@ class Prompt:
         Prompt("{premise}{sep}{hypothesis}", classes=("yes", "maybe", "no"))               # a sequence-classification model
 
     `{column}` stands for the row's value in that column, `{mask}` for the label word or option; `{{` and `}}` are literal braces.
-    Braces in the data are never interpreted.
+    Braces in the data are literal.
 
     In a chat (`chat=True`, a `system` message, or a template that is a single column holding a list of
     `{"role": …, "content": …}`) the text before `{mask}` is the user's message, and the word or option opens the reply.
@@ -79,14 +79,14 @@ class Prompt:
     Args:
         template: the text with its fields.
         label_words: a word, or several, for each label. Names are compared as `str(label)`, so 1 and "1" are one label.
-            The template decides about the space before the word, so spaces around words do not count.
-        chat: put the text through the tokenizer's chat template.
+            The template decides on the space before the word, so spaces around words do not count.
+        chat: apply the tokenizer's chat template to the text.
         system: a system message for the chat; implies `chat`.
         chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`.
-        label_head: what was fitted to be added to the labels' log-probabilities (see `zorl.label_head`).
+        label_head: a fitted layer that is added to the labels' log-probabilities (see `zorl.label_head`).
         classes: the labels of a sequence-classification model, in the order of its logits, instead of label words. The text then
-            needs no `{mask}`; where it has a `{sep}`, what is before and behind goes through the tokenizer as a pair.
-        options: the column that holds each row's list of answers to choose from: two or more different texts. Spaces around
+            needs no `{mask}`; a `{sep}` splits it into two texts, which the tokenizer encodes as a pair.
+        options: the column with each row's list of answers to choose from: two or more different texts. Spaces around
             them do not count, as for label words. A causal language model is needed.
 
     Raises:
@@ -140,7 +140,7 @@ class Prompt:
     def _check_classes(self) -> None:
         if sum(name == SEPARATOR for _, name in self._parts) > 1 or (self.is_pair and self.chat):
             raise ValueError(
-                f"the template {self.template!r} has a {{sep}} too many: a pair has two texts, and a chat none"
+                f"the template {self.template!r} has a {{sep}} too many: a pair has two texts, and a chat has none"
             )
         if self.is_pair and self.label_words is not None:
             raise ValueError(
@@ -154,7 +154,7 @@ class Prompt:
                 "a prompt has label_words or options, for a language model, or classes, for a classifier: not both"
             )
         if len(set(names)) < max(2, len(names)):
-            raise ValueError(f"classes must be two different labels at least (compared as text), got {names}")
+            raise ValueError(f"classes must be at least two different labels (compared as text), got {names}")
         object.__setattr__(self, "classes", names)
 
     @property
@@ -169,12 +169,12 @@ class Prompt:
 
     @property
     def is_pair(self) -> bool:
-        """The template has a `{sep}`."""
+        """Whether the template has a `{sep}`."""
         return any(name == SEPARATOR for _, name in self._parts)
 
     @property
     def chooses(self) -> bool:
-        """The answer is one of some given ones: label words, classes or options. Otherwise it is generated."""
+        """Whether the answer is chosen from given ones: label words, classes or options. Otherwise it is generated."""
         return bool(self.labels) or self.options is not None
 
     @property
@@ -184,7 +184,7 @@ class Prompt:
 
     @property
     def opens_with_mask(self) -> bool:
-        """No column comes before `{mask}`."""
+        """Whether no column comes before `{mask}`."""
         return self._parts[0][1] == MASK
 
     @property
@@ -208,8 +208,7 @@ class Prompt:
         users += [] if self.options is None else [("options names", self.options)]
         for user, name in users:
             if name not in available:
-                close = difflib.get_close_matches(name, available, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name, available)
                 listed = ", ".join(repr(column) for column in available)
                 raise ValueError(f"{user} the column {name!r}, which the data does not have{hint} (columns: {listed})")
 
@@ -242,7 +241,7 @@ class Prompt:
         """Checks that every label of the data has a label word. A prompt without label words has nothing to check.
 
         Raises:
-            ValueError: it names the labels without a word, and how many rows have them.
+            ValueError: some have none; the message names these labels and how many rows have them.
         """
         if not self.labels:
             return
@@ -282,7 +281,7 @@ class Prompt:
                 elif _is_conversation(value):
                     rendered = self._render_conversation(name, value, limit, keep)
                     return rendered._replace(options=self._stripped_options(row))
-                elif value is None or value != value:  # NaN is how tables spell a hole
+                elif value is None or value != value:  # NaN stands for a missing value in tables
                     raise ValueError(f"the column {name!r} is empty ({value}) in the row {_shortened(row)}")
                 else:
                     texts[side].append(_cut(str(value), limit, keep))
@@ -311,7 +310,7 @@ class Prompt:
         return () if self.system is None else (("system", self.system),)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, for the folder of a saved model. `from_dict` reads it back."""
+        """The prompt as plain JSON values, for the folder of a saved model. `from_dict` reads it back."""
         words = None if self.label_words is None else dict(self.label_words)
         chat_options = None if self.chat_template_kwargs is None else dict(self.chat_template_kwargs)
         return {
@@ -328,7 +327,7 @@ class Prompt:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Prompt:
         """Raises:
-        ValueError: a key that is not a prompt's, or no template.
+        ValueError: a key is unknown, or there is no template.
         """
         known = (
             "template", "label_words", "chat", "system", "chat_template_kwargs", "label_head", "classes", "options",
@@ -389,14 +388,14 @@ def _pair(column: str, message: Mapping[str, Any]) -> tuple[str, str]:
     if extra or not isinstance(message.get("content"), str):
         problem = f"has {extra[0]!r}" if extra else f"has the content {message.get('content')!r}"
         raise ValueError(
-            f"a message in the column {column!r} {problem}; zorl reads text messages, with 'role' and 'content' alone"
+            f"a message in the column {column!r} {problem}; zorl reads text messages that have only 'role' and 'content'"
         )
     _check_characters(f"a message in the column {column!r}", message["content"])
     return str(message["role"]), message["content"]
 
 
 def _check_characters(where: str, text: str) -> None:
-    """Raises ValueError for a text that Unicode does not have, which tokenizers refuse without saying why."""
+    """Raises ValueError for a text that is not valid Unicode, which tokenizers refuse without saying why."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

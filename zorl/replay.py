@@ -1,4 +1,4 @@
-"""From the log to θ: what a committed step does to the weights, live and in replay alike."""
+"""From the log to θ: what a committed step does to the weights, in live runs and replays alike."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from zorl.trajectory import Record, check_parameters, direction_seed
 
 
 class Updater:
-    """Applies committed steps to θ, in order and each once. A live run is a replay that is fed a step at a time.
+    """Applies committed steps to θ, in order and each once. A live run is a replay that is fed one step at a time.
 
     Args:
-        header: of the run's trajectory (see `zorl.MeZO.header`).
-        parameters: with the base weights.
-        in_place: the grid of a run that a closure drives; None: there is none.
+        header: the header of the run's trajectory (see `zorl.MeZO.header`).
+        parameters: the tuned parameters, holding the base weights.
+        in_place: the grid of a run that a closure drives; None for other runs.
     """
 
     def __init__(self, header: Mapping[str, Any], parameters: ParameterSet, in_place: InPlace | None = None) -> None:
@@ -42,14 +42,14 @@ class Updater:
 
     @property
     def scales(self) -> Mapping[str, float] | None:
-        """d of the step that is next, by parameter; None where blocks are not scaled (see `zorl.block_scales`)."""
+        """d of the next step, by parameter; None if blocks are not scaled (see `zorl.block_scales`)."""
         if rescales(self._header, self.steps) and self._scaled_at != self.steps:
             self._scales, self._scaled_at = parameter_norms(self._parameters), self.steps
         return self._scales
 
     def apply(self, records: Sequence[Record]) -> None:
-        """θ after these steps, which follow on those applied before."""
-        if self._moments is None and "block_scales" not in self._header:  # Σ cᵢzᵢ and nothing else
+        """Moves θ by these steps, which follow those applied before."""
+        if self._moments is None and "block_scales" not in self._header:  # only Σ cᵢzᵢ
             self._add(steps_of(self._header, records, self.steps))
             self.steps += len(records)
             return
@@ -59,7 +59,7 @@ class Updater:
                 norms = dict(zip(self._parameters, map(abs, record.projected), strict=True))
                 self._scales = normalized(norms, self._parameters)
             else:
-                if rescales(self._header, self.steps):  # by the parameters as they are after all steps before
+                if rescales(self._header, self.steps):  # from the parameters as all earlier steps have left them
                     self._write(moves)
                     moves = []
                 moves.append(self._move(record))
@@ -79,7 +79,7 @@ class Updater:
             self._parameters.add(steps, self._header["distribution"])
 
     def _move(self, record: Record) -> Move:
-        """What a record does. One without any opinion says nothing of the gradient: averages leave it out."""
+        """What a record does. A record without any opinion says nothing about the gradient, so averages leave it out."""
         scales = self.scales
         steps = steps_of(self._header, [record], self.steps)
         if scales is not None and self._header["estimator"] == "variance_spsa":
@@ -92,7 +92,7 @@ class Updater:
 
 
 def grid_of(header: Mapping[str, Any], parameters: ParameterSet) -> InPlace:
-    """The grid of a run that a closure drives, with room for its farthest points. Snaps the parameters to it."""
+    """The grid of a run that a closure drives, with room for its farthest points. It snaps the parameters to the grid."""
     reach = Epsilon(header["epsilon"], parameters.dtypes).largest
     return InPlace(parameters, header["distribution"], reach * (LARGEST if "block_scales" in header else 1.0))
 

@@ -1,14 +1,13 @@
 """Reward functions with TRL's signature, turned into checked numbers.
 
 A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
-log_metric=)` and returns one number a completion (None: not applicable), or a single number for the whole batch, which
-is how metrics of a set, such as F1, are written. Higher is better.
+log_metric=)` and returns one number per completion (None: not applicable), or a single number for the whole batch, which
+is how set-level metrics, such as F1, are written. Higher is better.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import inspect
 import math
@@ -25,22 +24,23 @@ from torch import Tensor, nn
 from zorl import processes
 from zorl.background_loop import BackgroundLoop
 from zorl.reward_models import RewardModel
+from zorl.suggestions import did_you_mean
 
 RewardFunction = Callable[..., Any]
-# TRL hands every column of the data set to the function but these, which it passes itself under other names.
+# TRL passes every column of the data set to the function except these, which it passes under other names.
 _NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
 
 
 class RewardError(ValueError):
-    """A reward function raised, or returned something that is no reward. The message names the function."""
+    """A reward function raised, or returned something that is not a reward. The message names the function."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardValues:
-    """What the reward functions make of one batch of completions.
+    """The rewards of one batch of completions.
 
     Attributes:
-        names: one a function.
+        names: one per function.
         values: float32, shape `(functions, prompts)`, or `(functions, 1)` if set-level. NaN: not applicable.
         total: the weighted sum over functions, float32, shape `(prompts,)`, or `(1,)` if set-level. A function that
             abstained on a sample is left out of that sample's sum; NaN where all did.
@@ -78,8 +78,8 @@ class RewardFunctions:
     Args:
         funcs: a callable with TRL's signature (synchronous or async), a `num_labels=1` sequence-classification model
             (its name, path or module), or a list of these.
-        weights: one a function; 1 by default.
-        processing_classes: tokenizers of the reward models, one a function (None for callables), or a single one.
+        weights: one per function; 1 by default.
+        processing_classes: tokenizers of the reward models, one per function (None for callables), or a single one.
 
     Raises:
         TypeError: a function is neither callable nor a model.
@@ -125,15 +125,15 @@ class RewardFunctions:
 
         Args:
             prompts: strings or conversations.
-            completions: one a prompt: a string, or a conversation's new messages.
+            completions: one per prompt: a string, or a conversation's new messages.
             completion_ids: their tokens.
-            columns: the other columns of these rows, one value a row.
-            label_names: the task's full set of label names, where the prompt has label words.
+            columns: the other columns of these rows, one value per row.
+            label_names: the task's full set of label names, if the prompt has label words.
             trainer_state: `transformers.TrainerState`.
 
         Raises:
-            RewardError: a function raised, returned something that is no reward, or asks for a column that is missing.
-            ValueError: there is nothing to score, or a column bears the name of another keyword argument.
+            RewardError: a function raised, returned something that is not a reward, or asks for a column that is missing.
+            ValueError: there is nothing to score, or a column has the name of another keyword argument.
         """
         if not len(completions):
             raise ValueError("there are no completions to score")
@@ -150,7 +150,7 @@ class RewardFunctions:
         if label_names is not None:
             keywords["label_names"] = list(label_names)
         if clash := sorted(keywords.keys() & columns.keys() - _NOT_PASSED):
-            raise ValueError(f"data set column '{clash[0]}' has the name of an argument of reward functions; rename it")
+            raise ValueError(f"data set column {clash[0]!r} has the name of an argument of reward functions; rename it")
         keywords |= {name: column for name, column in columns.items() if name not in _NOT_PASSED}
 
         def ask() -> dict[str, Any]:
@@ -158,7 +158,7 @@ class RewardFunctions:
             found = [_values(name, out, len(completions)) for name, out in zip(self.names, outputs, strict=True)]
             return {"rows": [row.tolist() for row in found], "metrics": metrics}
 
-        answer = processes.first(ask)  # a function may cost money, or answer otherwise when it is asked again
+        answer = processes.first(ask)  # a function may cost money, or give another answer when it is called again
         rows, metrics = [torch.tensor(row) for row in answer["rows"]], answer["metrics"]
         set_level = any(row.ndim == 0 for row in rows)
         if set_level:
@@ -166,10 +166,10 @@ class RewardFunctions:
         values = torch.stack(rows)  # (functions, prompts) or (functions, 1)
         total = (values * self.weights[:, None]).nansum(dim=0)
         total[values.isnan().all(dim=0)] = math.nan
-        if total.isinf().any():  # two sides of it could not be compared
+        if total.isinf().any():  # its two sides could not be compared
             raise RewardError(
                 f"the weighted sum of the rewards {', '.join(map(repr, self.names))} is {total[total.isinf()][0].item()}: it "
-                "must be finite in float32, make them or their weights smaller"
+                "must be finite in float32; make them or their weights smaller"
             )
         return RewardValues(self.names, values, total, set_level, extras, metrics)
 
@@ -235,10 +235,9 @@ def _accepted(
     for parameter in parameters:
         by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if by_name and parameter.default is parameter.empty and parameter.name not in keywords:
-            near = difflib.get_close_matches(parameter.name, columns, 1)
             raise RewardError(
-                f"reward function '{name}' needs a column '{parameter.name}'; the data set has "
-                f"{', '.join(repr(c) for c in columns) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
+                f"reward function {name!r} needs a column {parameter.name!r}, which the data set does not have"
+                f"{did_you_mean(parameter.name, columns)} (columns: {', '.join(map(repr, columns)) or 'none'})"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return keywords
@@ -256,7 +255,7 @@ def _failure(name: str, error: Exception, keywords: dict[str, Any]) -> RewardErr
     when = "" if step is None else f" at step {step}"
     first = repr(keywords["prompts"][0])
     return RewardError(
-        f"reward function '{name}' raised {type(error).__name__}{when}, on a batch of {len(keywords['completions'])} "
+        f"reward function {name!r} raised {type(error).__name__}{when}, on a batch of {len(keywords['completions'])} "
         f"that begins with prompt {first if len(first) <= 80 else first[:77] + '…'}: {error}"
     )
 
@@ -266,17 +265,17 @@ def _values(name: str, output: Any, count: int) -> Tensor:
     expected = f"expected a list of {count} numbers, or one number for the whole batch"
     if isinstance(output, Tensor | np.ndarray):
         if output.ndim > 1:
-            raise RewardError(f"reward function '{name}' returned an array of shape {tuple(output.shape)}; {expected}")
+            raise RewardError(f"reward function {name!r} returned an array of shape {tuple(output.shape)}; {expected}")
         output = _read(name, output.tolist, expected)
     if output is None:
-        raise RewardError(f"reward function '{name}' returned None ({expected}); does it lack a return statement?")
+        raise RewardError(f"reward function {name!r} returned None ({expected}); does it lack a return statement?")
     if isinstance(output, numbers.Real | np.bool_):
         return torch.tensor(_number(name, output, "for the batch"))
     if isinstance(output, str | bytes | Mapping | Set) or not isinstance(output, Iterable):
-        raise RewardError(f"reward function '{name}' returned {_short(output)}; {expected}")
+        raise RewardError(f"reward function {name!r} returned {_short(output)}; {expected}")
     items = _read(name, lambda: list(output), expected)
     if len(items) != count:
-        raise RewardError(f"reward function '{name}' returned {len(items)} rewards for {count} completions; {expected}")
+        raise RewardError(f"reward function {name!r} returned {len(items)} rewards for {count} completions; {expected}")
     return torch.tensor([math.nan if v is None else _number(name, v, f"for sample {i}") for i, v in enumerate(items)])
 
 
@@ -285,24 +284,24 @@ def _read(name: str, values: Callable[[], Any], expected: str) -> Any:
     try:
         return values()
     except Exception as error:  # a tensor without storage, an iteration that fails: anything
-        raise RewardError(f"what reward function '{name}' returned cannot be read: {error!r}; {expected}") from error
+        raise RewardError(f"what reward function {name!r} returned cannot be read: {error!r}; {expected}") from error
 
 
 def _number(name: str, value: Any, where: str) -> float:
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = _read(name, value.item, "expected a number or None")
     if not isinstance(value, numbers.Real | np.bool_):
-        raise RewardError(f"reward function '{name}' returned {_short(value)} {where}; expected a number or None")
+        raise RewardError(f"reward function {name!r} returned {_short(value)} {where}; expected a number or None")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     except Exception as error:  # of a number class of the user's own
-        raise RewardError(f"reward function '{name}' returned {_short(value)} {where}: {error!r}") from error
+        raise RewardError(f"reward function {name!r} returned {_short(value)} {where}: {error!r}") from error
     if math.isnan(number):
-        raise RewardError(f"reward function '{name}' returned NaN {where}; return None where it is not applicable")
+        raise RewardError(f"reward function {name!r} returned NaN {where}; return None where it is not applicable")
     if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
-        raise RewardError(f"reward function '{name}' returned {number} {where}; a reward must be finite in float32")
+        raise RewardError(f"reward function {name!r} returned {number} {where}; a reward must be finite in float32")
     return number
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zorl.devices import best_device
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -27,7 +29,7 @@ class SequenceClassifier:
     Args:
         model: a name or path that `AutoModelForSequenceClassification` knows, or the module.
         processing_class: its tokenizer; by default the one saved with the model.
-        batch_size: texts a forward.
+        batch_size: texts per forward.
 
     Raises:
         ValueError: the model cannot be loaded, or its classification head is not in the checkpoint.
@@ -99,18 +101,18 @@ class RewardModel:
         labels = 1 if self.classifier.config is None else self.classifier.config.num_labels
         if labels != 1:
             raise ValueError(
-                f"reward model '{self.__name__}' has {labels} labels where a reward model has one; choose the label to "
+                f"reward model {self.__name__!r} has {labels} labels where a reward model has one; choose the label to "
                 f"be rewarded with zorl.rewards.classifier(model, label=…)"
             )
 
     def __call__(
         self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
     ) -> list[float]:
-        """One logit a completion."""
+        """One logit per completion."""
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         logits = self.classifier.logits(texts, special_tokens=False, truncation=False)
         if logits.shape[1] != 1:
-            raise ValueError(f"the module returns {logits.shape[1]} logits a text where a reward model returns one")
+            raise ValueError(f"the module returns {logits.shape[1]} logits per text where a reward model returns one")
         return [float(logit) for logit in logits[:, 0]]
 
     def _text(self, prompt: str | Messages, completion: str | Messages) -> str:
@@ -129,13 +131,12 @@ def _load(name: str | Path) -> nn.Module:
         )
     except Exception as error:
         raise ValueError(
-            f"cannot load '{name}' as a sequence-classification model (a reward function is given as a callable, "
+            f"cannot load {str(name)!r} as a sequence-classification model (a reward function is given as a callable, "
             f"not by name): {error}"
         ) from error
     if missing := ", ".join(sorted(info["missing_keys"])):
-        raise ValueError(f"'{name}' is no trained sequence classifier: its checkpoint lacks {missing}")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    classifier: nn.Module = module if device is None else module.to(device)
+        raise ValueError(f"{str(name)!r} is not a trained sequence classifier: its checkpoint lacks {missing}")
+    classifier: nn.Module = module.to(best_device())
     return classifier
 
 
@@ -143,8 +144,8 @@ def _load_tokenizer(source: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
     if not source:
-        raise ValueError(f"model '{name}' does not say where its tokenizer is; pass it as processing class")
+        raise ValueError(f"model {name!r} does not say where its tokenizer is; pass it as processing class")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"cannot load the tokenizer of '{source}' (pass it as processing class): {error}") from error
+        raise ValueError(f"cannot load the tokenizer of {source!r} (pass it as processing class): {error}") from error

@@ -18,7 +18,7 @@ from zorl.head_tuning import LabelGoal
 from zorl.objectives import Asked, columns_of
 from zorl.policies import Policy, Row
 from zorl.probe import CENTRE, Point, Scores
-from zorl.prompts import Answer
+from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardFunctions, RewardValues, stack_totals
 from zorl.scoring import LabelWords
 
@@ -168,3 +168,16 @@ def _logged(values: Sequence[RewardValues]) -> dict[str, float]:
     """Means of the numbers that the functions logged with `log_metric`."""
     names = {name for value in values for name in value.metrics}
     return {name: statistics.fmean(n for value in values for n in value.metrics.get(name, [])) for name in names}
+
+
+def score_answers(
+    functions: RewardFunctions, prompt: Prompt, rows: Sequence[Row], answers: Sequence[Answer]
+) -> RewardValues:
+    """What reward functions make of an answer to each row, outside of training."""
+    return functions(
+        prompts=[prompt.render(row).prompt for row in rows],
+        completions=[answer.completion for answer in answers],
+        completion_ids=[answer.completion_ids for answer in answers],
+        columns=columns_of(rows),
+        label_names=list(prompt.labels) or None,
+    )

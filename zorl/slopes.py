@@ -1,7 +1,7 @@
-"""How far to look: the ε at which slopes are right, chosen by what a few directions find at many.
+"""The ε at which slopes are accurate, chosen from the slopes along a few directions at many ε.
 
-A slope [L(θ+εz) − L(θ−εz)]/2ε is off by rounding, or by the steps of a reward, where ε is small, and by the loss's third
-derivative where ε is large. Between the two it stays the same from one ε to the next: that plateau is what all are held to.
+A slope [L(θ+εz) − L(θ−εz)]/2ε is off by rounding, or by the steps of a reward, if ε is small, and by the loss's third derivative
+if ε is large. In between it stays the same from one ε to the next; that plateau is the reference for all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zorl.curvature import Losses
 from zorl.probe import Point
 
 EPSILONS = tuple(10.0 ** (-4.0 + i / 2.0) for i in range(7))  # 1e-4 … 0.1
-SLOPE_ERROR = 0.1  # of a slope that ε may cost: unseen beside what a batch and a direction leave to chance
+SLOPE_ERROR = 0.1  # the share of a slope that ε may cost: invisible beside the chance in a batch and a direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Look:
 
     Attributes:
         informative: the share of directions in which the two sides differ.
-        slope_error: root mean square against the slopes of the plateau, as a share of these; NaN where there is none.
+        slope_error: the root mean square error against the slopes of the plateau, relative to these; NaN if there is none.
     """
 
     epsilon: float
@@ -53,21 +53,21 @@ def look(losses: Losses, seeds: Sequence[int], epsilons: Sequence[float]) -> lis
 
 
 def choose_epsilon(looks: Sequence[Look], target: float) -> float | None:
-    """The largest ε that misjudges slopes by no more than `SLOPE_ERROR`, or else the one that does so least.
+    """The largest ε that misjudges slopes by no more than `SLOPE_ERROR`, or else the one that misjudges them least.
 
-    The largest, because what rounding and a reward's steps add to a slope falls with ε.
+    It is the largest, because the errors from rounding and from a reward's steps fall with ε.
 
     Args:
-        target: the share of informative directions that is asked for.
+        target: the share of informative directions that is required.
 
     Returns:
-        None where none of them is informative enough.
+        None if none of them is informative enough.
     """
     able = [found for found in looks if found.informative >= target and not math.isnan(found.slope_error)]
     good = [found for found in able if found.slope_error <= SLOPE_ERROR]
     if good:
         return max(found.epsilon for found in good)
-    # The two ε of the plateau are equally far from their mean, but for rounding.
+    # Up to rounding, the two ε of the plateau are equally far from their mean.
     return max(able, key=lambda found: (-round(found.slope_error, 6), found.epsilon)).epsilon if able else None
 
 

@@ -1,23 +1,25 @@
-"""Reads CSV, TSV, JSON Lines, JSON and Parquet files into Arrow tables, and says in which line a file is broken."""
+"""Reads CSV, TSV, JSON Lines, JSON and Parquet files into Arrow tables, and names the line where a file is broken."""
 
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # each also with .gz behind it
+from zorl.suggestions import check_columns, did_you_mean
+from zorl.text_files import decoded
 
-Line = tuple[int, list[str]]  # 1-based number of the line a row ends in, and its fields
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # each also with .gz appended
+
+Line = tuple[int, list[str]]  # the 1-based number of the line in which a row ends, and its fields
 
 
 def extension(path: Path) -> str:
@@ -30,17 +32,17 @@ def read_table(path: Path, wanted: Sequence[str], names: Sequence[str]) -> tuple
     """Reads one file.
 
     Every value of a CSV or TSV file is text. A CSV file may quote fields with double quotes; in a TSV file quotes are
-    ordinary characters. Their first line is a header where it holds all `wanted` columns. Otherwise these must be
+    ordinary characters. Their first line is a header if it holds all `wanted` columns. Otherwise these must be
     positions, counted from 0, and no line is a header.
 
     Args:
         path: a file with one of `EXTENSIONS`.
         wanted: columns that the caller is going to use, by name or position.
-        names: what those columns are called where they are given by position, one each. Other columns keep their
-            position as their name.
+        names: the names of those columns if they are given by position, one each. Other columns are named by their
+            position.
 
     Returns:
-        The table, and what each wanted column is called in it.
+        The table, and the name of each wanted column in it.
 
     Raises:
         FileNotFoundError: there is no such file; the message lists the closest names in its folder.
@@ -56,7 +58,7 @@ def read_table(path: Path, wanted: Sequence[str], names: Sequence[str]) -> tuple
     if kind == ".parquet":
         table = _parquet(path, content)
     else:
-        table = _from_objects(path, list(_json_objects(path, _text(path, content), kind)))
+        table = _from_objects(path, list(_json_objects(path, decoded(path, content), kind)))
     check_columns(str(path), wanted, table.column_names)
     return table, list(wanted)
 
@@ -68,22 +70,8 @@ def delimited_lines(path: Path) -> Iterator[Line]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or empty.
     """
-    text = _text(path, _content(path))
+    text = decoded(path, _content(path))
     return _csv_lines(path, text) if extension(path) == ".csv" else _tsv_lines(text)
-
-
-def check_columns(source: str, wanted: Iterable[str], columns: Sequence[str]) -> None:
-    """Raises ValueError where a wanted column is not among `columns`, with the closest name and a list of them."""
-    for name in wanted:
-        if name not in columns:
-            listed = ", ".join(repr(_shortened(column)) for column in columns)
-            raise ValueError(f"{source} has no column {name!r}{did_you_mean(name, columns)} (columns: {listed})")
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """`; did you mean 'label'?`, or nothing where no candidate comes close."""
-    close = difflib.get_close_matches(name, list(candidates), n=3)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def _content(path: Path) -> bytes:
@@ -103,15 +91,6 @@ def _content(path: Path) -> bytes:
     if not content.strip():
         raise ValueError(f"{path} is empty")
     return content
-
-
-def _text(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[Line]:
@@ -154,7 +133,7 @@ def _delimited(
             check_columns(f"{path}", wanted, head)
         except ValueError as error:
             raise ValueError(
-                f"{error}. If the first line is no header, give positions: 0 is the first column"
+                f"{error}. If the first line is not a header, give positions: 0 is the first column"
             ) from None
     for number, fields in lines:
         if len(fields) != len(header):
@@ -166,14 +145,14 @@ def _delimited(
 
 
 def _is_header(head: Sequence[str], name: str) -> bool:
-    """Whether a first line names this column. A number does so in its own place alone: elsewhere it is a value."""
+    """Whether a first line names this column. A number only does so at its own position: elsewhere it is a value."""
     if name.isdecimal() and int(name) < len(head):
         return head[int(name)] == name
     return name in head
 
 
 def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`line 3`, object) of each line, or (`item 3`, object) where a .json file holds one array, or one object."""
+    """(`line 3`, object) of each line, or (`item 3`, object) if a .json file holds one array or one object."""
     first = text.lstrip().split("\n", 1)[0]
     if kind == ".json" and (first.startswith("[") or not _is_json(first)):
         whole = _json(path, text)
@@ -194,14 +173,14 @@ def _json_objects(path: Path, text: str, kind: str) -> Iterator[tuple[str, dict[
 
 
 def _json(path: Path, text: str, line: int | None = None) -> Any:
-    """The value of a text: of this line of the file, or of the whole."""
+    """The value of a JSON text: this line of the file, or the whole file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}" if line is None else f"line {line}"
         column = "" if line is None else f" (column {error.colno})"
         raise ValueError(f"{path}, {where}: not JSON: {error.msg}{column}") from None
-    except (RecursionError, ValueError) as error:  # lists in lists without end, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # endlessly nested lists, or a number with thousands of digits
         raise ValueError(f"{path}{'' if line is None else f', line {line}'}: cannot be read: {error}") from None
 
 

@@ -1,6 +1,6 @@
-"""Teacher forcing: how unlikely a causal language model finds the text that it is to generate, each token given those before it.
+"""Teacher forcing: the negative log-likelihood of the text to be generated, each token given those before it.
 
-This is the loss that generation is taught with (Malladi et al. 2023, Appendix): one forward a batch, where decoding takes one a
+Generation is taught with this loss (Malladi et al. 2023, Appendix): it takes one forward per batch, where decoding takes one per
 token. What was taught is then decoded greedily.
 """
 
@@ -20,21 +20,22 @@ from zorl.generation import Generation
 from zorl.likelihood import Likelihood
 from zorl.probe import Point
 from zorl.reward_models import text_of
+from zorl.suggestions import did_you_mean
 
-_NEARBY = 64  # characters of a prompt that decide how the text behind it is split into tokens, and more than enough
+_NEARBY = 64  # more than enough of a prompt's last characters to decide how the text behind it is split into tokens
 
 
 class TeacherForcing:
     """The mean negative log-likelihood of the tokens of the right text, the end-of-sequence token included.
 
     Prompts are cut as for generation, and texts to the tokens that it may generate (`max_new_tokens`). A space goes between a
-    prompt and a text where neither has white space there: "Answer:" is answered " Paris". Nothing goes in front of a reply in
-    a chat.
+    prompt and a text if neither has white space there: "Answer:" is answered " Paris". Nothing goes in front of a reply in a
+    chat.
 
     Args:
         policy: generates; its prompt, tokenizer and limits are used here.
-        column: of the data set, holding the text; or a list of right texts, of which the first is taught; or SQuAD's
-            `{"text": [...]}`; or a conversation, whose last message it is. An empty list is answered with nothing.
+        column: the data set's column with the text; or with a list of right texts, of which the first is taught; or with
+            SQuAD's `{"text": [...]}`; or a conversation, whose last message is taught. An empty list teaches an empty answer.
     """
 
     def __init__(self, policy: Generation, column: str) -> None:
@@ -48,7 +49,7 @@ class TeacherForcing:
         self._has_warned = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> Tensor:
-        """float64, shape `(points, rows)`, in nats a token. NaN where the model's logits are.
+        """float64, shape `(points, rows)`, in nats per token. NaN where the model's logits are.
 
         Raises:
             ValueError: a row has no text, or one without tokens for a tokenizer without an end-of-sequence token.
@@ -93,7 +94,7 @@ class TeacherForcing:
 
 
 def taught_text(row: Mapping[str, Any], column: str) -> str:
-    """The text to teach, of all that are right: a text, the first of a list or of a mapping's `text`, or a conversation's text.
+    """The text to teach: the text itself, the first of a list or of a mapping's `text`, or a conversation's last message.
 
     Raises:
         ValueError: the column is missing, or holds something else.
@@ -101,7 +102,8 @@ def taught_text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
         columns = ", ".join(map(repr, row))
         raise ValueError(
-            f"the text to teach is in the column {column!r}, which the data does not have (columns: {columns})"
+            f"the text to teach is in the column {column!r}, which the data does not have{did_you_mean(column, row)}"
+            f" (columns: {columns})"
         )
     value = row[column]
     right = value.get("text") if isinstance(value, Mapping) else value

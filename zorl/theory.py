@@ -1,4 +1,4 @@
-"""What the paper's theory says of a step, in figures: how long the estimated gradient is, and which learning rate that allows."""
+"""The paper's theory in figures: the length of the estimated gradient, and the learning rate that it allows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from zorl.directions import Distribution
 def lemma_2(parameters: int, n: int, distribution: Distribution, *, one_sided: bool = False) -> float:
     """E‖∇̂L‖² / ‖∇L‖² of n-SPSA (Malladi et al. 2023, Lemma 2): (d + n − 1)/n wherever ‖z‖² = d.
 
-    That is so on the paper's sphere of radius √d, and for ±1 and rank-one directions, whose elements are all ±1. A Gaussian z is
-    longer where it meets the gradient, E[(z·∇L)²‖z‖²] = (d + 2)‖∇L‖², which makes it (d + n + 1)/n. For rank four the
+    This holds on the paper's sphere of radius √d, and for ±1 and rank-one directions, whose elements are all ±1. A Gaussian z is
+    longer along the gradient, E[(z·∇L)²‖z‖²] = (d + 2)‖∇L‖², which makes it (d + n + 1)/n. For rank four the
     length varies too; (d + n − 1)/n is then an approximation.
 
     Args:
-        one_sided: of n ≥ 2 points that are compared with the mean of the others in place of a second side. That mean has noise of
-            its own: d/(n − 1) + ((n − 1)² + 1)/(n(n − 1)), and 2/n more for a Gaussian.
+        one_sided: each of n ≥ 2 points is compared with the mean of the others in place of a second side. That mean is noisy
+            itself: d/(n − 1) + ((n − 1)² + 1)/(n(n − 1)), and 2/n more for a Gaussian.
     """
     longer = 2 / n if distribution == "gaussian" else 0.0
     if one_sided:
@@ -23,7 +23,7 @@ def lemma_2(parameters: int, n: int, distribution: Distribution, *, one_sided: b
 
 
 def corollary_1(trace: float, norm: float, n: int, *, one_sided: bool = False) -> float:
-    """The learning rate η_SGD/γ that falls the most a step by the descent lemma (Malladi et al. 2023, Corollary 1), η_SGD = 1/ℓ.
+    """The learning rate η_SGD/γ, η_SGD = 1/ℓ, that falls most per step by the descent lemma (Malladi et al. 2023, Corollary 1).
 
     For Gaussian z, E[ĝᵀHĝ] = (tr H‖∇L‖² + (n+1)·∇LᵀH∇L)/n, so γ = (r + n + 1)/n with r = tr H/ℓ; for the sphere, ±1 and rank one
     it differs by terms of the order of ℓ/n. The dimension does not occur.
@@ -31,7 +31,7 @@ def corollary_1(trace: float, norm: float, n: int, *, one_sided: bool = False) -
     Args:
         trace: tr H.
         norm: ℓ, H's largest eigenvalue.
-        n: directions a step.
+        n: directions per step.
         one_sided: as for `lemma_2`: E[ĝᵀHĝ] = tr H‖∇L‖²/(n − 1) + (n + 1 + 1/(n − 1))/n · ∇LᵀH∇L.
     """
     if one_sided:

@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 class Verbalizer:
     """Tokenises prompts together with the label words, or the rows' own options, that may complete them.
 
-    A word's tokens are those it has in the place of `{mask}`: behind a space they are often others than at the start of
+    A word's tokens are those it has in the place of `{mask}`: behind a space they often differ from those at the start of
     a text (RoBERTa, GPT-2 and Llama have a token for " great", and another for "great").
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         prompt: with label words or options.
         masked: the model reads a mask token in the text; otherwise it continues the text before `{mask}`.
 
     Attributes:
-        options: the tokens of the label words, with the template's text behind them where that is scored and is the
-            same for all rows. None of them where rows bring their own.
+        options: the tokens of the label words, with the template's text behind them if that is scored and is the same for all
+            rows. Empty if rows bring their own.
 
     Raises:
         ValueError: a word is unknown to the tokenizer, is the same token as another, or has several tokens where the
-            model fills one mask; or the tokenizer cannot do what the prompt needs.
+            model fills one mask; or the tokenizer lacks what the prompt needs.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, masked: bool) -> None:
@@ -60,7 +60,7 @@ class Verbalizer:
 
     @property
     def single_tokens(self) -> Tensor | None:
-        """The label words as one token each, int64, shape `(labels,)`; None where that is not all that is compared."""
+        """The label words as one token each, int64, shape `(labels,)`; None if more than that is compared."""
         if self._per_row or self.options.longest > 1:
             return None
         return torch.tensor([option[0] for option in self.options.tokens])
@@ -101,15 +101,15 @@ class Verbalizer:
         contexts = [text for text, of_row in zip(texts, words, strict=True) for _ in of_row]
         tokens = self._contexts.plain(whole) if self._prompt.chat else self._contexts.continuations(contexts, whole)
         if not all(tokens):
-            raise ValueError(f"the tokenizer makes no token of the option {whole[tokens.index([])]!r}")
+            raise ValueError(f"the tokenizer makes no tokens of the option {whole[tokens.index([])]!r}")
         ends = np.cumsum([len(of_row) for of_row in words]).tolist()
         return [Options.of(tokens[end - len(of_row) : end]) for end, of_row in zip(ends, words, strict=True)]
 
     def _in_template(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts in the place of `{mask}`, whatever the row.
 
-        The template's own text before the mask tells how they are split. Where there is none (a column comes right
-        before, or the word opens a reply) they are tokenised alone.
+        The template's own text before the mask tells how they are split. If there is none (a column comes right
+        before, or the word opens a reply), they are tokenised alone.
         """
         literal = self._prompt.literal_before_mask
         if literal == "" or self._prompt.chat:

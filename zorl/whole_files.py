@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed or a disk is full."""
+"""Files that are written whole or not at all, even if the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-_WHAT_TO_DO = "see that there is room, and permission to write, then start again; nothing is lost"
+_WHAT_TO_DO = "make sure that there is room and permission to write, then start again; nothing is lost"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes the place of `path` when the block ends, and is gone if that raises.
+    """A path beside `path` to write to. It replaces `path` when the block ends, and is deleted if the block raises.
 
     Raises:
-        OSError: it could not be written, as on a full disk. What was at `path` is as it was.
+        OSError: it could not be written, as on a full disk. `path` is unchanged.
     """
     new = path.with_name(f"{path.name}.new")
     try:
         with writing(path):
             yield new
             with new.open("rb") as file:
-                os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+                os.fsync(file.fileno())  # otherwise a power cut could leave the new name on an empty file
             new.replace(path)
     except BaseException:
-        with suppress(OSError):  # of a folder that is not to be written: there is nothing to take away
+        with suppress(OSError):  # the folder cannot be written to, so there is nothing to delete
             new.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Gives what goes wrong in writing `path` one sentence.
+    """Turns whatever goes wrong in writing `path` into one sentence.
 
     Raises:
         OSError: with the path, and what to do.
     """
     try:
         yield
-    except SafetensorError as error:  # an error of the disk, too: it has no class of its own there
+    except SafetensorError as error:  # a disk error as well, for which it has no class of its own
         raise OSError(f"{path} could not be written: {error}; {_WHAT_TO_DO}") from error
     except OSError as error:
         reason = error.strerror or str(error)
@@ -51,7 +51,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
-    """Writes values as JSON, whole.
+    """Writes values as JSON, whole or not at all.
 
     Raises:
         OSError: as for `whole_file`.
@@ -64,7 +64,7 @@ def read_json(path: Path, loss: str) -> Any:
     """The values of a JSON file that was written here.
 
     Args:
-        loss: what to do where it is damaged, and what that costs.
+        loss: what to do if it is damaged, and what that costs.
 
     Raises:
         ValueError: it is damaged.

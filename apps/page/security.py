@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zorl.rewards.judgment_records import LONGEST_NAME
+from zorl.text_files import read_text
 
 # Gradio's front end consists of inline scripts and functions built from text; anything not served by the page is refused.
 POLICY = (
@@ -100,10 +101,11 @@ def read_users(path: Path) -> dict[str, str]:
     """Reads names and passwords from lines `name:password`. Empty lines and lines that begin with # are ignored.
 
     Raises:
-        ValueError: a line has another form, a name occurs twice, or there is no name. The message names file and line.
+        ValueError: the file is not UTF-8, a line has another form, a name occurs twice, or there is no name. The message names
+            file and line.
     """
     users: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, password = line.partition(":")

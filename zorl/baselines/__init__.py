@@ -1,1 +1,1 @@
-"""What MeZO is compared with: one file a method, each with `fit(problem, report)` → `Fitted` (see `zorl.baselines.problem`)."""
+"""What MeZO is compared with: one file per method, each with `fit(problem, report)` → `Fitted` (see `zorl.baselines.problem`)."""

@@ -18,9 +18,9 @@ from zorl.encoding import longest_input
 from zorl.goal import Goal
 from zorl.probe import CENTRE, Scores
 
-POPULATION = 20  # candidates a generation
-TOKENS = 50  # of the soft prompt, where the context has room
-INTRINSIC_DIMENSION = 500  # of z, at most: it was chosen for a prompt of 51,200 numbers
+POPULATION = 20  # candidates per generation
+TOKENS = 50  # in the soft prompt, if the context has room
+INTRINSIC_DIMENSION = 500  # the most that z may have; the paper chose it for a prompt of 51,200 numbers
 _SHARE_OF_CONTEXT, _SHARE_OF_PROMPT, _FEWEST = 8, 100, 20
 _SEEDS = 1 << 32
 
@@ -29,16 +29,16 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
     """Moves a soft prompt p = p₀ + A z by CMA-ES on z; the model stays as it is.
 
     p₀ are embeddings of random tokens, and A is Gaussian, scaled to the model's embeddings as in BBTv2 (Sun et al. 2022b). A
-    candidate costs one forward of a batch, the same batch for all of a generation; its fitness is the reward, with label
-    words under their probabilities, or without a reward cross entropy. The mean of the distribution is looked at on the
-    development rows ten times, and the best is kept; p₀ is among them. In generated text peft leaves positions to the model,
-    which then counts padding.
+    candidate costs one forward of a batch, and all candidates of a generation see the same batch. Fitness is the reward (with
+    label words, its expectation under their probabilities), or cross entropy if there is no reward. The mean of the
+    distribution is scored on the development rows ten times, and the best is kept; p₀ is one of them. When text is generated,
+    peft leaves the positions to the model, which then counts padding as well.
 
-    The prompt has `TOKENS` tokens, or an eighth of the context; z has a hundredth as many dimensions as the prompt has numbers,
-    between 20 and `INTRINSIC_DIMENSION`.
+    The prompt has `TOKENS` tokens, or an eighth of the context if that is less. z has a hundredth as many dimensions as the
+    prompt has numbers, but at least 20 and at most `INTRINSIC_DIMENSION`.
 
     Raises:
-        NotApplicable: the budget does not pay one generation.
+        NotApplicable: the budget does not pay for one generation.
     """
     import cma
 
@@ -56,7 +56,7 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
     objective = goal.objective(policy, label_column=problem.label_column)
     dimension = min(INTRINSIC_DIMENSION, max(_FEWEST, soft.numel() // _SHARE_OF_PROMPT), soft.numel())
     first = soft.detach().clone()
-    # Each number of A z then varies as much as those of the model's own embeddings do (for z of variance one).
+    # With z of unit variance, the numbers of A z vary as much as those of the model's own embeddings.
     scale = float(base.get_input_embeddings().weight.float().std()) / math.sqrt(dimension)
     projection = scale * torch.randn(soft.numel(), dimension, generator=generator)
 
@@ -68,7 +68,7 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
     settings = {
         "popsize": POPULATION,
         "randn": lambda *shape: normal(shape),
-        "seed": math.nan,  # leaves numpy's global generator alone
+        "seed": math.nan,  # keeps cma from seeding numpy's global generator
         "verbose": -9,
     }
     selection = Selection(problem, policy, {"prompt": soft})
@@ -94,12 +94,12 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
 
 
 def _with_soft_prompt(base: Any, tokenizer: Any, generator: torch.Generator) -> tuple[Any, Tensor]:
-    """The model with embeddings of random tokens in front, and these, shape `(tokens, width)`."""
+    """The model with the embeddings of random tokens in front, and these embeddings, shape `(tokens, width)`."""
     from peft import PromptTuningConfig
 
     tokens = max(1, min(TOKENS, longest_input(base, tokenizer) // _SHARE_OF_CONTEXT))
     kind = "CAUSAL_LM" if base.can_generate() else "FEATURE_EXTRACTION"
-    with torch.random.fork_rng():  # peft draws a first prompt of its own
+    with torch.random.fork_rng():  # peft initialises the prompt at random
         model: Any = adapt(base, PromptTuningConfig(task_type=kind, num_virtual_tokens=tokens))
     soft: Tensor = model.prompt_encoder["default"].embedding.weight
     vocabulary = base.get_input_embeddings().weight

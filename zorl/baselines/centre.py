@@ -1,4 +1,4 @@
-"""A model as it is: the evaluator of methods that move no point around θ."""
+"""The evaluator of methods that do not perturb the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Centre:
     """Evaluates at θ alone (see `zorl.perturbation.Evaluator`), through the model itself.
 
-    Neither the mode of the model nor autograd is touched: in train mode scores have gradients.
+    It leaves the model's mode and autograd alone, so scores have gradients where these are enabled.
     """
 
     def __init__(self, module: Any) -> None:

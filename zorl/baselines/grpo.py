@@ -19,22 +19,21 @@ from zorl.encoding import ContextTokenizer, longest_input
 from zorl.generation import Generation
 from zorl.prompts import Answer
 
-GENERATIONS = 8  # texts a prompt, TRL's default; fewer where they do not divide a batch
-FORWARDS_A_STEP = 4  # a batch is generated, and read once forward and, for two, backward
+GENERATIONS = 8  # texts per prompt, TRL's default; fewer where they do not divide a batch
+FORWARDS_A_STEP = 4  # generating a batch, reading it, and two for the backward pass
 LEARNING_RATES = (1e-6, 1e-5, 1e-4)
 
 
 def fit(problem: Problem, report: Report | None = None, *, learning_rates: Sequence[float] = LEARNING_RATES) -> Fitted:
     """Trains all weights in float32 with TRL's GRPOTrainer and its defaults, on the reward of single texts.
 
-    A batch holds `batch_size` texts, a group of `GENERATIONS` for each prompt. Each learning rate is given the whole budget,
-    a step costing `FORWARDS_A_STEP` of it. The weights that did best on the development rows are kept, looked at ten times
-    a run; those before the first step are among them. `chosen` says what the whole search has cost.
+    A batch holds `batch_size` texts, in groups of `GENERATIONS` per prompt. Each learning rate gets the whole budget, of which
+    a step costs `FORWARDS_A_STEP`. The weights are scored on the development rows before the first step and ten times per run,
+    and the best of all runs are kept. `chosen` says what the whole search cost.
 
     Raises:
-        NotApplicable: the prompt has label words, the reward scores a batch as a whole, no prompt leaves room for an answer,
-            or the budget or the batch is too small.
-        TypeError: the model is no causal language model.
+        NotApplicable: the model is not a causal language model, the prompt has label words or options, the reward scores a
+            batch as a whole, no prompt leaves room for an answer, or the budget or the batch is too small.
     """
     if problem.prompt.labels:
         raise NotApplicable(
@@ -52,27 +51,23 @@ def fit(problem: Problem, report: Report | None = None, *, learning_rates: Seque
     rows = _rows_that_fit(problem, model, tokenizer)
     selection = Selection(problem, policy, model.state_dict())
     selection.look(learning_rate=None, step=0)
+    spent = 0
     with progress("GRPO", len(learning_rates) * steps * FORWARDS_A_STEP, report) as spend, _random_state_kept():
         for rate in learning_rates:
             selection.to_start()
-            _train(problem, model, tokenizer, rows, group, rate, steps, selection, spend)
+            spent += _train(problem, model, tokenizer, rows, group, rate, steps, selection, spend)
     selection.to_best()
     model.requires_grad_(False)
     return Fitted(
         partial(answers_of, policy),
         steps * FORWARDS_A_STEP,
-        {
-            "generations": group,
-            "rows": len(rows),
-            **selection.chosen,
-            "search_forwards": len(learning_rates) * steps * FORWARDS_A_STEP,
-        },
+        {"generations": group, "rows": len(rows), **selection.chosen, "search_forwards": spent},
     )
 
 
 def _text_policy(problem: Problem, model: Any, tokenizer: Any) -> Generation:
     if not model.can_generate():
-        raise NotApplicable(f"GRPO needs a causal language model to sample from, and {type(model).__name__} is none")
+        raise NotApplicable(f"GRPO needs a causal language model to sample from, and {type(model).__name__} is not one")
     policy = problem.policy(model, tokenizer)
     if not isinstance(policy, Generation):
         raise NotApplicable(
@@ -82,7 +77,7 @@ def _text_policy(problem: Problem, model: Any, tokenizer: Any) -> Generation:
 
 
 def _rows_that_fit(problem: Problem, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Training rows whose prompt needs no cutting, which TRL does not do."""
+    """The training rows whose prompts fit: TRL does not truncate them."""
     contexts = ContextTokenizer(tokenizer, problem.prompt)
     rendered = [problem.prompt.render(row) for row in problem.train]
     lengths = map(len, contexts.ids(rendered, [contexts.text(one) for one in rendered]))
@@ -90,7 +85,7 @@ def _rows_that_fit(problem: Problem, model: Any, tokenizer: Any) -> list[dict[st
     rows = [row for row, length in zip(problem.train, lengths, strict=True) if length <= limit]
     if not rows:
         raise NotApplicable(
-            f"no prompt of the training rows leaves room for {problem.max_completion_length} tokens of an answer; lower"
+            f"no prompt of the training rows leaves room for an answer of {problem.max_completion_length} tokens; lower"
             " max_completion_length"
         )
     return rows
@@ -106,7 +101,8 @@ def _train(
     steps: int,
     selection: Selection,
     spend: Report,
-) -> None:
+) -> int:
+    """Trains with one learning rate, and stops if it diverges. Returns the forwards spent."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -115,7 +111,7 @@ def _train(
     prompts = [chat or one.before for chat, one in zip(conversations, asked, strict=True)]
     fields = GRPOConfig.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    checkpointing: dict[str, Any] = {name: False}  # by the name that it has since transformers 5.18
+    checkpointing: dict[str, Any] = {name: False}  # transformers 5.18 renamed it
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder,
@@ -144,10 +140,11 @@ def _train(
         )
         trainer.pop_callback(PrinterCallback)
         trainer.train()
+    return int(trainer.state.global_step) * FORWARDS_A_STEP
 
 
 class _Looks(TrainerCallback):
-    """Counts steps, and looks at the development rows along the way."""
+    """Counts steps, and scores the development rows along the way."""
 
     def __init__(self, selection: Selection, rate: float, spend: Report) -> None:
         self._selection, self._rate, self._spend = selection, rate, spend
@@ -160,7 +157,7 @@ class _Looks(TrainerCallback):
 
 
 def _reward(problem: Problem, rows: list[dict[str, Any]]) -> Callable[..., list[float | None]]:
-    """The reward as TRL calls it, on the prompts and columns that every method's rewards see."""
+    """The reward with TRL's signature. It sees the same prompts and columns as with every other method."""
     conversational = [problem.prompt.render(row).conversational for row in rows]
 
     def reward(completions: list[Any], completion_ids: list[Any], index: list[int], **_: Any) -> list[float | None]:
@@ -180,7 +177,7 @@ def _reward(problem: Problem, rows: list[dict[str, Any]]) -> Callable[..., list[
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Trainer seeds the global generators, and TRL samples from them: they are given back as they were."""
+    """Restores the global generators, which Trainer seeds and TRL samples from."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

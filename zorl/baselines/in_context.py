@@ -12,15 +12,15 @@ from zorl.encoding import longest_input
 from zorl.scoring import LabelWords
 
 DEMONSTRATIONS = 32  # as in Malladi et al. 2023
-_MARGIN = 16  # tokens for the answer and the tokenizer's own
+_MARGIN = 16  # tokens for the answer and for special tokens
 
 
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
     """Puts demonstrations before the prompt: `DEMONSTRATIONS`, in the proportions of the labels, or as many as fit.
 
-    The context is shared with the longest of the development rows' prompts, which are given half of it at most; a longer one
-    is cut as always. Where not even as many demonstrations fit as there are labels, their values are cut. Nothing is spent
-    in learning, but each forward afterwards is as much longer.
+    They share the context with the longest prompt of the development rows, which gets half of it at most; longer prompts are cut
+    as always. If fewer demonstrations fit than there are labels, their values are cut. Learning costs nothing, but every later
+    forward reads the demonstrations too.
 
     Raises:
         NotApplicable: rows hold conversations or no labels, or the template leaves no room for a demonstration.
@@ -62,7 +62,7 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
                 " model has left for them, even with their values cut to nothing"
             )
         limit = fits - 1
-    # Braces in the data are never interpreted.
+    # Braces in the data are literal.
     literal = demonstrations(count, limit).replace("{", "{{").replace("}", "}}")
     answering = problem.policy(model, tokenizer, replace(prompt, template=literal + prompt.template))
     chosen = {"demonstrations": count, "cut_to_characters": limit}
@@ -70,6 +70,6 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
 
 
 def _answered(problem: Problem, row: dict[str, Any], limit: int | None) -> str:
-    """A row's prompt with the true answer in its place, its values cut to so many characters."""
+    """A row's prompt with the true answer filled in, and each value cut to the given number of characters."""
     rendered = problem.prompt.render(row, limit=limit)
     return rendered.before + target_text(problem.prompt, row, problem.label_column) + rendered.after

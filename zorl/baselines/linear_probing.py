@@ -15,12 +15,12 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C: the inverse of the penalt
 
 
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
-    """Fits scikit-learn's LogisticRegression to standardised states of training rows, as many as the budget reads once.
+    """Fits scikit-learn's LogisticRegression to standardised states of training rows, as many as the budget can read once.
 
-    Of `STRENGTHS` the one is kept whose answers to the development rows are best; of equals the most regular.
+    The strength in `STRENGTHS` that does best on the development rows is kept; among equals, the strongest penalty.
 
     Raises:
-        NotApplicable: the prompt has no label words, the words have several tokens, or the model's last state is out of reach.
+        NotApplicable: the prompt has no label words, the words have several tokens, or the model's last state cannot be read.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -35,7 +35,7 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
         report(forwards)
     if len(set(truth)) < 2:
         raise NotApplicable(
-            f"linear probing needs two labels, and the {len(rows)} rows that the budget reads hold {truth[0]!r} alone"
+            f"linear probing needs two labels, and the {len(rows)} rows that the budget pays for all have {truth[0]!r}"
         )
     on_dev = _states(policy, problem.dev)
 
@@ -58,7 +58,7 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
 
 
 def _states(policy: LabelWords, rows: Rows) -> NDArray[Any]:
-    """What the label words are read from, shape `(rows, width)`."""
+    """The states that the label words are read from, shape `(rows, width)`."""
     with torch.no_grad():
         _, states = policy.words_and_states(rows)
     if states is None:

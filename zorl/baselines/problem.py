@@ -1,8 +1,8 @@
-"""What is to be learnt, the same for every method, and what a method gives back.
+"""The problem that every method is given, and what a method returns.
 
 The unit of cost is one forward of a batch, as for MeZO: a step of MeZO takes two. A backward pass counts as two forwards,
-because it computes two matrix products where a forward computes one; a batch that is generated counts as one, whatever the
-length of its texts. What is looked up on the development rows is not part of learning: it is reported beside it.
+because it computes two matrix products where a forward computes one. Generating a batch counts as one forward, whatever the
+length of its texts. Scoring the development rows is not part of learning: its cost is reported separately.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from zorl.baselines.centre import Centre
 from zorl.config import MeZOConfig
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
-from zorl.objectives import columns_of
 from zorl.policies import Policy, make_policy
 from zorl.probe import CENTRE
 from zorl.prompts import MASK, Answer, Prompt
 from zorl.reward_functions import RewardFunction, RewardFunctions, RewardValues
+from zorl.reward_models import text_of
+from zorl.reward_objective import score_answers
 from zorl.sampling import StratifiedSampler
 from zorl.scoring import LabelWords
 from zorl.teacher_forcing import taught_text
 
 Rows = Sequence[dict[str, Any]]
-Report = Callable[[int], object]  # called with the forwards that were spent since it was last called
+Report = Callable[[int], object]  # called with the forwards spent since the last call
 
 
 class NotApplicable(ValueError):  # noqa: N818
@@ -41,27 +42,27 @@ class NotApplicable(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be learnt. Text is generated greedily, so that answers are a function of the weights.
+    """A problem to learn. Text is generated greedily, so that answers are a function of the weights.
 
     Args:
         model: a name or path. Each method loads a copy of its own.
         prompt: with label words or without.
-        train: the rows to learn from, with `label_column`.
-        dev: held-out rows on which a method may choose its hyper-parameters and the step to stop at.
-        label_column: the true label; without label words the text to be answered.
-        reward: a function with TRL's signature, maximised by the methods that can do that, and what all of them choose by
-            on `dev`. Without it that is the share of answers that are the label.
-        batch_size: rows of a batch, the unit in which forwards are counted.
-        budget: forwards of a batch that a method may spend in learning. Where a method tries several settings, each may
-            spend as much.
-        seed: of everything that is drawn; not negative.
-        dtype: of the weights, as in `zorl.models.load_model`. What trains by backpropagation does so in float32.
-        max_length: tokens of a prompt; by default what the model takes.
-        max_completion_length: tokens of a generated text.
+        train: the training rows, with `label_column`.
+        dev: held-out rows on which a method may choose its hyperparameters and the step to stop at.
+        label_column: the column with the true label or, without label words, with the text to be generated.
+        reward: a function with TRL's signature. Methods that can do so maximise it, and all of them choose by it on `dev`. By
+            default it is the share of answers that equal the label.
+        batch_size: rows per batch, the unit in which forwards are counted.
+        budget: forwards of a batch that a method may spend on learning. A method that tries several settings may spend it on
+            each.
+        seed: seeds everything that is drawn; not negative.
+        dtype: the weights' dtype, as in `zorl.models.load_model`. Methods that use backpropagation train in float32.
+        max_length: the longest prompt, in tokens; by default what the model takes.
+        max_completion_length: the longest generated text, in tokens.
         forward_batch_size: rows that go through the model at once; results do not depend on it.
 
     Raises:
-        ValueError: rows do not fit the prompt, there is neither a reward nor a label, or a number is out of range.
+        ValueError: the rows do not fit the prompt, there is neither a reward nor a label, or a number is out of range.
     """
 
     model: str
@@ -92,7 +93,7 @@ class Problem:
 
     @cached_property
     def rewards(self) -> RewardFunctions:
-        """The reward; without one, 1 for an answer that is the label and 0 for another."""
+        """The reward; by default 1 for an answer that equals the label and 0 for any other."""
         return RewardFunctions(_is_the_label(self.label_column) if self.reward is None else self.reward)
 
     @cached_property
@@ -107,7 +108,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where models are loaded: the one that Trainer would choose."""
+        """The device of the models: the one that Trainer would choose."""
         return self._settings.device
 
     def load(self, dtype: str | None = None) -> tuple[Any, Any]:
@@ -116,11 +117,11 @@ class Problem:
         return model.to(self.device).eval(), load_processing_class(self.model)
 
     def policy(self, model: Any, tokenizer: Any, prompt: Prompt | None = None) -> Policy:
-        """Answers of the model as it is at the time of asking."""
+        """A policy that answers with the model's current weights."""
         return make_policy(Centre(model), tokenizer, self.prompt if prompt is None else prompt, self._settings)
 
     def label_policy(self, model: Any, tokenizer: Any, method: str) -> LabelWords:
-        """The same for methods that need labels, the same for all rows.
+        """`policy`, for methods that need the same labels for all rows.
 
         Raises:
             NotApplicable: the prompt has no label words.
@@ -133,20 +134,14 @@ class Problem:
 
     def values(self, rows: Rows, answers: Sequence[Answer]) -> RewardValues:
         """What the rewards make of an answer to each row."""
-        return self.rewards(
-            prompts=[self.prompt.render(row).prompt for row in rows],
-            completions=[answer.completion for answer in answers],
-            completion_ids=[answer.completion_ids for answer in answers],
-            columns=columns_of(rows),
-            label_names=list(self.prompt.labels) or None,
-        )
+        return score_answers(self.rewards, self.prompt, rows, answers)
 
     def score(self, rows: Rows, answers: Sequence[Answer]) -> float:
         """The mean reward, higher is better; −∞ where the reward applies to no row."""
         return self.values(rows, answers).total.nanmean().nan_to_num(nan=-math.inf).item()
 
     def sample(self, size: int) -> list[dict[str, Any]]:
-        """Training rows in the proportions of the labels, all if there are no more than `size`; drawn by the seed."""
+        """Training rows in the proportions of the labels, drawn by the seed; all of them if there are at most `size`."""
         size = min(size, len(self.train))
         sampler = StratifiedSampler(len(self.train), size, self._labels, self.seed)
         return [self.train[i] for i in itertools.islice(sampler, size)]
@@ -174,9 +169,9 @@ class Fitted:
     """What a method has learnt.
 
     Attributes:
-        answers: to rows, one each.
-        forwards: of a batch, spent in learning; those of the setting that was chosen. A backward pass counts as two.
-        chosen: the settings that were chosen on the development rows, and what else a reader should know.
+        answers: a function from rows to their answers, one each.
+        forwards: forwards of a batch spent on learning with the chosen setting. A backward pass counts as two.
+        chosen: the settings chosen on the development rows, and whatever else a reader should know.
     """
 
     answers: Callable[[Rows], list[Answer]]
@@ -186,7 +181,7 @@ class Fitted:
 
 @contextmanager
 def progress(method: str, forwards: int, report: Report | None) -> Iterator[Report]:
-    """Whom to tell what was spent: the caller's `report`, or a bar of so many forwards."""
+    """The function to call with forwards spent: the caller's `report`, or a progress bar's."""
     if report is not None:
         yield report
         return
@@ -195,7 +190,7 @@ def progress(method: str, forwards: int, report: Report | None) -> Iterator[Repo
 
 
 def answers_of(policy: Policy, rows: Rows) -> list[Answer]:
-    """What the model answers as it is, in eval mode."""
+    """The model's answers, in eval mode."""
     policy.evaluator.module.eval()
     with torch.no_grad():
         (answers,) = policy.answers(rows, [CENTRE])
@@ -203,10 +198,9 @@ def answers_of(policy: Policy, rows: Rows) -> list[Answer]:
 
 
 def target_text(prompt: Prompt, row: dict[str, Any], label_column: str) -> str:
-    """The answer to a row as it continues the prompt's text: the label's word, or the label itself, the first where several are
-    right.
+    """The right answer as a continuation of the prompt: the label's word, or the label itself (the first, if several are right).
 
-    A space comes first where the text ends without one, but not in a template that says where its word goes.
+    It begins with a space if the prompt does not end with white space, unless the template says where the word goes.
     """
     label = row[label_column]
     if prompt.label_words is not None:
@@ -220,7 +214,7 @@ def target_text(prompt: Prompt, row: dict[str, Any], label_column: str) -> str:
 
 def _is_the_label(column: str) -> RewardFunction:
     def is_the_label(completions: Sequence[Any], **columns: Any) -> list[float]:
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-        return [float(text.strip() == str(label).strip()) for text, label in zip(texts, columns[column], strict=True)]
+        labels = [str(label).strip() for label in columns[column]]
+        return [float(text_of(one).strip() == label) for one, label in zip(completions, labels, strict=True)]
 
     return is_the_label

@@ -1,4 +1,4 @@
-"""Which of the weights along the way, and of several settings, did best on the development rows."""
+"""Model selection: the weights that did best on the development rows, over all steps and settings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from zorl.baselines.problem import Problem, answers_of
 from zorl.policies import Policy
 
-LOOKS = 10  # a run, at most
+LOOKS = 10  # per run, at most
 
 
 class Selection:
-    """Looks at the development rows, and keeps the best weights in memory.
+    """Scores weights on the development rows, and keeps the best in memory.
 
     Args:
-        policy: answers with the model that holds `tensors`.
-        tensors: all that the method moves, by name. They are written in place.
+        policy: answers with the model that `tensors` belong to.
+        tensors: everything that the method changes, by name. They are written in place.
     """
 
     def __init__(self, problem: Problem, policy: Policy, tensors: Mapping[str, Tensor]) -> None:
@@ -32,27 +32,27 @@ class Selection:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The setting of the best look, its score, and what all looks have cost."""
+        """The best setting, its score, and the forwards that all looks cost."""
         dev = self._problem.forwards(self._problem.dev)
         return {**self._setting, "dev_score": self._score, "dev_forwards": self._looks * dev}
 
     def look(self, **setting: Any) -> bool:
-        """Scores the weights as they are; of equals the first is kept. False where they answer with NaN."""
+        """Scores the current weights; among equals the first are kept. False if the scores are NaN."""
         self._looks += 1
         try:
             score = self._problem.score(self._problem.dev, answers_of(self._policy, self._problem.dev))
-        except FloatingPointError:  # a run that has diverged
+        except FloatingPointError:  # the run has diverged
             return False
         if score > self._score:
             self._score, self._setting, self._best = score, setting, self._copy()
         return True
 
     def to_start(self) -> None:
-        """Puts the weights back to what they were at first."""
+        """Restores the initial weights."""
         self._write(self._start)
 
     def to_best(self) -> None:
-        """Puts the weights to the best that were looked at."""
+        """Restores the best weights."""
         self._write(self._best)
 
     def _copy(self) -> dict[str, Tensor]:
@@ -65,5 +65,5 @@ class Selection:
 
 
 def look_at(step: int, steps: int) -> bool:
-    """Whether to look after this step of so many: at most `LOOKS` times, and after the last."""
+    """Whether to look after this step: at most `LOOKS` times in all, and always after the last."""
     return step == steps or step % max(1, -(-steps // LOOKS)) == 0

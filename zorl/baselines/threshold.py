@@ -1,4 +1,4 @@
-"""One fitted bias a label: what can be had without tuning anything."""
+"""One fitted bias per label, on a model that is not tuned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zorl.reward_objective import RewardObjective
 
 
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
-    """Fits biases to the reward of training rows, as many as the budget reads once (see `zorl.calibration`).
+    """Fits biases to the reward of training rows, as many as the budget can read once (see `zorl.calibration`).
 
     Raises:
         NotApplicable: the prompt has no label words.

@@ -1,4 +1,4 @@
-"""The model as it is."""
+"""Zero-shot: the model as it is."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from zorl.baselines.problem import Fitted, Problem, Report, answers_of
 
 
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
-    """Learns nothing, and answers with the prompt alone."""
+    """Learns nothing: answers are the untuned model's."""
     return Fitted(partial(answers_of, problem.policy(*problem.load())), forwards=0)

@@ -1,7 +1,7 @@
 """The CPU kernel: one fused pass over θ in cache-sized blocks, on all of torch's threads, compiled by numba.
 
-A block of z is made in first-level cache and added at once, so θ is read and written a single time however many
-directions are folded. numba has no float16 or bfloat16 on CPUs: both are handled as the 16-bit integers that they are.
+A block of z is made in first-level cache and added at once, so θ is read and written once, however many directions
+are folded. numba has no float16 or bfloat16 on CPUs: both are handled as the 16-bit integers that they are.
 No fastmath and no fused multiply-add, so that the bits are the reference kernel's.
 """
 
@@ -21,7 +21,7 @@ from zorl.directions import Distribution, Key, half_normal_table, matrix_width, 
 from zorl.kernels.reference import COLUMNS, copied_unmoved
 
 _BLOCK = 4096  # elements: θ, z and rounding bits of a block fit first-level cache together
-_COLUMN_WORDS = 1 << 18  # of low-rank directions, kept at once: they fit second-level cache, however long a replay is
+_COLUMN_WORDS = 1 << 18  # low-rank directions kept at once: these fit second-level cache, however long a replay is
 _PER_THREAD = 1 << 16  # below this many elements a second thread costs more than it saves
 _pool: ThreadPoolExecutor | None = None
 
@@ -104,9 +104,9 @@ def _table(distribution: Distribution) -> np.ndarray:
 
 
 def _parallel(run: Callable[[int, int], None], numel: int, block: int) -> None:
-    """Runs over [0, numel) on torch's number of threads; every thread's share starts at a block's start.
+    """Runs over [0, numel) on as many threads as torch uses; each thread's share begins at the start of a block.
 
-    Compiled functions release the interpreter lock, so plain threads do, without a second OpenMP runtime beside torch's.
+    Compiled functions release the interpreter lock, so plain threads suffice: no second OpenMP runtime beside torch's.
     """
     global _pool
     threads = max(1, min(torch.get_num_threads(), numel // _PER_THREAD))
@@ -228,8 +228,8 @@ def _fill_signs(z, start, key0, key1):  # type: ignore[no-untyped-def]
         i += len(out)
 
 
-# Loops run over slices: of an index that starts at 0 the compiler can see that it is never negative, and only then does it
-# use the processor's wide registers.
+# Loops run over slices: the compiler uses the processor's wide registers only where it can see that an index is never
+# negative, as it can if the index starts at 0.
 @njit(nogil=True, cache=True)
 def _fill_z(z, start, key0, key1, gaussian, table, rank, columns):  # type: ignore[no-untyped-def]
     """z ← the direction at flat indices start, start + 1, …"""
@@ -312,9 +312,9 @@ def _add_f32_signs(values, keys, c, start, stop):  # type: ignore[no-untyped-def
 
 @njit(nogil=True, cache=True)
 def _add_f32_rank1(values, keys, c, signs, start, stop):  # type: ignore[no-untyped-def]
-    """Rows of θ plus ±c times the columns' signs: nothing is hashed an element, so a long replay runs at cache speed.
+    """Rows of θ plus ±c times the columns' signs: nothing is hashed per element, so a long replay runs at cache speed.
 
-    Four directions a pass over a row, in order and with a rounding each.
+    Each pass over a row adds four directions, in order, with one rounding each.
     """
     width, n = signs.shape[1], len(c)
     signed = np.empty(n, dtype=np.float32)

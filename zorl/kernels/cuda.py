@@ -74,7 +74,7 @@ def factors(index: Tensor, key: Key, r: int, *, columns: bool) -> Tensor:
 
 @functools.cache
 def agrees(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this kernel has the reference's bits on this device, tried once a process: one that does not is not used."""
+    """Whether this kernel has the reference's bits on this device, tried once per process: if it has not, it is not used."""
     streams = [make_key(seed, "self-test") for seed in range(3)]
     theta = torch.linspace(-0.1, 0.1, 35 * 67, device=device).view(35, 67).to(dtype)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
@@ -90,7 +90,7 @@ def agrees(device: torch.device, dtype: torch.dtype) -> bool:
                 )
                 made.append([moved.view(integers), out.view(integers), signs])
             if not all(map(torch.equal, *made)):
-                raise RuntimeError(f"other bits than the reference's along {distribution} directions")
+                raise RuntimeError(f"its bits differ from the reference's along {distribution} directions")
     except Exception as error:  # whatever a compiler or driver may raise
         warnings.warn(f"the Triton kernel is not used on {device} in {dtype}: {error}", RuntimeWarning, stacklevel=3)
         return False
@@ -106,14 +106,14 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _table_of(directions: Sequence[tuple[Key, float]], device: torch.device) -> Tensor:
-    """A row a direction: its four words, and its coefficient by the bits of a float32; int64, which holds both."""
+    """One row per direction: its four words, and the bits of its coefficient as a float32; int64, which holds both."""
     bits = torch.tensor([c for _, c in directions], dtype=torch.float32).view(torch.int32)
     words = torch.tensor([list(stream) for stream, _ in directions], dtype=torch.int64)
     return torch.cat([words, bits[:, None]], dim=1).to(device, non_blocking=True)
 
 
 def _signed(word: int) -> int:
-    """A word of 32 bits as the signed number with these bits: Triton would take a large one for 64 bits, and compile anew."""
+    """A 32-bit word as the signed number with the same bits: Triton would take a large one for 64 bits, and compile again."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
@@ -209,7 +209,7 @@ def _add(  # type: ignore[no-untyped-def]
         else:
             key2, key3 = tl.load(row + 2).to(tl.uint32), tl.load(row + 3).to(tl.uint32)
             value = _rounded(value.to(tl.float64) + change.to(tl.float64), index, key2, key3, DTYPE)
-            value = value.to(theta.dtype.element_ty).to(tl.float32)  # what does not fit is infinite from then on
+            value = value.to(theta.dtype.element_ty).to(tl.float32)  # what overflows stays infinite
     tl.store(theta + index, value.to(theta.dtype.element_ty), mask=inside)
 
 

@@ -38,12 +38,12 @@ def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distr
 
 
 def add_dense(theta: Tensor, change: Tensor, key: Key, spacing: float | None = None) -> None:
-    """θ ← θ + change, in place, one rounding an element as in `add`. Plain torch on every device: no z is made here.
+    """θ ← θ + change, in place, with one rounding per element as in `add`. It makes no z, so plain torch does on every device.
 
     Args:
         change: float32, of theta's shape.
-        key: where stochastic rounding takes its bits from.
-        spacing: of a grid that float32 θ lies on: the change is rounded to multiples of it, stochastically.
+        key: the source of the bits for stochastic rounding.
+        spacing: the spacing of the grid that a float32 θ lies on: the change is rounded stochastically to multiples of it.
     """
     flat, changes = theta.detach().reshape(-1), change.reshape(-1)  # a copy where theta is not contiguous
     size = _block(theta)
@@ -96,7 +96,7 @@ def perturb(
 
 
 def copied_unmoved(theta: Tensor, offset: float, out: Tensor, rows: Tensor | None) -> bool:
-    """Whether there is nothing to add, and if so out ← θ (or those rows of it). What every kernel's `perturb` begins with.
+    """Whether there is nothing to add; if so, out ← θ (or the given rows). Every kernel's `perturb` begins with it.
 
     Raises:
         IndexError: there is no such row.
@@ -113,14 +113,16 @@ def _block(theta: Tensor) -> int:
 
 
 def check_rows(theta: Tensor, rows: Tensor) -> None:
-    """Raises IndexError for a row that theta does not have, as an embedding does: nothing else stops a kernel there.
+    """Raises IndexError for a row that theta does not have, as an embedding does: a kernel would read beyond its end.
 
-    On a GPU, which is not waited for, it is a failed assertion of the device's own.
+    On a GPU, it is an assertion on the device, so that nothing waits for it.
     """
     if rows.device.type == "cuda":
         torch._assert_async(((rows >= 0) & (rows < len(theta))).all())
     elif len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(theta):
-        raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} are asked of a parameter with {len(theta)} rows")
+        raise IndexError(
+            f"rows {int(rows.min())} to {int(rows.max())} were asked for, and the parameter has {len(theta)}"
+        )
 
 
 def sample(index: Tensor, key: Key, distribution: Distribution, width: int = 0) -> Tensor:
@@ -134,9 +136,9 @@ def sample(index: Tensor, key: Key, distribution: Distribution, width: int = 0) 
         words = _factor_words(index // width, key, columns=False) ^ _factor_words(index % width, key, columns=True)
         different = torch.stack([(words >> j) & 1 for j in range(r)]).sum(dim=0)
         return (r - 2 * different).float() * r**-0.5
-    if distribution != "gaussian":  # one bit an element, 32 elements a hash
+    if distribution != "gaussian":  # one bit per element, 32 elements per hash
         return ((_hash(index >> 5, key.z0, key.z1) >> (index & 31)) & 1).float() * 2 - 1
-    word = _hash(index >> 1, key.z0, key.z1) >> ((index & 1) * 16)  # 16 bits an element: sign and quantile
+    word = _hash(index >> 1, key.z0, key.z1) >> ((index & 1) * 16)  # 16 bits per element: sign and quantile
     magnitude = half_normal_table().to(index.device)[word & 0x7FFF]
     return torch.where((word >> 15) & 1 == 1, magnitude, -magnitude)
 

@@ -1,11 +1,11 @@
-"""The tasks of the paper by name. Each is a file here that makes one `TASK`; a file more is a task more."""
+"""The paper's tasks by name. Each is a file here that defines one `TASK`; to add a task, add a file."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 
-from zorl.tables import did_you_mean
+from zorl.suggestions import did_you_mean
 from zorl.tasks.source import Hub as Hub
 from zorl.tasks.task import Task as Task
 

@@ -8,7 +8,7 @@ from zorl.tasks.task import Row, Task
 
 
 def rows(record: Record) -> list[Row]:
-    """SuperGLUE's columns: passage, question, label. The prompt has the question mark."""
+    """SuperGLUE's columns: passage, question, label. The prompt adds the question mark."""
     question = text(record, "question").rstrip("? ")
     return [{"passage": text(record, "passage"), "question": question, "label": label(record, YES_NO, "label")}]
 

@@ -1,4 +1,4 @@
-"""CB: is the writer committed to a clause? Three classes, very uneven. de Marneffe et al. 2019."""
+"""CB: is the writer committed to a clause? Three classes, very unbalanced. de Marneffe et al. 2019."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def rows(record: Record) -> list[Row]:
 
 
 def _continuing(sentence: str) -> str:
-    """With a small letter, as in the middle of a sentence. "I" stays."""
+    """The text with a lower-case first letter, as in the middle of a sentence. "I" stays."""
     return sentence if re.match(r"I\b", sentence) else sentence[0].lower() + sentence[1:]
 
 

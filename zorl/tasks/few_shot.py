@@ -1,6 +1,6 @@
-"""Few examples of many, in the paper's sizes and with its seeds (appendix E.1): the same for the same seed, on every machine.
+"""Few-shot samples, in the paper's sizes and with its seeds (appendix E.1): the same seed draws the same rows on every machine.
 
-They are not the very rows of the paper, whose draws depend on numpy and on the order of its files.
+They are not the paper's very rows: its draws depend on numpy and on the order of its files.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from zorl.data import apportioned
-from zorl.tables import check_columns
+from zorl.suggestions import check_columns
 
-SEEDS = (13, 21, 42, 87, 100)  # of the paper's draws
+SEEDS = (13, 21, 42, 87, 100)  # the paper's
 OPT_SIZES = (1000, 500, 1000)  # rows to train on, to choose settings by and to report, for the OPT models
 
 R = TypeVar("R", bound=Mapping[str, Any])
@@ -21,7 +21,7 @@ R = TypeVar("R", bound=Mapping[str, Any])
 class Shots(NamedTuple):
     """Attributes:
     train: rows to train on.
-    validation: as many others, to choose settings by.
+    validation: as many other rows, to choose settings by.
     """
 
     train: list[Any]
@@ -31,8 +31,8 @@ class Shots(NamedTuple):
 class Sample(NamedTuple):
     """Attributes:
     train: rows to train on.
-    validation: others, to choose settings by.
-    test: others again, to report.
+    validation: other rows, to choose settings by.
+    test: yet others, to report on.
     """
 
     train: list[Any]
@@ -41,11 +41,11 @@ class Sample(NamedTuple):
 
 
 def k_shot(rows: Sequence[R], k: int, *, seed: int, label_column: str | None = "label") -> Shots:
-    """k rows of each class to train on and k others to validate on, in the order that they have in `rows`.
+    """k rows of each class to train on and k others to validate on, in the order of `rows`.
 
     Args:
         label_column: None draws k rows in all, whatever they are: for generation and multiple choice.
-        seed: one of `SEEDS`, for results beside the paper's.
+        seed: one of `SEEDS`, for results to compare with the paper's.
 
     Raises:
         ValueError: k is not positive, a row lacks the column, or a class has fewer than 2k rows.
@@ -69,7 +69,7 @@ def sample(
     """Rows to train on, to validate on and to test on. Each part has the proportions of the labels in `rows`.
 
     Args:
-        sizes: of the three parts.
+        sizes: the rows of the three parts.
         label_column: None draws any rows: for generation and multiple choice.
 
     Raises:
@@ -87,7 +87,7 @@ def sample(
 
 
 def _groups(rows: Sequence[R], label_column: str | None) -> dict[str, list[int]]:
-    """Indices of the rows of each label, labels sorted."""
+    """The indices of each label's rows, sorted by label."""
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         if label_column is not None:
@@ -99,7 +99,7 @@ def _groups(rows: Sequence[R], label_column: str | None) -> dict[str, list[int]]
 def _drawn(
     rows: Sequence[R], groups: Mapping[str, Sequence[int]], shares: Iterable[Sequence[int]], seed: int
 ) -> list[list[R]]:
-    """The parts: shares[p][g] rows of group g for part p, none twice."""
+    """The parts: shares[p][g] rows of group g for part p, no row twice."""
     generator = random.Random(seed)
     shuffled = [iter(generator.sample(group, len(group))) for group in groups.values()]
     parts = []

@@ -1,4 +1,4 @@
-"""Values of a record, wherever it comes from: the hub, SuperGLUE's JSON Lines and GLUE's tables name them differently."""
+"""Values of a record from any source: the hub, SuperGLUE's JSON Lines and GLUE's tables name their columns differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ YES_NO_WORDS = {"yes": "Yes", "no": "No"}
 
 
 def text(record: Mapping[str, Any], *columns: str) -> str:
-    """The text in the first of these columns that the record has, without white space around it.
+    """The text in the first of these columns that the record has, without surrounding white space.
 
     Raises:
         ValueError: it has none of them, or no text in it.
@@ -26,10 +26,10 @@ def label(record: Mapping[str, Any], names: Sequence[str], *columns: str) -> str
     """The name of the label in the first of these columns that the record has.
 
     Args:
-        names: of the labels, in the order of their numbers. A label is given by name, by number or as a truth value.
+        names: the labels' names, in the order of their numbers. A record gives a label by name, by number or as a truth value.
 
     Raises:
-        ValueError: the record has none of the columns, or no label in it; −1 is how unlabelled rows are marked.
+        ValueError: the record has none of the columns, or no label there; unlabelled rows are marked with −1.
     """
     column = _found(record, columns)
     value = record[column]
@@ -38,7 +38,7 @@ def label(record: Mapping[str, Any], names: Sequence[str], *columns: str) -> str
     digits = {"false": "0", "true": "1"}.get(str(value).lower(), str(value))
     if digits.isdecimal() and int(digits) < len(names):
         return names[int(digits)]
-    missing = " (the row has no label: take a split that is labelled)" if str(value) in ("-1", "None", "-") else ""
+    missing = " (the row has no label: use a labelled split)" if str(value) in ("-1", "None", "-") else ""
     raise ValueError(
         f"{column!r} holds {value!r}{missing}; expected one of {', '.join(map(repr, names))}, or 0 to {len(names) - 1}"
     )
@@ -48,12 +48,12 @@ def texts(value: Any, what: str) -> list[str]:
     """A list of texts, each once, in order.
 
     Raises:
-        ValueError: it is no such list, or empty.
+        ValueError: it is not a list of texts, or it is empty.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
         raise ValueError(f"{what}: expected a list of texts, found {value!r}")
     if not value:
-        raise ValueError(f"{what}: there is none; take a split that has answers")
+        raise ValueError(f"{what}: the list is empty; use a split that has answers")
     return list(dict.fromkeys(value))
 
 

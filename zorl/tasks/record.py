@@ -29,11 +29,11 @@ def rows(record: Record) -> Iterator[Row]:
 
 
 def _rows(article: str, query: str, entities: list[str], answers: list[str]) -> Iterator[Row]:
-    """An answer may be in the article by several names. The first is the right option, and the others are none; where
-    nothing is left to choose from there is no row."""
+    """The article may name an answer in several ways. The first is the right option, and the others are left out; a query with
+    nothing left to choose from gives no row."""
     if PLACEHOLDER not in query:
         raise ValueError(f"the query {query!r} has no {PLACEHOLDER}")
-    named = sorted({answers[0], *entities} - {*answers[1:]})  # the hub's order is nobody's
+    named = sorted({answers[0], *entities} - {*answers[1:]})  # the hub's order is arbitrary
     if len(named) > 1:
         yield {
             "passage": article.replace("@highlight\n", "- "),

@@ -8,13 +8,13 @@ Every review is one sentence, judged "negative" or "positive":
     The critics predicted a charming drama, and they were wrong.             negative
     You would be right to call the score superb.                            positive
 
-Negation turns an adjective round, the clause after "but" or beside "although" outweighs the other, and an expectation
+Negation reverses an adjective, the clause after "but" or beside "although" outweighs the other, and an expectation
 may be met or not. Both kinds of adjective, and every negation, are about as frequent in one class as in the other, so a
 classifier over single words does little better than chance. Three reviews in four are positive: accuracy is already
 0.75 for a model that always says "positive", macro-F1 is 0.43.
 
 A sentence belongs to one of three splits by its checksum, so the training set, the test set and the text that the demo
-model was pretrained on share no sentence, whatever their seeds.
+model was pretrained on have no sentence in common, whatever their seeds.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def reviews(split: Split, seed: int = 0, positive_share: float = POSITIVE_SHARE)
     """An endless stream of `(sentence, label)` from one split, in an order that `seed` fixes. Sentences may recur.
 
     Raises:
-        ValueError: `split` is none of "pretrain", "train" and "test".
+        ValueError: `split` is not "pretrain", "train" or "test".
     """
     if split not in ("pretrain", "train", "test"):
         raise ValueError(f"split must be 'pretrain', 'train' or 'test', got {split!r}")
     rng = random.Random(f"{split} {seed}")
     while True:
         positive = rng.random() < positive_share
-        # Rejecting sentences of other splits one by one, with the label held, leaves the share of each class as asked.
+        # Sentences of other splits are rejected one by one with the label held fixed, which keeps each class's share as asked.
         sentence = _sentence(rng, positive)
         while split_of(sentence) != split:
             sentence = _sentence(rng, positive)

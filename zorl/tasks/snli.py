@@ -13,15 +13,15 @@ from zorl.tasks.task import Row
 
 
 def rows(record: Record) -> list[Row]:
-    """MNLI's columns. Pairs that the annotators did not agree on have no label, and are left out as is usual."""
+    """MNLI's columns. Pairs on which the annotators did not agree have no label, and are left out, as is usual."""
     if record.get("label", record.get("gold_label")) in (-1, "-1", "-"):
         return []
     return mnli.rows(record)
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The published table: pairs that were judged by five people have four columns more than the header before the last,
-    which is the gold label."""
+    """The published table. The last column is the gold label; pairs judged by five people have four more columns before it than
+    the header has."""
     lines = delimited_lines(path)
     _, header = next(lines)
     for _, fields in lines:

@@ -1,4 +1,4 @@
-"""Where a task's records come from: a data set of the hub, or a copy of it on this machine."""
+"""The source of a task's records: a data set on the hub, or a copy of it on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SplitName = Literal["train", "validation", "test"]
 Record = Mapping[str, Any]
 Reader = Callable[[Path], Iterable[Record]]
 
-# What the file of a split is called in the data sets' own archives, the likeliest word first.
+# How the data sets' own archives name the file of a split, the likeliest word first.
 _WORDS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("validation", "val", "dev", "dev32"),
@@ -25,14 +25,14 @@ _WORDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of the hub.
+    """A data set on the hub.
 
     Attributes:
         path: its name.
-        config: the part of it, such as `sst2` of GLUE.
-        train: name of the split to train on.
-        validation: name of the split to choose settings by; None if there is none.
-        test: name of the split to report. Where nobody outside has the labels of the test split, papers report the
+        config: its configuration, such as `sst2` of GLUE.
+        train: the name of the split to train on.
+        validation: the name of the split to choose settings by; None if there is none.
+        test: the name of the split to report on. Where the labels of the test split are not public, papers report on the
             validation split, and so does the task.
     """
 
@@ -66,7 +66,7 @@ def file_of(folder: Path, split: SplitName, *, unlabelled_test: bool) -> Path:
     """The file of a split in a folder: `train.tsv`, `dev_matched.tsv`, `val.jsonl`, `TREC.test.all`.
 
     Args:
-        unlabelled_test: papers report the validation split, so it stands for a test split that has no file.
+        unlabelled_test: the test split's labels are not public, so the validation split stands for a test split without a file.
 
     Raises:
         ValueError: no file, or more than one, has a word for the split in its name.
@@ -93,8 +93,8 @@ def records_of(path: Path, bare_columns: Sequence[str], readers: Mapping[str, Re
     """The rows of a file.
 
     Args:
-        bare_columns: what the columns of a CSV or TSV file are called, in order, where its first line does not name them.
-        readers: ending → reader, of files in the data set's own format; `zorl.tables` reads the others.
+        bare_columns: the names of a CSV or TSV file's columns, in order, if its first line does not give them.
+        readers: ending → reader, for files in the data set's own format; `zorl.tables` reads the others.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""SQuAD: a question about a paragraph, answered with words of it. Rajpurkar et al. 2016."""
+"""SQuAD: a question about a paragraph, answered in its words. Rajpurkar et al. 2016."""
 
 from __future__ import annotations
 

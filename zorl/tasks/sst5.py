@@ -1,4 +1,4 @@
-"""SST-5: how good a film is by a sentence of its review, in five steps. Socher et al. 2013."""
+"""SST-5: how good is a film, in five steps, by a sentence of its review? Socher et al. 2013."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is: a data set, a prompt and a metric. Each task of the paper is one file beside this one."""
+"""A task is a data set, a prompt and a metric. Each task of the paper has a file beside this one."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from zorl.prompts import Prompt
-from zorl.tables import did_you_mean
+from zorl.suggestions import did_you_mean
 from zorl.tasks.source import Hub, Reader, Record, SplitName, file_of, records_of
 
 Kind = Literal["classification", "multiple_choice", "generation"]
 Row = dict[str, Any]
-OPTIONS = "options"  # the column with a row's own candidates
+OPTIONS = "options"  # the column with each row's own candidates
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task, as the paper poses it (Malladi et al. 2023, appendix E).
+    """A task as the paper poses it (Malladi et al. 2023, appendix E).
 
     Attributes:
-        name: that of its file.
-        kind: a classification has label words; in a multiple choice each row has its own candidates in the column
-            `options`, and `label` is the text of the right one; what is generated is compared to a list of acceptable
-            answers in `label`.
+        name: its file's name.
+        kind: a classification has label words; in a multiple choice, each row has its own candidates in the column
+            `options`, and `label` is the text of the right one; generated text is compared with a list of acceptable answers
+            in `label`.
         metric: the reward that is reported, by its name in `zorl.rewards`.
-        rows: makes rows, one or several or none, with the columns of the prompts and `label`, of a record of the hub or of
-            a file; a ValueError says what is wrong with it (a KeyError, a TypeError or the like is named as well).
+        rows: turns a record of the hub or of a file into any number of rows, with the columns of the prompts and `label`. A
+            ValueError says what is wrong with the record; a KeyError, a TypeError or the like is reported by its name.
         causal: the template for autoregressive models.
         masked: the template for masked models; None if the task is not for them.
-        hub: where the data set lies; None if it is in files alone.
+        hub: the data set on the hub; None if it exists in files alone.
         label_words: a word for each label of a classification.
-        bare_columns: what the columns of CSV and TSV files are called, in order, where no header names them.
+        bare_columns: the names of the columns of CSV and TSV files, in order, where no header gives them.
         readers: ending → reader, for files in the data set's own format.
-        label_column: where the truth is.
+        label_column: the column with the truth.
     """
 
     name: str
@@ -53,19 +53,19 @@ class Task:
         """The paper's prompt for masked models, or for autoregressive ones.
 
         Raises:
-            ValueError: it is asked for masked models, and the task is not for them.
+            ValueError: a prompt for masked models is asked for, and the task has none.
         """
         template = self.masked if masked else self.causal
         if template is None:
             raise ValueError(
                 f"the task {self.name!r} has a prompt for causal language models alone, and this model is a masked one; "
-                "take another model, or give a prompt of your own"
+                "use another model, or give a prompt of your own"
             )
         options = OPTIONS if self.kind == "multiple_choice" else None
         return Prompt(template, self.label_words, options=options)
 
     def load(self, split: SplitName, source: str | Path | None = None) -> list[Row]:
-        """The rows of a split, the same ones whether they come from the hub or from a file.
+        """The rows of a split, the same whether they come from the hub or from a file.
 
         Args:
             split: train, validation or test. Where the labels of the test split are not public, test is the validation
@@ -97,7 +97,11 @@ class Task:
                 rows.extend(self.rows(record))
             except ValueError as error:
                 raise ValueError(f"{name}, row {number}: {error}") from None
-            except (LookupError, TypeError, AttributeError) as error:  # in one's own task: the text alone says little
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+            ) as error:  # from a user's own task: the text alone says little
                 raise ValueError(f"{name}, row {number}: {type(error).__name__}: {error}") from error
         if not rows:
             raise ValueError(f"{name} holds no rows of the task {self.name!r}")

@@ -17,19 +17,19 @@ WORDS = {
     "LOC": "Location",
     "NUM": "Number",
 }
-# Numbers mean one thing in files (Kim 2014, and k-shot splits after it) and another on the hub.
+# Label numbers differ between files (Kim 2014, and k-shot splits derived from it) and the hub.
 FILE_ORDER = tuple(WORDS)
 HUB_ORDER = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 
 
 def rows(record: Record) -> list[Row]:
-    """The hub's columns: text, coarse_label; those of files: label, text."""
+    """The hub's columns: text, coarse_label; the files' columns: label, text."""
     order, column = (HUB_ORDER, "coarse_label") if "coarse_label" in record else (FILE_ORDER, "label")
     return [{"text": text(record, "text"), "label": label(record, order, column)}]
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Lines such as `HUM:ind Who was Galileo ?`, or `3 Who was Galileo ?`, in Latin-1 as they are published."""
+    """Lines such as `HUM:ind Who was Galileo ?`, or `3 Who was Galileo ?`, in Latin-1, as published."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     for line in path.read_text(encoding="latin-1").rstrip("\n").split("\n"):
