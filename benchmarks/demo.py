@@ -38,10 +38,10 @@ def main() -> None:
         "",
         f"Written by `benchmarks/demo.py` ({where}). "
         f"Macro-F1 on {runs[0]['test_rows']} held-out reviews; macro-F1 itself is "
-        "the objective. Seconds are of tuning alone, on one thread.",
+        "the objective. Seconds are those of tuning alone, on one thread.",
         "",
-        "The settings are the defaults but for one: it starts from a fitted threshold and not from a head on the last state. "
-        "The default learning rate was chosen on other models and tasks; that it suits this one was then tried here, with two "
+        "All settings are the defaults except one: tuning starts from a fitted threshold instead of a label head. The default "
+        "learning rate was chosen on other models and tasks; whether it suits this one was then checked here, with two "
         "seeds. The embedded model was chosen among several pretrained ones for the gap that it leaves between what it knows and "
         "what it answers. So this shows that F1 can be optimised directly, and how, on a task that was picked to show it.",
         "",

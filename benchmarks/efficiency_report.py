@@ -82,7 +82,7 @@ def report() -> str:
                 f"| {problem.title}, {TITLES[objective]} | {TITLES[figure_of(objective)]} "
                 f"| {spread([run['looks'][0][figure_of(objective)] for run in ours])} | {spread(threshold)} "
                 f"| {spread(list(map(final, theirs)))} ({theirs[0]['learning_rate']:g} of {len(tried(name, objective))}) "
-                f"| {spread(list(map(final, ours)))} "
+                f"| {label_head(ours, figure_of(objective))} | {spread(list(map(final, ours)))} "
                 f"| {'never' if share is None else f'{needed:.0f} ({share:.0%})'} "
                 f"| {seconds(theirs):.0f} | {seconds(ours):.0f} "
                 f"| {statistics.fmean(run['informative_share'] for run in ours):.0%} "
@@ -90,7 +90,7 @@ def report() -> str:
             )
     cut = [f"those of {problem.title} to {problem.max_length}" for problem in PROBLEMS.values() if problem.max_length]
     lines = [
-        "# What a forward buys",
+        "# What a forward pass buys",
         "",
         f"Written by `benchmarks/efficiency_report.py` from the cells in `benchmarks/results/efficiency/` "
         f"({'; '.join(sorted({run['machine'] for run in every}))}).",
@@ -102,17 +102,18 @@ def report() -> str:
         f"{', '.join(f'{rate:g}' for rate in sorted(GRID))}, and of more where the best was the smallest or the largest: all "
         "were run in full with the first seed, and the best was taken by the test rows themselves, which flatters it. *Zorl* "
         "is the default, the same for all, with no learning rate or ε given. Mean ± standard deviation over the seeds; three "
-        "seeds tell large differences from noise, and no small ones.",
+        "seeds can tell large differences from noise, but not small ones.",
         "",
-        "| task, objective | figure | before | fitted threshold | published (its rate, of how many) | zorl "
+        "| task, objective | figure | before | fitted threshold | published (its rate, of how many) | label head | zorl "
         "| forwards to reach it | seconds, published | seconds, zorl | informative | seeds |",
-        f"|{'---|' * 11}",
+        f"|{'---|' * 12}",
         *rows,
         "",
-        "*Forwards to reach it*: after how many zorl is, in the mean, as good as the published recipe is at its end, and what "
-        f"share of its {FORWARDS} that is; 0 where that is no better than before tuning. The search is not counted against the "
-        f"published recipe; with it, every rate that was tried is another {FORWARDS} forwards, or fewer where the weights went "
-        "out of range. *Seconds* are a run's own, the median over the seeds, two runs at a time "
+        "*Forwards to reach it*: the number of forwards after which zorl, on average, matches the published recipe's final "
+        f"score, and its share of {FORWARDS}; 0 where that score is no better than before tuning. The search is not counted "
+        f"against the published recipe; with it, every rate that was tried costs another {FORWARDS} forwards, or fewer where "
+        "the weights went out of range. *Label head* is zorl's first look, after the forwards of its calibration alone."
+        " *Seconds* are a run's own, the median over the seeds, two runs at a time "
         "on two cores and now and then beside other work: what a forward takes is measured in [speed.md](speed.md).",
         "",
     ]  # fmt: skip
@@ -124,6 +125,14 @@ def report() -> str:
     for name in plots:
         lines += [f"![{PROBLEMS[name].title}: quality against forwards](efficiency_{name}.png)", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def label_head(runs: list[dict[str, Any]], figure: str) -> str:
+    """The figure after the calibration, and its forwards; a dash where a run has none."""
+    looks = [run["looks"][1] for run in runs]
+    if any(look["forwards"] > TRAIN_ROWS / BATCH for look in looks):
+        return "—"
+    return f"{spread([look[figure] for look in looks])} ({looks[0]['forwards']})"
 
 
 def gap_to_cross_entropy() -> list[str]:

@@ -326,9 +326,9 @@ def report() -> str:
         "## All preferences",
         "",
         "Means over the runs; the win rate with its standard error. *Within the bound*: runs whose perplexity and distinct-2 "
-        f"are both within {BOUND:.0%} of the start. *Decided*: verdicts that were no tie.",
+        f"are both within {BOUND:.0%} of the start. *Decided*: verdicts that were not ties.",
         "",
-        "| method | verdicts | win rate | perplexity × | distinct-2 × | KL, nats a token | within the bound | decided |",
+        "| method | verdicts | win rate | perplexity × | distinct-2 × | KL, nats per token | within the bound | decided |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, method in METHODS.items():
@@ -336,12 +336,13 @@ def report() -> str:
             lines += [f"| {method.label} | {v} | {row(runs, v)} |" for v in VERDICTS]
     lines += [
         "",
-        "A mean within the bound is not every run within it, and a difference below two standard errors is none. The methods "
-        "differ in more than one thing: replay is braked, and keeps its drift where the verdicts alone go on to spend it.",
+        "A mean within the bound does not mean that every run is, and a difference below two standard errors should not be read "
+        "as one. The methods differ in more than one thing: replay is penalised for drifting, and stops; the verdicts alone go on."
+        "",
         "",
         "## Each preference, after 200 verdicts",
         "",
-        "| method | preference | win rate | perplexity × | distinct-2 × | KL, nats a token | within the bound | decided |",
+        "| method | preference | win rate | perplexity × | distinct-2 × | KL, nats per token | within the bound | decided |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, method in METHODS.items():
@@ -366,7 +367,7 @@ def report() -> str:
 
 INTRODUCTION = """\
 A simulated person has one hidden preference, and answers pairs: two texts to one prompt, which is better? {noise:.0%} of the
-verdicts are turned round and {ties:.0%} are called ties, besides those where the texts are equally good. *One verdict is one pair
+verdicts are flipped and {ties:.0%} are called ties, besides those where the texts are equally good. *One verdict is one pair
 shown*; identical pairs are shown to nobody and cost nothing. Three preferences: mentions friendship (words of friendship, three
 at most), shorter first sentence (words up to the first full stop), more dialogue (words in quotation marks, fifteen at most).
 
@@ -408,7 +409,7 @@ to 64 tokens after the first runs, because there most pairs were ties for friend
 * *Directions and pairs per step.* 16 or 32 of either: no order that two seeds could show.
 * *What is shown.* Two answers of the current model, or the sides of a direction with shared noise, replayed alike: no order
   that two seeds could show.
-* *Verdicts alone.* A larger rate wins more often and costs more; 0.12 ends near the bound. One prompt a direction is no better
+* *Verdicts alone.* A larger rate wins more often and costs more; 0.12 ends near the bound. One prompt per direction is no better
   than four.
 * *Share, sign or shrunk logit* of four verdicts (`zorl.comparisons`): rows above. The plain share is the default, where none
   is clearly better."""

@@ -139,7 +139,7 @@ def report(cells: Sequence[dict[str, Any]]) -> str:
         "",
         f"Written by `benchmarks/label_heads.py` ({machine()}). A masked language model of 22.7M parameters, not tuned, in "
         "the paper's prompts. A head on its last state is tuned on some training rows, with accuracy as the reward, and scored "
-        f"on {HELD_OUT} others: mean ± standard deviation over {len(SEEDS)} draws. The rows are all from the training files.",
+        f"on {HELD_OUT} others: mean ± standard deviation over {len(SEEDS)} draws. All rows are from the training files.",
         "",
         "| task, rows | goal | accuracy | macro-F1 |",
         "|---|---|---|---|",
@@ -154,9 +154,9 @@ def report(cells: Sequence[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            "The expected reward is flat where a row is surely wrong, and satisfied where one is barely right; the likelihood is "
-            "neither, and has no other maxima. So the head is tuned on the likelihood of the labels that the reward favours, "
-            "each row weighed by what choosing badly costs it, and not on the reward.",
+            "The expected reward is flat for rows that are confidently wrong, and stops improving once a row is barely right. "
+            "The likelihood does neither, and has no local maxima. So the head is tuned on the likelihood of the labels that the "
+            "reward favours, with each row weighted by what a wrong choice costs it, and not on the reward.",
             "",
         ]
     )

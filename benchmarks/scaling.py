@@ -133,26 +133,26 @@ def report(result: dict[str, Any]) -> str:
         "several, on CPUs too.)",
         "",
         "Every process holds the model and sees the whole batch, which has `per_device_train_batch_size` rows for each. It runs "
-        "its share of the rows at all points of the probe. Then the processes tell each other what came out: for label words "
-        "and options the scores of each row, for generation its tokens, for the loss its numbers. A user's own loss, which may "
+        "its share of the rows at all points of the probe. Then the processes exchange their results: for label words "
+        "and options the scores of each row, for generation its tokens, for a loss its values. A user's own loss, which may "
         "be one number for all rows, is shared by points. Rewards and judges are asked in the first process alone, once, on the "
         "whole batch, so that a metric of a set is that of the set. The first process's numbers are what all of them tell the "
-        "optimizer; each makes the update itself, from the seed. Nothing that a step sends grows with the model. Before the "
-        "first one, where a label head is tuned, each process sends the last states of its rows: rows times the model's width.",
+        "optimizer; each makes the update itself, from the seed. What a step sends does not grow with the model. Before the "
+        "first step, where a label head is tuned, each process sends the last hidden states of its rows: rows times the width.",
         "",
         "All need the same `output_dir`; the first process writes the trajectory. The weights are compared by SHA-256 at the end "
-        "and every `--check_weights_steps` steps. When a process dies the others end with a message, and the same command goes "
-        "on from the trajectory, with any number of processes as long as the rows of a step are as many (half the processes: "
-        "twice `--per_device_train_batch_size`). Where people judge, a step may wait for them as long as it takes: the first "
-        "process tells the others every minute that it is still at work. Forward gradients run in one process, too. "
+        "and every `--check_weights_steps` steps. When a process dies the others end with a message, and the same command "
+        "continues from the trajectory, with any number of processes as long as a step has the same number of rows (half the "
+        "processes: twice `--per_device_train_batch_size`). Where people judge, a step may wait for them as long as it takes: the "
+        "first process tells the others every minute that it is still at work. Forward gradients run in one process only. "
         "A script of your own calls `zorl.processes.leave()` when it is done.",
         "",
         "## Measured",
         "",
         f"Written by `benchmarks/scaling.py` ({result['machine']}; {result['parameters']:,} parameters, {ROWS} rows per process, "
         f"{DIRECTIONS} one-sided directions per step, as is the default, one thread per process, {result['rounds']} rounds in "
-        "turns). Where there are more processes than cores their step takes as many times longer as they share a core; "
-        "efficiency is against that.",
+        "turns). With more processes than cores, several share a core and a step takes correspondingly longer; "
+        "efficiency is relative to that.",
         "",
         "| processes | rows per step | seconds per step | range | efficiency | bytes per step from the first process to each |",
         "|---|---|---|---|---|---|",
@@ -169,8 +169,8 @@ def report(result: dict[str, Any]) -> str:
         "",
         "## On paper: 8 to 1024 GPUs",
         "",
-        f"Not measured. Assumed: {assumed}. An all-gather is taken for a ring of as many messages as there are other GPUs, and a "
-        "step needs six.",
+        f"Not measured. Assumed: {assumed}. An all-gather is modelled as a ring with one message per other GPU, and a step "
+        "needs six.",
         "",
         "| GPUs | rows per step | forwards, s | update, s | exchange, s | rewards, s | efficiency |",
         "|---|---|---|---|---|---|---|",
@@ -182,9 +182,9 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"| {gpus} | {gpus * int(GPU['rows a GPU'])} | {figures} | {alone / sum(parts.values()):.0%} |")
     lines += [
         "",
-        "The update is made by every process, so it does not shrink; with 16 rows per GPU it is small beside the forwards. What "
-        "limits is what one process does for all, the rewards, and the latency of the exchanges. A reward that takes "
-        "milliseconds, such as a model, would be first to be felt.",
+        "The update is made by every process, so it does not shrink; with 16 rows per GPU it is small beside the forwards. The "
+        "bottleneck is the work that one process does for all, which is the rewards, and the latency of the exchanges. A reward "
+        "that takes milliseconds, such as a model, would be felt first.",
         "",
     ]
     return "\n".join(lines)

@@ -295,8 +295,10 @@ def report(rows: list[dict[str, Any]], where: str, rounds: int) -> str:
         "# What a step costs",
         "",
         f"Written by `benchmarks/speed.py --write` ({where}). A model with the shape of OPT-125M and random weights, float32; "
-        f"medians and ranges of {rounds} rounds in which the cases take turns. A step holds everything: both evaluations, the "
-        "update of all 125M parameters, and for n = 4 all eight points; that row is a direction's share of it.",
+        f"medians and ranges of {rounds} rounds in which the cases take turns. A batch of 4x32 has 4 "
+        "rows of 32 tokens. A step includes everything: both evaluations, the update of all 125M parameters, and for n = 4 all "
+        "eight points; that row is one direction's share. *Target* is the project's own goal; a larger ratio misses "
+        "it.",
         "",
         table(rows),
         "",
