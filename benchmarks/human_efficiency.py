@@ -337,7 +337,7 @@ def report() -> str:
     lines += [
         "",
         "A mean within the bound does not mean that every run is, and a difference below two standard errors should not be read "
-        "as one. The methods differ in more than one thing: replay is penalised for drifting, and stops; the verdicts alone go on."
+        "as one. The methods differ in several ways: replay is penalised for drifting, and stops; the verdicts alone do not."
         "",
         "",
         "## Each preference, after 200 verdicts",

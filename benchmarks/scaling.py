@@ -143,8 +143,8 @@ def report(result: dict[str, Any]) -> str:
         "All need the same `output_dir`; the first process writes the trajectory. The weights are compared by SHA-256 at the end "
         "and every `--check_weights_steps` steps. When a process dies the others end with a message, and the same command "
         "continues from the trajectory, with any number of processes as long as a step has the same number of rows (half the "
-        "processes: twice `--per_device_train_batch_size`). Where people judge, a step may wait for them as long as it takes: the "
-        "first process tells the others every minute that it is still at work. Forward gradients run in one process only. "
+        "processes: twice `--per_device_train_batch_size`). Where people judge, a step may wait for them as long as it takes: "
+        "the first process tells the others every minute that it is still at work. Forward gradients run in one process only. "
         "A script of your own calls `zorl.processes.leave()` when it is done.",
         "",
         "## Measured",
