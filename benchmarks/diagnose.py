@@ -1,6 +1,6 @@
 """Whether the learning rate and ε of `zorl diagnose` are any good: against a grid, on real text, at 200 forwards each.
 
-    python benchmarks/diagnose.py --model MODEL --data TRAIN.tsv      # some 5,000 forwards of 16 rows a model; resumes
+    python benchmarks/diagnose.py --model MODEL --data TRAIN.tsv      # some 5,000 forwards of 16 rows per model; resumes
     python benchmarks/diagnose.py --report                            # docs/diagnose.md from what has been measured
 
 The file holds a sentence, a tab and its label (0 or 1) a line, as SST-2's does. Training rows and held-out rows are drawn

@@ -89,7 +89,7 @@ class Method:
     lr: float
     epsilon: float
     n_spsa: int = 1
-    prompts: int = 1  # verdicts a direction; with replay, pairs that are judged before the next are generated
+    prompts: int = 1  # verdicts per direction; with replay, pairs that are judged before the next are generated
     brake: float = 0.0
     verdicts_per_step: int = 4  # of replay
     pairs_per_step: int = 16

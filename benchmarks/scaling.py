@@ -100,7 +100,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 # --- on paper ---------------------------------------------------------------------------------------------------------
 
-GPU = {"parameters": 7e9, "bytes a weight": 2, "rows a GPU": 16, "tokens a row": 256, "points": DIRECTIONS, "labels": 2,
+GPU = {"parameters": 7e9, "bytes per weight": 2, "rows per GPU": 16, "tokens per row": 256, "points": DIRECTIONS, "labels": 2,
        "useful FLOP/s": 4e14, "memory, bytes/s": 3e12, "latency of a message, s": 1e-5, "network, bytes/s": 2.5e10,
        "a reward, s": 2e-6}  # fmt: skip
 
@@ -108,15 +108,15 @@ GPU = {"parameters": 7e9, "bytes a weight": 2, "rows a GPU": 16, "tokens a row":
 def on_paper(gpus: int) -> dict[str, float]:
     """Seconds of the parts of a step, weak scaling; an all-gather is a ring of gpus − 1 messages."""
     a = GPU
-    tokens = a["rows a GPU"] * a["tokens a row"] * a["points"]
-    sent = 4 * a["points"] * a["rows a GPU"] * a["labels"] + 256
-    rewards_sent = 20 * gpus * a["rows a GPU"]
+    tokens = a["rows per GPU"] * a["tokens per row"] * a["points"]
+    sent = 4 * a["points"] * a["rows per GPU"] * a["labels"] + 256
+    rewards_sent = 20 * gpus * a["rows per GPU"]
     ring = (gpus - 1) * a["latency of a message, s"]
     return {
         "forwards": 2 * a["parameters"] * tokens / a["useful FLOP/s"],
-        "update": 2 * a["parameters"] * a["bytes a weight"] / a["memory, bytes/s"],
+        "update": 2 * a["parameters"] * a["bytes per weight"] / a["memory, bytes/s"],
         "exchange": 6 * ring + (gpus * sent + 2 * rewards_sent) / a["network, bytes/s"] if gpus > 1 else 0.0,
-        "rewards": gpus * a["rows a GPU"] * a["labels"] * a["a reward, s"],
+        "rewards": gpus * a["rows per GPU"] * a["labels"] * a["a reward, s"],
     }
 
 
@@ -179,7 +179,7 @@ def report(result: dict[str, Any]) -> str:
     for gpus in (1, 8, 64, 256, 1024):
         parts = on_paper(gpus)
         figures = " | ".join(f"{parts[name]:.4f}" for name in ("forwards", "update", "exchange", "rewards"))
-        lines.append(f"| {gpus} | {gpus * int(GPU['rows a GPU'])} | {figures} | {alone / sum(parts.values()):.0%} |")
+        lines.append(f"| {gpus} | {gpus * int(GPU['rows per GPU'])} | {figures} | {alone / sum(parts.values()):.0%} |")
     lines += [
         "",
         "The update is made by every process, so it does not shrink; with 16 rows per GPU it is small beside the forwards. The "
