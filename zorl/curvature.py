@@ -13,7 +13,8 @@ small by as much; ‖H‖_F then bounds the rank from above. The intervals of bo
 
 Power iteration would need products Hv. Values of the loss give only quadratic forms, and by polarisation vᵀHw: one coordinate
 of Hv for a few forwards, so that all of Hv costs as many times d. Restricted to the span of Z, the iteration converges to the
-largest eigenvalue of M, which is computed here from the same values. No gradient is taken: a reward that has none is measured like a loss.
+largest eigenvalue of M, which is computed here from the same values. No gradient is taken: a
+reward that has none is measured like a loss.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class Curvature:
 
     @property
     def norm(self) -> Estimate:
-        """H's largest eigenvalue, which is ‖H‖_op where H is positive semidefinite. The lower end allows for the sketch's bias."""
+        """H's largest eigenvalue, which is ‖H‖_op where H is positive semidefinite.
+
+        The lower end allows for the sketch's bias.
+        """
         found = jackknife(lambda i: _norm(self._of(i)), len(self.slopes))
         if not found.low > 0.0 or not self.trace.value > 0.0:
             return found
