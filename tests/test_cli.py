@@ -931,6 +931,14 @@ def test_diagnose_explains_what_it_found(zorl: Callable[..., Outcome], files: Fi
         word in text for word in ("effective rank r", "Lemma 2, n = 8", "Corollary 1", "<- chosen", "suggested:")
     )
     assert "zorl train --model" in text
+    undefined = [*question, "--reward", "accuracy", "--budget", "300", "--calibration", "none", *plot]
+    undefined += ["--estimator", "one_point"]
+    told = zorl("diagnose", *undefined)
+    for name in (r"Lemma 2, n = \d", "Corollary 1"):
+        assert re.search(rf"^{name} +not defined for this estimator ", told.out, re.MULTILINE), told
+    figures = zorl("diagnose", *undefined, "--json").json
+    assert figures["lemma_2"]["expected"] is None
+    assert set(figures["corollary_1"].values()) == {figures["predicted_fall_a_step"]} == {None}
     both = zorl("diagnose", *question, "--reward", "f1", "--loss", "cross_entropy")
     assert both.err.strip().endswith("give exactly one of --reward and --loss, such as --reward f1; got both")
     small = zorl("diagnose", *question, "--reward", "f1", "--calibration", "none", "--budget", "10", *plot)

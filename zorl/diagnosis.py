@@ -70,14 +70,18 @@ class Diagnosis:
         forwards: evaluations of a batch that this took, `calibration_forwards` of them for the start that tuning has.
         looks: what ε was chosen by, smallest first.
         curvature: along random directions, and with it gradient, trace, norms and effective rank.
-        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions a step.
+        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions per step: computed from d and n, not measured. (The
+            only ‖∇L‖² that forward passes know is the mean square of the slopes that make up ∇̂L, so that a ratio of the two
+            would agree whatever the loss.) None where the lemma does not describe the estimator: `one_point` has the noise of
+            the step before, and with scaled blocks the ratio depends on how the gradient is spread over them.
         confirmed: the share of a squared slope that another batch confirms.
-        corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
+        corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards. None where
+            `lemma_2` is.
         gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"` (see
             `zorl.updates.measured_in_weights`).
-        tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
-            a step where that is less.
-        predicted_fall: of the loss, in the first step with the middle rate.
+        tries: real steps with the run's own update rule; the middle rate is Corollary 1's (that of SPSA where the estimator
+            has none), or takes weights as far as ε in a step where that is less.
+        predicted_fall: of the loss, in the first step with the middle rate; None where `corollary_1` is.
         epsilon: to train with; None where no fixed one will do, and `"auto"` is to be left to find one.
         lr_normalized, lr_sgd: to train with.
     """
@@ -88,12 +92,12 @@ class Diagnosis:
     calibration_forwards: int
     looks: tuple[Look, ...]
     curvature: Curvature
-    lemma_2: float
+    lemma_2: float | None
     confirmed: Estimate
-    corollary_1: float
+    corollary_1: float | None
     gradient: float
     tries: tuple[Try, ...]
-    predicted_fall: float
+    predicted_fall: float | None
     epsilon: float | None
     lr_normalized: float
     lr_sgd: float
@@ -118,6 +122,7 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         )
     n = Directions.parse(args.n_spsa).at(0)
     one_sided = args.estimator == "one_sided"
+    described = args.estimator in ("spsa", "one_sided")  # by Lemma 2 and Corollary 1
     distribution: Distribution = args.distribution  # type: ignore[assignment]
     sides = make_estimator(args.estimator, args.comparison).sides  # type: ignore[arg-type]
     trainer.calibrate()
@@ -164,12 +169,12 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         calibration_forwards=calibration,
         looks=tuple(looks),
         curvature=curvature,
-        lemma_2=lemma_2(parameters.numel, n, distribution, one_sided=one_sided),
+        lemma_2=lemma_2(parameters.numel, n, distribution, one_sided=one_sided) if described else None,
         confirmed=confirmed,
-        corollary_1=theory,
+        corollary_1=theory if described else None,
         gradient=gradient,
         tries=tuple(tries),
-        predicted_fall=sgd * share * gradient**2 * (1.0 - sgd / (2.0 * theory)),
+        predicted_fall=sgd * share * gradient**2 * (1.0 - sgd / (2.0 * theory)) if described else None,
         epsilon=epsilon,
         lr_normalized=best * gradient,
         lr_sgd=best,
