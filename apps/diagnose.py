@@ -19,6 +19,7 @@ from zorl.apps.commands import DIAGNOSE
 from zorl.apps.inputs import (
     check_model_folder,
     check_source,
+    draw,
     label_of,
     load,
     load_rewards,
@@ -64,6 +65,8 @@ def run(argv: Sequence[str]) -> str:
     asked_label = given.get("label_column")
     loaded = load(arguments, prompt, asked_label, task=task)
     label_column = label_of(loaded, prompt, source_of(arguments, task), needed=arguments.loss is not None)
+    classes, seed = label_column if prompt.labels else None, int(given.get("seed", MeZOConfig.seed))
+    shots = draw(loaded.dataset, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
     known = asked_label is not None or prompt.labels or task is not None
     rewards = load_rewards(arguments.reward, label_column if known else None)
     settings = given if label_column is None else {**given, "label_column": label_column}
@@ -75,7 +78,7 @@ def run(argv: Sequence[str]) -> str:
             rewards or None,
             loss=arguments.loss,
             args=build(MeZOConfig, {**settings, "output_dir": folder, "disable_tqdm": True}),
-            train_dataset=loaded.dataset,
+            train_dataset=loaded.dataset if shots is None else shots.train,
             prompt=prompt,
         )
         with tqdm(desc="diagnosis", unit="forward", total=arguments.budget, leave=False) as bar:
