@@ -242,6 +242,13 @@ class ProfileArguments:
 class DiagnoseArguments(InputArguments):
     """The arguments of `zorl diagnose` besides those of `MeZOConfig`."""
 
+    k_shot: int | None = _flag("Measure on this many rows per label, those that zorl train --k_shot trains on.")
+    sample: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Two numbers: rows to measure on and rows to hold out, those that zorl train --sample draws."
+        },
+    )
     reward: list[str] | None = field(
         default=None,
         metadata=_several("What to maximise, named as for zorl train: f1, accuracy, your own function, …"),

@@ -227,7 +227,7 @@ confirms, and how far a few real steps get. Takes the flags of zorl train, chang
 with.""",
     types=_diagnose_types,
     sections={
-        "Model and data": f"{_DATA} label_column",
+        "Model and data": f"{_DATA} label_column k_shot sample",
         "Prompt": _QUESTION,
         "Objective": "reward reward_weights loss",
         "Budget and output": "budget plot json",
@@ -238,9 +238,9 @@ with.""",
     examples="""\
 zorl diagnose --model facebook/opt-125m --dataset train.tsv --text_column text --label_column label \\
   --prompt "{text} It was {mask}." --label_words 0=terrible 1=great --reward f1
-zorl diagnose --model facebook/opt-125m --task sst2
+zorl diagnose --model facebook/opt-125m --task sst2 --k_shot 16
 zorl diagnose … --loss cross_entropy --update sgd --distribution gaussian      # the paper's own recipe
-zorl diagnose … --budget 250 --json""",
+zorl diagnose … --budget 300 --json""",
     words={
         "label_column": "Column with the true label, by name or position as for --text_column. Default: label.",
         "seed": "Random seed of directions, order of the rows and sampling. Default: 42.",

@@ -19,6 +19,7 @@ from zorl.apps.commands import DIAGNOSE
 from zorl.apps.inputs import (
     check_model_folder,
     check_source,
+    draw,
     label_of,
     load,
     load_rewards,
@@ -64,6 +65,8 @@ def run(argv: Sequence[str]) -> str:
     asked_label = given.get("label_column")
     loaded = load(arguments, prompt, asked_label, task=task)
     label_column = label_of(loaded, prompt, source_of(arguments, task), needed=arguments.loss is not None)
+    classes, seed = label_column if prompt.labels else None, int(given.get("seed", MeZOConfig.seed))
+    shots = draw(loaded.dataset, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
     known = asked_label is not None or prompt.labels or task is not None
     rewards = load_rewards(arguments.reward, label_column if known else None)
     settings = given if label_column is None else {**given, "label_column": label_column}
@@ -75,7 +78,7 @@ def run(argv: Sequence[str]) -> str:
             rewards or None,
             loss=arguments.loss,
             args=build(MeZOConfig, {**settings, "output_dir": folder, "disable_tqdm": True}),
-            train_dataset=loaded.dataset,
+            train_dataset=loaded.dataset if shots is None else shots.train,
             prompt=prompt,
         )
         with tqdm(desc="diagnosis", unit="forward", total=arguments.budget, leave=False) as bar:
@@ -101,7 +104,7 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
     """The results for JSON: an estimate becomes a list of its value and the two ends of its 95% interval."""
     of = found.curvature
     gradient, trace, frobenius, norm = of.gradient_squared, of.trace, of.frobenius, of.norm
-    normalized = found.corollary_1 * found.gradient
+    theory = found.corollary_1
     return {
         "parameters": found.parameters,
         "forwards": found.forwards,
@@ -123,11 +126,11 @@ def _figures(found: Diagnosis) -> dict[str, Any]:
             for look in found.looks
         ],
         "corollary_1": {
-            "learning_rate_normalized": number(normalized),
-            "learning_rate_sgd": number(found.corollary_1),
+            "learning_rate_normalized": None if theory is None else number(theory * found.gradient),
+            "learning_rate_sgd": None if theory is None else number(theory),
         },
         "tries": [{"learning_rate": number(t.learning_rate), "fall_a_step": number(t.fall)} for t in found.tries],
-        "predicted_fall_a_step": number(found.predicted_fall),
+        "predicted_fall_a_step": None if found.predicted_fall is None else number(found.predicted_fall),
         "suggested": {
             "epsilon": "auto" if found.epsilon is None else _rounded(found.epsilon),
             "learning_rate_normalized": _rounded(found.lr_normalized),
@@ -163,7 +166,10 @@ def _command(given: Mapping[str, Any], found: Diagnosis, update: str) -> str:
 def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
     of, d, m = found.curvature, found.parameters, len(found.curvature.slopes)
     size = f"{d:,} parameters, batches of {result['batch']} rows, {result['distribution']} directions"
-    rate = found.corollary_1 * (found.gradient if measured_in_weights(result["update"]) else 1.0)
+    unit = found.gradient if measured_in_weights(result["update"]) else 1.0
+    undefined = "not defined for this estimator"
+    lemma = undefined if found.lemma_2 is None else f"{found.lemma_2:.4g}"
+    rate = undefined if found.corollary_1 is None else f"{found.corollary_1 * unit:.1e}"
     best = choose_try(found.tries)
     rows = [
         ("gradient, squared norm", _shown(of.gradient_squared), "Slope of the loss at θ, on one batch."),
@@ -172,9 +178,9 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
         ("largest eigenvalue", _shown(of.norm), f"Curvature of the sharpest direction; overestimated if r > {m}."),
         ("effective rank r", _shown(of.effective_rank), f"Trace over largest eigenvalue; this, not d = {d:,}, slows MeZO down."),
         ("r is at most", _shown(of.effective_rank_bound), "Trace squared over Frobenius norm squared, if H ⪰ 0."),
-        (f"Lemma 2, n = {found.n_spsa}", f"{found.lemma_2:.4g}", "Squared norm of the estimated gradient over the true one."),
+        (f"Lemma 2, n = {found.n_spsa}", lemma, "Squared norm of the estimated gradient over the true one: computed."),
         ("confirmed", _shown(found.confirmed), "Share of a squared slope that another batch confirms."),
-        ("Corollary 1", f"{rate:.1e}", f"The learning rate that follows, for update={result['update']}."),
+        ("Corollary 1", rate, f"The learning rate that follows, for update={result['update']}."),
     ]  # fmt: skip
     spent = f"{found.forwards} forward passes of a batch, {found.calibration_forwards} of them for the calibration before tuning"
     looks = [
@@ -196,13 +202,21 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
             else "\nNone keeps the probes informative here: epsilon=auto adapts it during training."
         ),
         "\n".join([f"{'learning rate':>14}{'fall of the loss per step':>27}   update={result['update']}", *tries]),
-        f"The middle rate is that of Corollary 1, but moves weights by at most epsilon per step; it should lower the loss by\n"
-        f"{found.predicted_fall:.1e} in the first step. It is chosen unless another rate lowered the loss significantly more.",
+        f"{_about_the_middle_rate(found)}It is chosen unless another rate lowered the loss significantly more.",
         f"suggested: learning_rate {found.lr_normalized:.1e} with update=normalized (typical change of a weight per step),\n"
         f"           or {found.lr_sgd:.1e} with update=sgd; epsilon {result['suggested']['epsilon']}",
         f"  {result['command']}",
     ]
     return "\n\n".join(paragraphs)
+
+
+def _about_the_middle_rate(found: Diagnosis) -> str:
+    if found.predicted_fall is None:
+        return "The middle rate is Corollary 1's for estimator=spsa, but moves weights by at most epsilon per step.\n"
+    return (
+        "The middle rate is that of Corollary 1, but moves weights by at most epsilon per step; it should lower the loss by\n"
+        f"{found.predicted_fall:.1e} in the first step. "
+    )
 
 
 def _shown(estimate: Estimate) -> str:
@@ -236,8 +250,10 @@ def _plot(found: Diagnosis, result: Mapping[str, Any], path: Path) -> None:
     best = choose_try(found.tries)
     colours = ["#c2571a" if t is best else "#1f5aa6" for t in found.tries]
     right.bar(rates, [t.fall for t in found.tries], color=colours)
-    right.axhline(found.predicted_fall, color="#8a8a8a", linewidth=0.8, linestyle="--")
+    if found.predicted_fall is not None:
+        right.axhline(found.predicted_fall, color="#8a8a8a", linewidth=0.8, linestyle="--")
     right.axhline(0.0, color="black", linewidth=0.6)
-    right.set(title="fall of the loss per step (dashed: predicted)", xlabel=f"learning rate, update={result['update']}")
+    dashed = "" if found.predicted_fall is None else " (dashed: predicted)"
+    right.set(title=f"fall of the loss per step{dashed}", xlabel=f"learning rate, update={result['update']}")
     figure.suptitle(f"{Path(str(result['model'])).name}, {result['objective']}")
     figure.savefig(path, dpi=150)

@@ -78,7 +78,11 @@ def load_task(name: str | None) -> Task | None:
 
 def check_source(arguments: InputArguments, task: Task | None) -> None:
     """Raises ValueError if nothing says which rows to read, or a flag contradicts the task."""
-    require(arguments, "model", *(["dataset"] if task is None or task.hub is None else []))
+    require(arguments, "model")
+    if task is None and arguments.dataset is None:
+        raise ValueError("--task or --dataset is required")
+    if task is not None and task.hub is None:
+        require(arguments, "dataset")
     for name in ("text_column", "dataset_config"):
         if task is not None and getattr(arguments, name) is not None:
             raise ValueError(f"--{name} cannot be combined with --task, which has its own data set; leave it out")

@@ -22,6 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from zorl import MeZOTrainer
 from zorl.apps.cli import main
 from zorl.apps.commands import COMMANDS, TRAIN
 from zorl.apps.inputs import number
@@ -923,6 +924,39 @@ def test_diagnose_takes_a_task_and_suggests_a_rate_in_the_units_of_the_update(
         assert rate == pytest.approx(result["suggested"][f"learning_rate_{unit}"])
 
 
+@pytest.mark.parametrize("drawn", [["--sample", "16", "8"], ["--k_shot", "8"]], ids=["sample", "k-shot"])
+def test_diagnose_measures_on_the_rows_that_a_run_draws(
+    zorl: Callable[..., Outcome], tmp_path: Path, files: Files, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plot = ["--plot", str(tmp_path / "plot.png")]
+    flags = [
+        "--model",
+        files.bert,
+        "--dataset",
+        files.path("train.tsv"),
+        *QUESTION,
+        "--loss",
+        "cross_entropy",
+        "--seed",
+        "3",
+    ]
+    flags += ["--calibration", "none", "--per_device_train_batch_size", "8", *drawn]
+    seen: list[list[str]] = []
+    made = MeZOTrainer.__init__
+
+    def look(self: MeZOTrainer, *args: Any, **options: Any) -> None:
+        seen.append(options["train_dataset"]["text"])
+        made(self, *args, **options)
+
+    monkeypatch.setattr(MeZOTrainer, "__init__", look)
+    result = zorl("diagnose", *flags, "--budget", "300", *plot, "--json").json
+    _, *words = shlex.split(result["command"])
+    assert words[words.index(drawn[0]) :][: len(drawn)] == drawn
+    zorl(*words, "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--json")
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 16
+
+
 def test_diagnose_explains_what_it_found(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
     plot = ["--plot", str(tmp_path / "diagnosis.png")]
     question = ["--model", files.gpt2, "--dataset", files.path("train.tsv"), *QUESTION]
@@ -931,6 +965,14 @@ def test_diagnose_explains_what_it_found(zorl: Callable[..., Outcome], files: Fi
         word in text for word in ("effective rank r", "Lemma 2, n = 8", "Corollary 1", "<- chosen", "suggested:")
     )
     assert "zorl train --model" in text
+    undefined = [*question, "--reward", "accuracy", "--budget", "300", "--calibration", "none", *plot]
+    undefined += ["--estimator", "one_point"]
+    told = zorl("diagnose", *undefined)
+    for name in (r"Lemma 2, n = \d", "Corollary 1"):
+        assert re.search(rf"^{name} +not defined for this estimator ", told.out, re.MULTILINE), told
+    figures = zorl("diagnose", *undefined, "--json").json
+    assert figures["lemma_2"]["expected"] is None
+    assert set(figures["corollary_1"].values()) == {figures["predicted_fall_a_step"]} == {None}
     both = zorl("diagnose", *question, "--reward", "f1", "--loss", "cross_entropy")
     assert both.err.strip().endswith("give exactly one of --reward and --loss, such as --reward f1; got both")
     small = zorl("diagnose", *question, "--reward", "f1", "--calibration", "none", "--budget", "10", *plot)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zorl.curvature import forwards_of, jackknife, measure_curvature, restored
+from zorl.curvature import Curvature, forwards_of, jackknife, measure_curvature, restored
 from zorl.directions import DISTRIBUTIONS, Distribution, Step
 
 SEEDS = range(24)
@@ -58,6 +58,42 @@ def test_of_a_flat_spectrum_above_the_number_of_directions_the_rank_is_too_small
     most = 1.0 + 2.0 * math.sqrt(300 / len(SEEDS))
     assert 300 / most * 0.8 < found.effective_rank.value < 300
     assert found.effective_rank_bound.low < 300 < found.effective_rank_bound.high
+
+
+def sketches(eigenvalues: Tensor, m: int, count: int) -> Tensor:
+    """ZᵀHZ of an exact quadratic in its eigenbasis, for Gaussian Z: float64 of shape `(count, m, m)`."""
+    generator = torch.Generator().manual_seed(m)
+    z = torch.randn(count, len(eigenvalues), m, generator=generator, dtype=torch.float64)
+    return z.mT @ (eigenvalues.unsqueeze(1) * z)
+
+
+SPECTRA = {
+    "flat": torch.ones(300, dtype=torch.float64),
+    "a spike and a bulk": torch.tensor([10.0, *[0.05] * 300], dtype=torch.float64),
+    "power law": 1.0 / torch.arange(1, 301, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("m", [6, 9, 16])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_intervals_hold_the_effective_rank_whatever_the_spectrum(spectrum: str, m: int) -> None:
+    eigenvalues, count = SPECTRA[spectrum], 100
+    norm = eigenvalues.max().item()
+    rank, bound = eigenvalues.sum().item() / norm, (eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item()
+    held, norms, bounds, none = 0, 0, 0, 0
+    for matrix in sketches(eigenvalues, m, count):
+        found = Curvature(torch.zeros(m, dtype=torch.float64), matrix)
+        of, most = found.effective_rank, found.effective_rank_bound
+        none += math.isnan(of.high)
+        held += of.low <= rank <= of.high
+        norms += found.norm.low <= norm <= found.norm.high
+        bounds += most.low <= bound <= most.high
+        assert math.isnan(of.low) or of.low <= of.value <= of.high <= most.high
+        assert math.isnan(of.value) or of.value <= most.value
+    assert none <= 5
+    assert held >= 0.9 * (count - none)
+    # Student's interval of a norm or a bound is too short where few directions meet one large eigenvalue.
+    assert min(norms, bounds) >= 0.75 * count
 
 
 @pytest.mark.parametrize("sign", [0.0, -1.0])

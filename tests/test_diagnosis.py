@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
-from zorl.diagnosis import Try, choose_try, diagnose
+from zorl.diagnosis import Costs, Plan, Try, choose_try, diagnose
 from zorl.rewards import accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,8 +57,19 @@ def trainer(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTr
         ({"loss": "cross_entropy"}, {}),
         ({"loss": "cross_entropy"}, {"update": "sgd", "distribution": "gaussian", "n_spsa": "2", "estimator": "spsa"}),
         ({"reward_funcs": accuracy()}, {"calibration": "bias", "gradient_accumulation_steps": 2}),
+        ({"loss": "cross_entropy"}, {"estimator": "one_point"}),
+        (
+            {"loss": "cross_entropy"},
+            {
+                "estimator": "variance_spsa",
+                "n_spsa": "1",
+                "block_scales": "gradient_norms",
+                "block_scales_every": 4,
+                "parameters": "*attention.self.query*",
+            },
+        ),
     ],
-    ids=["cross entropy", "the paper's recipe", "accuracy"],
+    ids=["cross entropy", "the paper's recipe", "accuracy", "one point", "measured blocks"],
 )
 def test_a_diagnosis_keeps_to_its_budget_and_leaves_the_model_alone(
     trainer: Callable[..., MeZOTrainer], goal: dict[str, Any], settings: dict[str, Any], tmp_path: Path
@@ -75,6 +86,38 @@ def test_a_diagnosis_keeps_to_its_budget_and_leaves_the_model_alone(
     assert [t.learning_rate / found.tries[0].learning_rate for t in found.tries] == pytest.approx([1.0, 4.0, 16.0])
     again = diagnose(trainer(goal, **settings), 300)
     assert (again.lr_sgd, again.epsilon, again.tries) == (found.lr_sgd, found.epsilon, found.tries)
+
+
+@pytest.mark.parametrize(
+    ("settings", "other"),
+    [
+        (
+            {"estimator": "expectation_spsa", "block_scales": "parameter_norms"},
+            {"estimator": "expectation_spsa", "block_scales": "gradient_norms"},
+        ),
+        ({"update": "momentum", "beta1": 0.9}, {"update": "momentum", "beta1": 0.1}),
+        ({"update": "adam", "n_spsa": "2", "beta2": 0.95}, {"update": "adam", "n_spsa": "2", "beta2": 0.1}),
+    ],
+    ids=["block scales", "beta1", "beta2"],
+)
+def test_the_tries_take_the_settings_of_the_run(
+    trainer: Callable[..., MeZOTrainer], settings: dict[str, Any], other: dict[str, Any]
+) -> None:
+    few = {"n_spsa": "1", "estimator": "spsa", "parameters": "*attention.self.query*"}
+    one, two = (diagnose(trainer({"loss": "cross_entropy"}, **{**few, **s}), 300) for s in (settings, other))
+    assert [t.learning_rate for t in one.tries] == [t.learning_rate for t in two.tries]
+    assert [t.falls for t in one.tries] != [t.falls for t in two.tries]
+
+
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_a_plan_spends_no_more_than_its_budget(every: int) -> None:
+    for budget in range(100, 700, 7):
+        costs = Costs(2, 12, every)
+        plan = Plan.of(budget, costs)
+        if plan is not None:
+            assert plan.forwards(costs) <= budget
+            measured = sum(step % every == 0 for step in range(plan.steps * 2) if step - -(-step // every) < plan.steps)
+            assert costs.of(plan.steps) == 2 * plan.steps + 12 * measured
 
 
 def test_what_cannot_be_diagnosed_is_told(trainer: Callable[..., MeZOTrainer]) -> None:

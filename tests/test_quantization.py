@@ -167,6 +167,24 @@ def test_what_was_saved_quantised_is_loaded_so_and_what_has_nothing_to_quantise_
         load_model(str(tmp_path / "gpt2"), quantize="int8")
 
 
+@pytest.mark.parametrize("width", [172, 96])
+def test_a_layer_that_four_bits_cannot_compute_is_named_when_the_model_is_loaded(
+    parts: Callable[[str], Any], tmp_path: Path, width: int
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="pip install bitsandbytes")
+    if not functional.has_avx512bf16():
+        pytest.skip("only bitsandbytes' AVX-512 kernel has these limits")
+    config = LlamaConfig(
+        vocab_size=len(parts("llama").tokenizer), hidden_size=64, intermediate_size=width, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"layer model\.layers\.0\.mlp\..*{width}.*quantize='int8' takes any"):
+        load_model(str(tmp_path), quantize="int4")
+    if importlib.util.find_spec("torchao") is not None:
+        assert is_quantized(load_model(str(tmp_path), quantize="int8"))
+
+
 def test_an_absent_package_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for kind, package in PACKAGES.items():

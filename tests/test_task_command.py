@@ -253,6 +253,9 @@ def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path, capsys: p
     assert "--text_column cannot be combined with --task" in error_of(
         capsys, "eval", "--task", "sst2", *bert, *data, "--text_column", "text"
     )
+    for command in ("train", "eval", "predict", "diagnose"):
+        goal = ["--reward", "f1"] if command in ("train", "diagnose") else []
+        assert "--task or --dataset is required" in error_of(capsys, command, *bert, *goal)
     assert "--dataset is required" in error_of(capsys, "eval", "--task", folder / "mood.py", *bert)
     assert "has no column 'gold'" in error_of(capsys, "eval", "--task", "sst2", *bert, *data, "--label_column", "gold")
     assert "the label 'negative' has 20 rows" in error_of(

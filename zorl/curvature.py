@@ -9,7 +9,12 @@ so these three need no assumption. The largest eigenvalue does: M = ZᵀHZ has, 
 ZZᵀ/m is close to the identity where H acts once m is well above H's effective rank (Koltchinskii and Lounici 2017). What the
 rest of the spectrum adds to each eigenvalue of M, tr H at first order, is taken off again (Yata and Aoshima 2012). With fewer
 directions than the effective rank r of a flat spectrum the norm comes out too large by at most 1 + 2√(r/m), and the rank too
-small by as much; ‖H‖_F then bounds the rank from above. No gradient is taken: a reward that has none is measured like a loss.
+small by as much; ‖H‖_F then bounds the rank from above. The intervals of both reach as far as this factor allows.
+
+Power iteration would need products Hv. Values of the loss give only quadratic forms, and by polarisation vᵀHw: one coordinate
+of Hv for a few forwards, so that all of Hv costs as many times d. Restricted to the span of Z, the iteration converges to the
+largest eigenvalue of M, which is computed here from the same values. No gradient is taken: a
+reward that has none is measured like a loss.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import t as students_t
@@ -72,14 +77,28 @@ class Curvature:
 
     @property
     def norm(self) -> Estimate:
-        """H's largest eigenvalue, which is ‖H‖_op where H is positive semidefinite."""
-        return jackknife(lambda i: _norm(self._of(i)), len(self.slopes))
+        """H's largest eigenvalue, which is ‖H‖_op where H is positive semidefinite.
+
+        The lower end allows for the sketch's bias.
+        """
+        found = jackknife(lambda i: _norm(self._of(i)), len(self.slopes))
+        if not found.low > 0.0 or not self.trace.value > 0.0:
+            return found
+        return replace(found, low=found.low / _most_bias(self.trace.value / found.low, len(self.slopes)))
 
     @property
     def effective_rank(self) -> Estimate:
-        """r = tr H / ‖H‖_op (Malladi et al. 2023, Assumption 1). NaN if the trace's interval contains 0: a loss
-        that is not known to curve upwards has none."""
-        return _positive(lambda i: _rank(self._of(i)), len(self.slopes)) if self.trace.low > 0.0 else _UNKNOWN
+        """r = tr H / ‖H‖_op (Malladi et al. 2023, Assumption 1). NaN where the trace's interval holds 0: a loss that is not known
+        to curve upwards has none.
+
+        The upper end allows for the sketch's bias; no figure exceeds that of `effective_rank_bound`.
+        """
+        if not self.trace.low > 0.0:
+            return _UNKNOWN
+        m, most = len(self.slopes), self.effective_rank_bound
+        found = _positive(lambda i: _rank(self._of(i)), m)
+        value = min(found.value, most.value)
+        return Estimate(value, min(found.low, value), min(found.high * _most_bias(found.high, m), most.high))
 
     @property
     def effective_rank_bound(self) -> Estimate:
@@ -180,6 +199,11 @@ def _frobenius_squared(matrix: Tensor) -> float:
 
 def _norm(matrix: Tensor) -> float:
     return (torch.linalg.eigvalsh(matrix)[-1].item() - _trace(matrix)) / (len(matrix) - 1)
+
+
+def _most_bias(rank: float, m: int) -> float:
+    """The factor 1 + 2√(r/m) by which m directions misjudge a flat spectrum of rank r, given `rank`, the r that they show."""
+    return (math.sqrt(rank / m) + math.sqrt(1.0 + rank / m)) ** 2
 
 
 def _rank_bound(matrix: Tensor) -> float:

@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zorl.block_scales import measures
 from zorl.curvature import Curvature, Estimate, Losses, forwards_of, jackknife, measure_curvature, restored
 from zorl.directions import Distribution, derive_seed
 from zorl.epsilon import FLOOR
+from zorl.estimators import make_estimator
 from zorl.mezo import MeZO
 from zorl.probe import CENTRE, Point, Scores
 from zorl.schedules import Directions
@@ -68,14 +70,18 @@ class Diagnosis:
         forwards: the evaluations of a batch that it took, `calibration_forwards` of them for the calibration at the start.
         looks: the slopes at each ε, smallest ε first.
         curvature: along random directions, and with it gradient, trace, norms and effective rank.
-        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions per step.
+        lemma_2: ‖∇̂L‖² / ‖∇L‖² as expected in a run, with n directions per step: computed from d and n, not measured. (The
+            only ‖∇L‖² that forward passes know is the mean square of the slopes that make up ∇̂L, so that a ratio of the two
+            would agree whatever the loss.) None where the lemma does not describe the estimator: `one_point` has the noise of
+            the step before, and with scaled blocks the ratio depends on how the gradient is spread over them.
         confirmed: the share of a squared slope that another batch confirms.
-        corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards.
+        corollary_1: the learning rate that follows, for `update="sgd"`; infinite where nothing curves upwards. None where
+            `lemma_2` is.
         gradient: √E(z·∇L)² on a batch: times a learning rate for `update="sgd"`, one for `"normalized"` (see
             `zorl.updates.measured_in_weights`).
-        tries: real steps with the run's own update rule; the middle rate is Corollary 1's, or takes weights as far as ε in
-            a step where that is less.
-        predicted_fall: the predicted fall of the loss in the first step with the middle rate.
+        tries: real steps with the run's own update rule; the middle rate is Corollary 1's (that of SPSA where the estimator
+            has none), or takes weights as far as ε in a step where that is less.
+        predicted_fall: the predicted fall of the loss in the first step with the middle rate; None where `corollary_1` is.
         epsilon: the ε to train with; None if no fixed one will do, so that `"auto"` should find one.
         lr_normalized, lr_sgd: the learning rates to train with.
     """
@@ -86,12 +92,12 @@ class Diagnosis:
     calibration_forwards: int
     looks: tuple[Look, ...]
     curvature: Curvature
-    lemma_2: float
+    lemma_2: float | None
     confirmed: Estimate
-    corollary_1: float
+    corollary_1: float | None
     gradient: float
     tries: tuple[Try, ...]
-    predicted_fall: float
+    predicted_fall: float | None
     epsilon: float | None
     lr_normalized: float
     lr_sgd: float
@@ -116,13 +122,18 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
         )
     n = Directions.parse(args.n_spsa).at(0)
     one_sided = args.estimator == "one_sided"
+    described = args.estimator in ("spsa", "one_sided")  # by Lemma 2 and Corollary 1
     distribution: Distribution = args.distribution  # type: ignore[assignment]
+    sides = make_estimator(args.estimator, args.comparison).sides  # type: ignore[arg-type]
     trainer.calibrate()
     calibration = trainer.calibration_forwards
-    a_step = n * (1 if one_sided else 2)
-    plan = Plan.of(budget - calibration, a_step)
+    a_step = n * sides
+    scaled = args.estimator in ("variance_spsa", "expectation_spsa")
+    measuring = sides * len(parameters) if scaled and args.block_scales == "gradient_norms" else 0
+    costs = Costs(a_step, measuring, args.block_scales_every)
+    plan = Plan.of(budget - calibration, costs)
     if plan is None:
-        least = next(b for b in itertools.count() if Plan.of(b, a_step)) + calibration
+        least = next(b for b in itertools.count() if Plan.of(b, costs)) + calibration
         raise ValueError(
             f"a budget of {budget} forwards is too small: {least} are needed, {calibration} of them to calibrate"
         )
@@ -136,8 +147,8 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     epsilon = choose_epsilon(looks, args.informative_target)
     at = epsilon if epsilon is not None else max(looks, key=lambda found: (found.informative, -found.epsilon)).epsilon
     curvature = measure_curvature(one, parameters, distribution, seeds, at)
-    sides = other([Point(seed, sign * at) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
-    second = (sides[:, 0] - sides[:, 1]) / (2.0 * at)
+    losses = other([Point(seed, sign * at) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
+    second = (losses[:, 0] - losses[:, 1]) / (2.0 * at)
     confirmed = _confirmed(curvature.slopes, second)
 
     share = min(max(confirmed.value, LEAST_CONFIRMED), 1.0)
@@ -156,16 +167,16 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     return Diagnosis(
         parameters=parameters.numel,
         n_spsa=n,
-        forwards=calibration + plan.forwards(a_step, len(epsilons)),
+        forwards=calibration + plan.forwards(costs, len(epsilons)),
         calibration_forwards=calibration,
         looks=tuple(looks),
         curvature=curvature,
-        lemma_2=lemma_2(parameters.numel, n, distribution, one_sided=one_sided),
+        lemma_2=lemma_2(parameters.numel, n, distribution, one_sided=one_sided) if described else None,
         confirmed=confirmed,
-        corollary_1=theory,
+        corollary_1=theory if described else None,
         gradient=gradient,
         tries=tuple(tries),
-        predicted_fall=sgd * share * gradient**2 * (1.0 - sgd / (2.0 * theory)),
+        predicted_fall=sgd * share * gradient**2 * (1.0 - sgd / (2.0 * theory)) if described else None,
         epsilon=epsilon,
         lr_normalized=best * gradient,
         lr_sgd=best,
@@ -184,27 +195,50 @@ def _corollary_1_of(curvature: Curvature, n: int, one_sided: bool) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """Points that the steps of training evaluate.
+
+    Attributes:
+        step: points per step that moves θ.
+        measuring: points per step that measures the gradient norms of blocks (see `zorl.block_scales`); 0: there are none.
+        every: one step of this many measures.
+    """
+
+    step: int
+    measuring: int = 0
+    every: int = 2
+
+    def of(self, steps: int) -> int:
+        """Points of this many steps that move θ, and of the measuring steps before and between them."""
+        return steps * self.step + math.ceil(steps / (self.every - 1)) * self.measuring
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """How to spend a budget."""
+    """How a budget is spent.
+
+    Attributes:
+        directions: the number along which curvature is measured.
+        steps: the steps that move θ with each learning rate.
+    """
 
     directions: int
     steps: int
 
     @classmethod
-    def of(cls, budget: int, a_step: int) -> Plan | None:
-        """A plan for steps of that many points: up to 16 directions for two fifths of the budget at most, then real steps.
-
-        None if the budget is too small.
-        """
+    def of(cls, budget: int, costs: Costs) -> Plan | None:
+        """Up to 16 directions for at most two fifths of the budget, the rest for real steps; None where it is too small."""
         directions = max((m for m in range(6, 17) if forwards_of(m) + 2 * m <= 0.4 * budget), default=6)
-        left = budget - cls(directions, 0).forwards(a_step)
-        steps = left // (a_step * len(TRIES))
+        left = budget - cls(directions, 0).forwards(costs)
+        steps = max(left, 0) // (costs.step * len(TRIES))
+        while costs.of(steps) * len(TRIES) > left and steps >= 4:
+            steps -= 1
         return cls(directions, steps) if steps >= 4 else None
 
-    def forwards(self, a_step: int, epsilons: int = len(EPSILONS)) -> int:
+    def forwards(self, costs: Costs, epsilons: int = len(EPSILONS)) -> int:
         of_looks = 2 * LOOKS * epsilons
         of_curvature = forwards_of(self.directions) + 2 * self.directions  # the second batch has slopes alone
-        of_tries = MEASURED_ON * (1 + len(TRIES)) + a_step * self.steps * len(TRIES)
+        of_tries = MEASURED_ON * (1 + len(TRIES)) + costs.of(self.steps) * len(TRIES)
         return of_looks + of_curvature + of_tries
 
 
@@ -242,7 +276,7 @@ def _descend(
     args = trainer.args
     n = Directions.parse(args.n_spsa).at(0)
     measured = [_losses(trainer, next(batches), 2 + i, a_step, progress) for i in range(MEASURED_ON)]
-    rows = list(itertools.islice(batches, steps))
+    rows: list[list[dict[str, Any]]] = []
 
     def levels() -> list[float]:
         return [losses([CENTRE]).item() for losses in measured]
@@ -254,11 +288,19 @@ def _descend(
                 trainer.tuned.items(), rate, epsilon, n_spsa=n, distribution=args.distribution,  # type: ignore[arg-type]
                 update=args.update, seed=derive_seed(args.seed, "tries"),  # type: ignore[arg-type]
                 estimator=args.estimator,  # type: ignore[arg-type]
+                beta1=args.beta1, beta2=args.beta2, moment_window=args.moment_window,
+                moments=args.moments,  # type: ignore[arg-type]
+                block_scales=args.block_scales,  # type: ignore[arg-type]
+                block_scales_every=args.block_scales_every,
             )  # fmt: skip
-            for step, batch in enumerate(rows):
+            header, moved = mezo.header, 0
+            while moved < steps:
+                moved += not measures(header, mezo.steps)
+                if len(rows) == mezo.steps:
+                    rows.append(next(batches))
                 probe = mezo.ask()
-                asked = trainer.objective.ask(batch, probe.points, derive_seed(args.seed, "tries", step))
-                mezo.tell(probe.id, asked.answers)
+                noise = derive_seed(args.seed, "tries", mezo.steps)
+                mezo.tell(probe.id, trainer.objective.ask(rows[mezo.steps], probe.points, noise).answers)
                 mezo.step()
                 progress(len(probe.points))
             falls = [(start - end) / steps for start, end in zip(before, levels(), strict=True)]

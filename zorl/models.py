@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from zorl.classifier_models import class_names
-from zorl.quantization import is_plain, quantization_config
+from zorl.quantization import check_layers, is_plain, quantization_config
 
 _CLASSIFIER = "ForSequenceClassification"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -50,7 +50,8 @@ def load_model(
 
     Raises:
         ValueError: dtype or quantize is not one of these, the model is a classifier of another number of classes or needs code
-            of its own, nothing in the model can be quantised, or its weights are damaged or do not fit its configuration.
+            of its own, nothing in the model can be quantised, the width of a layer does not suit the quantiser,
+            or its weights are damaged or do not fit its configuration.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -64,12 +65,15 @@ def load_model(
             raise ValueError(f"{name} was saved quantised and is used as it is: leave quantize={quantize!r} out")
         options["quantization_config"] = quantization_config(quantize)
     if classes is not None or _architecture(config).endswith(_CLASSIFIER):
-        return _load_classifier(name, dtype, config, classes, options)
+        model = _load_classifier(name, dtype, config, classes, options)
+        check_layers(model)
+        return model
     loader: Any = AutoModelForMaskedLM if _reads_masks(config) else AutoModelForCausalLM
     with _sound_weights(name):
-        model: PreTrainedModel = loader.from_pretrained(
+        model = loader.from_pretrained(
             name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
         )
+    check_layers(model)
     if quantize is not None and all(map(is_plain, model.parameters())):
         raise ValueError(
             f"{quantize} quantises linear layers, and {name} has none that it supports ({type(model).__name__}): leave it out"

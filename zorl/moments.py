@@ -13,6 +13,15 @@ average's weight: 0.1% of m with β₁ = 0.9 and 64 steps, 4% of v with β₂ = 
 float32 copy of the parameters for momentum and two for Adam, n directions per step and nothing left out. Both can be rebuilt
 from the log.
 
+What the window w costs θ follows from the log alone. With momentum, ĝ of step s has moved θ after a = T − s steps by lr·ĝ times
+(1−β₁) + (1−β₁)β₁ + … = 1 − β₁ᵃ, and by 1 − β₁ʷ at most if recomputed. So, with equality before the triangle inequality,
+
+    ‖θ_recomputed − θ_stored‖ = ‖Σₛ lr ĝₛ max(0, β₁ʷ − β₁ᵃ)‖ ≤ β₁ʷ Σₛ lr Σᵢ |gₛᵢ|/m ‖zₛᵢ‖      s = 0 … T−w−1
+
+and ‖z‖ = √d for ±1. With Adam and a scalar v, whose weights in m̂ sum to 1 in both, the terms that were left out had the share
+q = (β₁ʷ − β₁ᵗ)/(1 − β₁ᵗ) ≤ β₁ʷ after t steps: a step is off by at most 2q·lr·maxₛ ‖ĝₛ‖/√v̂ₜ, and θ by the sum of these over
+t > w. With Adam's elementwise v there is no such bound: an element may have had almost no gradient within the window.
+
 With a single direction of ±1 (rademacher and rank1, n_spsa=1) every element of ĝ² is the same number g²: v is a scalar that
 covers the whole log at no cost.
 """

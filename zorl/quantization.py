@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # int8: one scale per row. Activations are not quantised, so that small perturbations are not rounded away.
@@ -39,6 +40,32 @@ def quantization_config(kind: str) -> Any:
 def is_quantized(model: Any) -> bool:
     """Whether transformers loaded the model, or the one that an adapter wraps, with quantised weights."""
     return bool(getattr(model, "is_quantized", False))  # only set on models that are
+
+
+@torch.no_grad()
+def check_layers(model: Any) -> None:
+    """Calls one quantised layer of each shape: that a width does not suit a quantiser's kernel only shows in a call.
+
+    Raises:
+        ValueError: a layer cannot be called.
+    """
+    shapes = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or is_plain(layer.weight) or layer.weight.is_meta:
+            continue
+        shape = (layer.in_features, layer.out_features)
+        if shape in shapes:
+            continue
+        shapes.add(shape)
+        try:
+            layer(torch.zeros(2, layer.in_features, dtype=model.dtype, device=layer.weight.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"the quantised layer {name}, of {shape[0]} inputs and {shape[1]} outputs, cannot be computed here "
+                f"({str(error) or type(error).__name__}): int4 needs widths that are multiples of 64, quantize='int8' takes any"
+            ) from error
 
 
 def is_plain(tensor: Tensor) -> bool:
