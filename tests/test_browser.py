@@ -228,6 +228,18 @@ def test_keys_are_letters_while_somebody_writes_and_nothing_on_other_tabs(site: 
         assert site.answered("flo") == site.answered("flobats") == []
 
 
+def test_keys_are_verdicts_again_after_a_click_on_the_tab_and_after_a_name(site: Site) -> None:
+    with site.visit() as page:
+        name = call_me(page, "ann")  # ends with Enter
+        press(page, "a")
+        expect(page.locator("#who input")).to_have_value("ann")
+        page.get_by_role("tab", name="Judge").click()
+        press(page, "b")
+        page.keyboard.press("ArrowRight")  # on a tab the arrows belong to the tabs
+        page.wait_for_timeout(300)
+        assert [record.choice for record in site.answered(name)] == ["first", "second"]
+
+
 def test_a_key_pressed_twice_is_one_verdict_on_what_was_seen(site: Site) -> None:
     with site.visit() as page:
         name = call_me(page, "gus")
@@ -388,7 +400,6 @@ def call_me(page: Page, name: str) -> str:
     page.locator("#who input").fill(name)
     page.locator("#who input").press("Enter")
     expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
-    page.locator("#who input").blur()
     return name
 
 

@@ -165,4 +165,4 @@ def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, reme
         blocks.load(welcome, None, [name, *shown], **LIGHT)
     else:
         blocks.load(greet, [remembered], [name, remembered, *shown], **LIGHT)
-        gr.on([name.blur, name.submit], rename, [name], [remembered, *shown], **LIGHT)
+        name.blur(rename, [name], [remembered, *shown], **LIGHT)  # keys.js leaves the field at Enter

@@ -8,7 +8,7 @@
     "vote-a": "a ArrowLeft", "vote-b": "b ArrowRight", "vote-tie": "t", "vote-bad": "x", "vote-skip": "s", undo: "u",
   };
   const BUSY = 3000; // milliseconds after which a verdict without an answer may be given again
-  const WRITING = "input, textarea, select, [contenteditable], [role=tab], [role=slider], [role=radio], dialog";
+  const WRITING = "input, textarea, select, [contenteditable], [role=slider], [role=radio], dialog";
   let pair = null;
   let shown = null;
   let noted = "";
@@ -21,10 +21,17 @@
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.defaultPrevented) return;
     const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!id || event.target.closest?.(WRITING)) return;
+    // On a tab the arrows choose the tab beside it.
+    if (event.key.startsWith("Arrow") && event.target.closest?.("[role=tab]")) return;
     const button = document.getElementById(id);
     if (!visible(button)) return;
     event.preventDefault();
     button.click();
+  });
+
+  // Enter in "Judging as" leaves the field, which stores the name; the next key is a verdict again.
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing) event.target.closest?.("#who input")?.blur();
   });
 
   // One verdict per pair, however often a button or key is pressed before the next pair appears.
