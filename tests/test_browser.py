@@ -58,10 +58,10 @@ class Site:
     browser: Browser
 
     @contextlib.contextmanager
-    def visit(self, width: int = 1280, dark: bool = False) -> Iterator[Page]:
+    def visit(self, width: int = 1280, height: int = 844, dark: bool = False) -> Iterator[Page]:
         """A browser of its own, on the Judge tab with a pair in front of it. Leaving checks that nothing went wrong."""
         context = self.browser.new_context(
-            viewport={"width": width, "height": 844},
+            viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
             accept_downloads=True,
         )
@@ -290,6 +290,24 @@ def test_the_page_fits_a_phone_in_light_and_in_dark(site: Site, dark: bool) -> N
             assert box["height"] >= 44
         red, green, blue = contrast(page, ".z-a .z-text")
         assert (red + green + blue > 380) == dark
+
+
+def test_both_answers_begin_above_the_buttons_of_a_small_phone(
+    tmp_path: Path, browser: Browser, pretend_tuner: Any
+) -> None:
+    long = [(" ".join(["a long prompt"] * 60), " ".join(["one answer"] * 60), " ".join(["another"] * 60))]
+    served = serve(tmp_path, browser, pretend_tuner, long)
+    with served as site, site.visit(width=375, height=667) as page:
+        page.wait_for_selector("[data-showing]")
+        bar = page.locator("#actions").bounding_box()
+        assert bar is not None
+        for side in "ab":
+            text = page.locator(f".z-{side} .z-text").bounding_box()
+            assert text is not None
+            assert text["y"] + 50 <= bar["y"]  # two lines
+        expect(page.locator("#who label > span")).to_be_visible()
+        expect(page.locator(".z-bar")).to_be_visible()
+        expect(page.locator(".z-status li", has_text="verdicts so far")).to_be_hidden()
 
 
 def test_the_charts_move_when_steps_are_made(site: Site) -> None:
