@@ -310,6 +310,28 @@ def test_both_answers_begin_above_the_buttons_of_a_small_phone(
         expect(page.locator(".z-status li", has_text="verdicts so far")).to_be_hidden()
 
 
+def test_a_server_that_is_away_is_said_and_nothing_can_be_judged_until_it_is_back(
+    tmp_path: Path, browser: Browser, pretend_tuner: Any
+) -> None:
+    served = serve(tmp_path, browser, pretend_tuner, TEXTS)
+    with served as site, site.visit() as page:
+        name = call_me(page, "jo")
+        page.context.set_offline(True)
+        page.keyboard.press("a")
+        lost = page.get_by_role("alert").filter(has_text="The server cannot be reached.")
+        expect(lost).to_have_text(
+            "The server cannot be reached. Your last verdict was not saved; this page reconnects by itself."
+        )
+        for id in ("vote-a", "vote-skip", "undo"):
+            expect(page.locator(f"#{id}")).to_have_attribute("aria-disabled", "true")
+        page.context.set_offline(False)
+        expect(lost).to_be_hidden()
+        page.wait_for_selector("[data-showing]")
+        expect(page.locator("#vote-a")).to_have_attribute("aria-disabled", "false")
+        press(page, "b")
+        assert [record.choice for record in site.answered(name)] == ["second"]
+
+
 def test_the_charts_move_when_steps_are_made(site: Site) -> None:
     with site.visit() as page:
         page.wait_for_selector("[data-showing]")

@@ -1,4 +1,5 @@
-// Keys of the Judge tab, and announcements for screen readers. Text of the model is handled as plain text only.
+// Keys of the Judge tab, announcements for screen readers, and the notice while the server is away. Text of the model is
+// handled as plain text only.
 (() => {
   const KEYS = {
     a: "vote-a", ArrowLeft: "vote-a", b: "vote-b", ArrowRight: "vote-b",
@@ -8,11 +9,13 @@
     "vote-a": "a ArrowLeft", "vote-b": "b ArrowRight", "vote-tie": "t", "vote-bad": "x", "vote-skip": "s", undo: "u",
   };
   const BUSY = 3000; // milliseconds after which a verdict without an answer may be given again
+  const PULSE = 2000; // milliseconds between two questions whether the server is there
   const WRITING = "input, textarea, select, [contenteditable], [role=slider], [role=radio], dialog";
   let pair = null;
   let shown = null;
   let noted = "";
   let sent = { showing: null, at: 0 };
+  let away = false; // whether the server cannot be reached
 
   const showing = () => pair?.querySelector("[data-showing]")?.dataset.showing ?? null;
   const visible = (element) => element !== null && element.offsetParent !== null;
@@ -37,10 +40,10 @@
   // One verdict per pair, however often a button or key is pressed before the next pair appears.
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("#actions button");
-    if (!button || button.id === "undo") return;
+    if (!button || (button.id === "undo" && !away)) return;
     const now = showing();
     const again = now !== null && sent.showing === now && Date.now() - sent.at < BUSY;
-    if (now === null || again) {
+    if (away || now === null || again) {
       event.stopImmediatePropagation();
       event.preventDefault();
       return;
@@ -48,6 +51,7 @@
     sent = { showing: now, at: Date.now() };
     button.classList.add("z-pressed");
     setTimeout(() => button.classList.remove("z-pressed"), 160);
+    setTimeout(ask, BUSY / 4); // a verdict that has not been answered by now may be lost
   }, true);
 
   const announcer = document.createElement("div");
@@ -56,17 +60,39 @@
   announcer.setAttribute("role", "status");
   announcer.setAttribute("aria-live", "polite");
 
+  const disable = () => {
+    for (const id of Object.keys(PRINTED)) {
+      const idle = id === "undo" ? document.querySelector("[data-undo=no]") !== null : showing() === null;
+      document.getElementById(id)?.setAttribute("aria-disabled", String(away || idle));
+    }
+  };
+
+  // Gradio tells of a lost connection in a corner, and reloads the page when the server is back.
+  const lost = document.createElement("p");
+  lost.id = "lost";
+  lost.className = "z-notice";
+  lost.setAttribute("role", "alert");
+  const ask = async () => {
+    const { root = "", api_prefix: prefix = "" } = window.gradio_config ?? {};
+    const there = await fetch(`${root}${prefix}/app_id`, { cache: "no-store" }).then((answer) => answer.status < 500, () => false);
+    if (there !== away) return;
+    away = !there;
+    const unsaved = sent.showing !== null && sent.showing === showing() ? "Your last verdict was not saved; this" : "This";
+    lost.textContent = away ? `The server cannot be reached. ${unsaved} page reconnects by itself.` : "";
+    document.documentElement.classList.toggle("z-away", away);
+    disable();
+  };
+  setInterval(ask, PULSE);
+
   const said = (selector) => pair.querySelector(selector)?.textContent.trim() ?? "";
   const look = () => {
+    disable();
     const now = showing();
     const note = document.querySelector("#notice p")?.textContent ?? "";
     if (now === shown && note === noted) return;
     sent = { showing: null, at: 0 };
     shown = now;
     noted = note;
-    for (const id of Object.keys(PRINTED)) {
-      if (id !== "undo") document.getElementById(id)?.setAttribute("aria-disabled", String(now === null));
-    }
     const news = now === null
       ? said("h2")
       : `New pair. Prompt: ${said(".z-prompt .z-text, .z-turns")}. Answer A: ${said(".z-a .z-text")}. Answer B: ${said(".z-b .z-text")}`;
@@ -84,7 +110,7 @@
 
   // Gradio builds the page by script, and again when a tab is opened: find its parts whenever they change.
   const settle = () => {
-    if (!announcer.isConnected) document.body.append(announcer);
+    if (!announcer.isConnected) document.body.append(announcer, lost);
     const found = document.getElementById("pair");
     if (found !== pair) {
       pair = found;
