@@ -67,7 +67,7 @@
     }
   };
 
-  // Gradio tells of a lost connection in a corner, and reloads the page when the server is back.
+  // Gradio tells of a lost connection in a corner, and takes nothing more until the page is loaded again.
   const lost = document.createElement("p");
   lost.id = "lost";
   lost.className = "z-notice";
@@ -75,16 +75,18 @@
   const ask = async () => {
     const { root = "", api_prefix: prefix = "" } = window.gradio_config ?? {};
     const there = await fetch(`${root}${prefix}/app_id`, { cache: "no-store" }).then((answer) => answer.status < 500, () => false);
-    if (there !== away) return;
-    away = !there;
+    if (there && away) location.reload();
+    if (there || away) return;
+    away = true;
     const unsaved = sent.showing !== null && sent.showing === showing() ? "Your last verdict was not saved; this" : "This";
-    lost.textContent = away ? `The server cannot be reached. ${unsaved} page reconnects by itself.` : "";
-    document.documentElement.classList.toggle("z-away", away);
+    lost.textContent = `The server cannot be reached. ${unsaved} page reconnects by itself.`;
+    document.documentElement.classList.add("z-away");
     disable();
   };
   setInterval(ask, PULSE);
 
   const said = (selector) => pair.querySelector(selector)?.textContent.trim() ?? "";
+  const sentence = (words) => (/[.!?…]$/.test(words) ? words : `${words}.`);
   const look = () => {
     disable();
     const now = showing();
@@ -95,7 +97,8 @@
     noted = note;
     const news = now === null
       ? said("h2")
-      : `New pair. Prompt: ${said(".z-prompt .z-text, .z-turns")}. Answer A: ${said(".z-a .z-text")}. Answer B: ${said(".z-b .z-text")}`;
+      : ["New pair", `Prompt: ${said(".z-prompt .z-text, .z-turns")}`, `Answer A: ${said(".z-a .z-text")}`,
+        `Answer B: ${said(".z-b .z-text")}`].map(sentence).join(" ");
     announcer.textContent = `${note} ${news}`.trim();
   };
 
