@@ -108,21 +108,27 @@ class Progress:
     """Where the run stands.
 
     Attributes:
-        steps: in force.
-        votes_needed: that the next step takes in all; 0 while no probe is open.
-        votes_given: how many of these are there.
-        open_pairs: that this rater could still be given (without a rater: that anybody could).
-        verdicts: given so far by everybody, repeats and comparisons included.
-        raters: who gave them.
+        steps: number of steps in force.
+        votes_needed: votes that the next step takes in all; 0 while no probe is open.
+        votes_given: how many of these have been given, skips included.
+        votes_skipped: how many of those given are skips.
+        votes_held: how many of the missing ones are on pairs that other raters have in front of them.
+        open_pairs: pairs that this rater could still be given (without a rater: that anybody could).
+        verdicts: verdicts given so far by everybody, repeats and comparisons included, skips excluded.
+        raters: number of raters who have judged or skipped a pair.
+        can_undo: whether this rater's latest verdict can be undone.
         tuner: its state, message and time.
     """
 
     steps: int
     votes_needed: int
     votes_given: int
+    votes_skipped: int
+    votes_held: int
     open_pairs: int
     verdicts: int
     raters: int
+    can_undo: bool
     tuner: dict[str, Any]
 
 
