@@ -167,7 +167,7 @@ def test_people_judge_with_the_keyboard_tie_skip_and_take_back(site: Site) -> No
         assert [record.choice for record in site.answered(name)] == [choice for _, choice in given]
         before = shown(page)
         page.keyboard.press("u")
-        expect(page.locator("#notice")).to_contain_text("Taken back")
+        expect(page.locator("#notice")).to_contain_text("Verdict undone")
         assert shown(page) != before
         assert len(site.answered(name)) == len(given) - 1
 
@@ -269,6 +269,8 @@ def test_a_screen_reader_is_told_of_the_new_pair(site: Site) -> None:
         call_me(page, "ida")
         press(page, "t")
         announcer = page.get_by_role("status").filter(has_text="New pair")
+        expect(announcer).to_have_text(re.compile(r"\. Answer B: .*\.$"))
+        assert ".." not in announcer.inner_text()
         expect(announcer).to_contain_text(page.locator(".z-a .z-text").inner_text())
         assert announcer.get_attribute("aria-live") == "polite"
         expect(page.get_by_role("progressbar")).to_have_attribute("aria-label", re.compile("Verdicts for step"))
@@ -356,11 +358,13 @@ def test_a_run_goes_back_after_a_question(site: Site) -> None:
         page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
         page.locator("#rewind-step input").fill("1")
         page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("The model is back at that step.")
+        expect(page.locator("#rewind-said")).to_contain_text("The model is back at step 1.")
         assert asked == ["Go back to step 1? The steps after it are undone, and their verdicts stay in the raw log."]
-        page.locator("#rewind-step input").fill("1000")
-        page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("choose a step from 0 to")
+        for wrong in ("1000", "1.5", "-1", ""):
+            page.locator("#rewind-step input").fill(wrong)
+            page.get_by_role("button", name="Go back to this step").click()
+            expect(page.locator("#rewind-said")).to_contain_text("choose a whole number from 0 to")
+        assert len(asked) == 1  # nobody was asked about a step that does not exist
 
 
 def test_a_prompt_of_one_s_own_is_answered_by_both_models(site: Site) -> None:
