@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -54,6 +57,7 @@ def run(argv: Sequence[str]) -> str:
             f"--host {arguments.host} lets other machines in, so it needs --password, or --users FILE with lines "
             "name:password"
         )
+    _check_address(arguments.host, arguments.port)
     guidelines = None if arguments.guidelines is None else _read_guidelines(Path(arguments.guidelines))
     folder = Path(arguments.run).expanduser()
     password = None
@@ -70,9 +74,9 @@ def run(argv: Sequence[str]) -> str:
         if not arguments.page_only:
             _refuse_judgments_of_another_run(store, settings, folder)
             settings.write(folder)
-        page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines)
+        page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines, page_only=arguments.page_only)
         tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: _tell_store(store, "failed", told))
-        store.set_tuner(*(("waiting", "zorl train asks the questions") if arguments.page_only else ("starting",)))
+        store.set_tuner(*(("unconnected", _start_trainer(settings, folder)) if arguments.page_only else ("starting",)))
         address = page.open(arguments.host, arguments.port)
         try:
             if not arguments.page_only:
@@ -83,7 +87,7 @@ def run(argv: Sequence[str]) -> str:
             tuner.stop()
             page.close()
             _tell_store(store, "stopped", "zorl judge is not running.")
-    return f"Stopped. Every verdict is kept in {folder}; zorl judge --run {folder} continues."
+    return f"Stopped. Every verdict is kept in {settings.database or folder}; {_again(settings, folder, arguments)} continues."
 
 
 def make_settings(folder: Path, given: Mapping[str, Any]) -> JudgeSettings:
@@ -119,6 +123,38 @@ def _of_another_process(folder: Path, given: Mapping[str, Any]) -> JudgeSettings
             f"{folder} holds a run that zorl judge tunes; leave out --page_only, or choose another --run folder"
         )
     return JudgeSettings(model="zorl train", prompts=["Once upon a time"], database=given.get("database", ""))
+
+
+def _start_trainer(settings: JudgeSettings, folder: Path) -> str:
+    """The command that asks questions on a page that does not tune."""
+    return f"Start: zorl train --judge human --judgments {shlex.quote(str(settings.store(folder)))} …"
+
+
+def _again(settings: JudgeSettings, folder: Path, arguments: JudgeArguments) -> str:
+    """The command that continues the run. A run with settings of its own keeps its database in them."""
+    flags = ["--run", str(folder)]
+    if arguments.page_only:
+        flags = ["--page_only", *flags, *(["--database", settings.database] if settings.database else [])]
+    return shlex.join(["zorl", "judge", *flags])
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Checks that the page can be served there, before anything is written.
+
+    Raises:
+        ValueError: the port is out of range or cannot be used, or the host is not an address of this machine.
+    """
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"--port {port}: expected 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), port or 0), family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"--port {port} is in use; choose another, or leave --port out") from None
+        if error.errno == errno.EACCES:
+            raise ValueError(f"--port {port} is for the administrator only; choose one from 1024 on") from None
+        raise ValueError(f"--host {host} is not an address of this machine: {error.strerror}") from None
 
 
 def _refuse_judgments_of_another_run(store: JudgmentStore, settings: JudgeSettings, folder: Path) -> None:

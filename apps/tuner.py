@@ -147,6 +147,7 @@ class Tuner:
             votes = self.store.close_decided(stored.id)
         if votes is None:
             return False
+        self.store.set_tuner("computing", f"computing step {step + 1}")
         used = {done.probe for done in self.store.steps()} | {stored.id}
         judged = [pair for pair in self.store.preference_pairs() if pair.probe in used]
         records = self.learner.learn(stored, votes, judged)

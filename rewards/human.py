@@ -73,14 +73,12 @@ class HumanJudge:
 
     def _wait(self, probe: int) -> list[Vote]:
         """The votes on a probe, once there are enough."""
-        waiting = False
         while self.store.probe(probe).state not in ("withdrawn", "expired"):
             votes = self.store.close_decided(probe)
             if votes is not None:
                 return votes
-            if not waiting:
-                self.store.set_tuner("waiting", "for verdicts")
-                waiting = True
+            # Again and again: a page that starts later says that no trainer is connected.
+            self.store.set_tuner("waiting", "for verdicts")
             time.sleep(self.poll_seconds)
         raise ValueError("the pairs that this run asks about were withdrawn: another run asks in the same store")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import Connection, Select, case, exists, func, insert, select
+from sqlalchemy import Connection, Select, case, exists, func, insert, or_, select
 
 from zorl.probe import Choice
 from zorl.rewards.judgment_database import JudgmentDatabase
@@ -23,6 +23,7 @@ from zorl.rewards.judgment_tables import (
     COMPARISON,
     OPEN,
     PROBE,
+    REWOUND,
     TIED,
     events,
     meta,
@@ -59,20 +60,31 @@ class Readings:
             first = connection.scalar(
                 select(probes.c.id).where(probes.c.state == OPEN).order_by(probes.c.step, probes.c.id).limit(1)
             )
-            capped = case((pairs.c.votes < needed, pairs.c.votes), else_=needed)
-            asked, given = connection.execute(
-                select(func.count(), func.coalesce(func.sum(capped), 0)).where(
-                    pairs.c.kind == PROBE, pairs.c.state == OPEN, pairs.c.probe == first
-                )
+            of_first = (pairs.c.kind == PROBE, pairs.c.state == OPEN, pairs.c.probe == first)
+            asked, given, held = connection.execute(
+                select(
+                    func.count(),
+                    func.coalesce(func.sum(_at_most(pairs.c.votes, needed)), 0),
+                    func.coalesce(func.sum(_at_most(_held(rater, self._database.clock()), needed - pairs.c.votes)), 0),
+                ).where(*of_first)
             ).one()
+            skipped = (
+                select(func.count())
+                .join_from(showings, pairs)
+                .where(*of_first, ~showings.c.repeat, showings.c.choice == Choice.ABSTAIN.value)
+            )
+            opinions = showings.c.choice != Choice.ABSTAIN.value
             answered = exists().where(showings.c.rater == raters.c.id, showings.c.choice.is_not(None))
             return Progress(
                 steps=_count(connection, select(func.count()).where(~steps.c.rewound)),
                 votes_needed=needed * asked,
                 votes_given=given,
+                votes_skipped=_count(connection, skipped),
+                votes_held=int(held),  # PostgreSQL sums counts as decimals
                 open_pairs=_count(connection, queue),
-                verdicts=_count(connection, select(func.count()).where(showings.c.choice.is_not(None))),
+                verdicts=_count(connection, select(func.count()).where(opinions)),
                 raters=_count(connection, select(func.count()).select_from(raters).where(answered)),
+                can_undo=bool(rater and connection.scalar(_can_undo(rater))),
                 tuner=_tuner(connection),
             )
 
@@ -101,9 +113,9 @@ class Readings:
         ]
 
     def comparisons(self) -> list[ComparisonVote]:
-        """Every vote on a comparison, in the order of the pairs."""
+        """Every vote on a comparison of a step in force, in the order of the pairs."""
         with self._database.reading() as connection:
-            votes, of_steps = _votes(connection, pairs.c.kind == COMPARISON)
+            votes, of_steps = _votes(connection, (pairs.c.kind == COMPARISON) & (pairs.c.state != REWOUND))
         return [
             ComparisonVote(v.pair, v.direction, v.row, v.rater, v.choice, step)
             for v, step in zip(votes, of_steps, strict=True)
@@ -182,6 +194,35 @@ class Readings:
             )
             for row in rows
         ]
+
+
+def _at_most(value: Any, largest: Any) -> Any:
+    """The smaller of two SQL expressions, but not below 0."""
+    return case((largest < 0, 0), (value < largest, value), else_=largest)
+
+
+def _held(rater: int | None, now: float) -> Any:
+    """SQL for the number of other raters who have a pair in front of them; 0 if this rater has it too."""
+    before_somebody = (
+        showings.c.pair == pairs.c.id,
+        ~showings.c.repeat,
+        showings.c.choice.is_(None),
+        showings.c.expires_at > now,
+    )
+    others = select(func.count()).where(*before_somebody).correlate(pairs).scalar_subquery()
+    mine = exists().where(*before_somebody, showings.c.rater == rater).correlate(pairs)
+    return case((mine, 0), else_=others)
+
+
+def _can_undo(rater: int) -> Any:
+    """SQL for whether a rater's latest verdict can be undone: a repeat, or on a pair that still takes votes."""
+    return (
+        select(or_(showings.c.repeat, pairs.c.state == OPEN))
+        .join_from(showings, pairs)
+        .where(showings.c.rater == rater, showings.c.choice.is_not(None))
+        .order_by(showings.c.event.desc())
+        .limit(1)
+    )
 
 
 def log(connection: Connection, time: float, action: str, **about: Any) -> int:

@@ -11,7 +11,7 @@ from zorl.directions import derive_seed
 from zorl.probe import Choice
 from zorl.rewards.judgment_log import Readings, in_queue, log
 from zorl.rewards.judgment_records import LONGEST_NAME, AlreadyClosed, Showing
-from zorl.rewards.judgment_tables import COMPARISON, OPEN, PROBE, TIED, WITHDRAWN, pairs, raters, showings
+from zorl.rewards.judgment_tables import COMPARISON, OPEN, PROBE, REWOUND, TIED, WITHDRAWN, pairs, raters, showings
 
 # A repeat comes at least this many pairs after the first showing, so that it is not recognised …
 _REPEAT_AFTER = 5
@@ -150,7 +150,7 @@ class RatersSide(Readings):
             if row.choice == chosen:
                 return
             if row.choice is not None:
-                refusal = f"you have answered it with “{row.choice}”; undo takes back your last answer"
+                refusal = f"you have answered it with “{row.choice}”; Undo takes your last verdict back"
             elif not row.repeat and row.state != OPEN:
                 refusal = _why_closed(row.state)
             said = {"rater": rater, "probe": row.probe, "pair": row.pair, "showing": showing, "choice": chosen}
@@ -178,9 +178,9 @@ class RatersSide(Readings):
         with self._database.writing() as connection:
             row = connection.execute(_LATEST_VOTE, {"rater": rater}).first()
             if row is None:
-                raise ValueError("There is no answer of yours to take back.")
+                raise ValueError("You have nothing to undo.")
             if not row.repeat and row.state != OPEN:
-                raise AlreadyClosed(f"Your last answer cannot be taken back: {_why_closed(row.state)}.")
+                raise AlreadyClosed(f"Your last verdict cannot be undone: {_why_closed(row.state)}.")
             event = log(
                 connection, now, "undo", rater=rater, probe=row.probe, pair=row.pair, showing=row.id, choice=row.choice
             )
@@ -251,9 +251,9 @@ def _drawn(share: float, rater: int, count: int, what: str) -> bool:
 
 
 def _why_closed(state: str) -> str:
-    if state == WITHDRAWN:
-        return "it was taken back because the model has moved on since"
-    return "the model has learnt from it by now"
+    if state in (WITHDRAWN, REWOUND):
+        return "it was withdrawn because the model has changed since"
+    return "the model has already learned from it"
 
 
 def _new_id(made: Any) -> int:

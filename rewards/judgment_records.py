@@ -110,19 +110,25 @@ class Progress:
     Attributes:
         steps: the number of steps in force.
         votes_needed: all the votes that the next step needs; 0 while no probe is open.
-        votes_given: how many of them have been given.
+        votes_given: how many of them have been given, skips included.
+        votes_skipped: how many of those given are skips.
+        votes_held: how many of the missing ones are on pairs that other raters have in front of them.
         open_pairs: pairs that this rater (without a rater: anybody) could still be given.
-        verdicts: verdicts that everybody has given so far, repeats and comparisons included.
-        raters: the number of people who gave them.
+        verdicts: verdicts that everybody has given so far, repeats and comparisons included, skips excluded.
+        raters: the number of people who have judged or skipped a pair.
+        can_undo: whether this rater's latest verdict can be undone.
         tuner: the tuner's state, message and time.
     """
 
     steps: int
     votes_needed: int
     votes_given: int
+    votes_skipped: int
+    votes_held: int
     open_pairs: int
     verdicts: int
     raters: int
+    can_undo: bool
     tuner: dict[str, Any]
 
 

@@ -196,7 +196,8 @@ class TunersSide(Readings):
     def rewind(self, step: int) -> None:
         """Goes back to θ after `step` steps: those numbered `step` (from 0) and later are no longer in force.
 
-        Whatever waits for votes is withdrawn, because it was asked about a model that is gone.
+        Whatever waits for votes is withdrawn, because it was asked about a model that is gone. Comparisons of the undone steps
+        no longer count.
         """
         with self._database.writing() as connection:
             for row in connection.execute(
@@ -210,6 +211,8 @@ class TunersSide(Readings):
                     self._end(connection, row.probe, REWOUND)
             for row in connection.execute(select(probes).where(probes.c.state.in_((OPEN, CLOSED)))).all():
                 self._withdraw(connection, row)
+            undone = update(pairs).where(pairs.c.kind == COMPARISON, pairs.c.step > step)
+            connection.execute(undone.values(state=REWOUND))
             _withdraw_comparisons(connection, unseen=False)
 
     def add_figures(self, step: int, figures: Mapping[str, float]) -> None:

@@ -58,10 +58,10 @@ class Site:
     browser: Browser
 
     @contextlib.contextmanager
-    def visit(self, width: int = 1280, dark: bool = False) -> Iterator[Page]:
+    def visit(self, width: int = 1280, height: int = 844, dark: bool = False) -> Iterator[Page]:
         """A browser of its own, on the Judge tab with a pair in front of it. Leaving checks that nothing went wrong."""
         context = self.browser.new_context(
-            viewport={"width": width, "height": 844},
+            viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
             accept_downloads=True,
         )
@@ -167,7 +167,7 @@ def test_people_judge_with_the_keyboard_tie_skip_and_take_back(site: Site) -> No
         assert [record.choice for record in site.answered(name)] == [choice for _, choice in given]
         before = shown(page)
         page.keyboard.press("u")
-        expect(page.locator("#notice")).to_contain_text("Taken back")
+        expect(page.locator("#notice")).to_contain_text("Verdict undone")
         assert shown(page) != before
         assert len(site.answered(name)) == len(given) - 1
 
@@ -228,6 +228,18 @@ def test_keys_are_letters_while_somebody_writes_and_nothing_on_other_tabs(site: 
         assert site.answered("flo") == site.answered("flobats") == []
 
 
+def test_keys_are_verdicts_again_after_a_click_on_the_tab_and_after_a_name(site: Site) -> None:
+    with site.visit() as page:
+        name = call_me(page, "ann")  # ends with Enter
+        press(page, "a")
+        expect(page.locator("#who input")).to_have_value("ann")
+        page.get_by_role("tab", name="Judge").click()
+        press(page, "b")
+        page.keyboard.press("ArrowRight")  # on a tab the arrows belong to the tabs
+        page.wait_for_timeout(300)
+        assert [record.choice for record in site.answered(name)] == ["first", "second"]
+
+
 def test_a_key_pressed_twice_is_one_verdict_on_what_was_seen(site: Site) -> None:
     with site.visit() as page:
         name = call_me(page, "gus")
@@ -257,6 +269,8 @@ def test_a_screen_reader_is_told_of_the_new_pair(site: Site) -> None:
         call_me(page, "ida")
         press(page, "t")
         announcer = page.get_by_role("status").filter(has_text="New pair")
+        expect(announcer).to_have_text(re.compile(r"\. Answer B: .*\.$"))
+        assert ".." not in announcer.inner_text()
         expect(announcer).to_contain_text(page.locator(".z-a .z-text").inner_text())
         assert announcer.get_attribute("aria-live") == "polite"
         expect(page.get_by_role("progressbar")).to_have_attribute("aria-label", re.compile("Verdicts for step"))
@@ -278,6 +292,46 @@ def test_the_page_fits_a_phone_in_light_and_in_dark(site: Site, dark: bool) -> N
             assert box["height"] >= 44
         red, green, blue = contrast(page, ".z-a .z-text")
         assert (red + green + blue > 380) == dark
+
+
+def test_both_answers_begin_above_the_buttons_of_a_small_phone(
+    tmp_path: Path, browser: Browser, pretend_tuner: Any
+) -> None:
+    long = [(" ".join(["a long prompt"] * 60), " ".join(["one answer"] * 60), " ".join(["another"] * 60))]
+    served = serve(tmp_path, browser, pretend_tuner, long)
+    with served as site, site.visit(width=375, height=667) as page:
+        page.wait_for_selector("[data-showing]")
+        bar = page.locator("#actions").bounding_box()
+        assert bar is not None
+        for side in "ab":
+            text = page.locator(f".z-{side} .z-text").bounding_box()
+            assert text is not None
+            assert text["y"] + 50 <= bar["y"]  # two lines
+        expect(page.locator("#who label > span")).to_be_visible()
+        expect(page.locator(".z-bar")).to_be_visible()
+        expect(page.locator(".z-status li", has_text="verdicts so far")).to_be_hidden()
+
+
+def test_a_server_that_is_away_is_said_and_nothing_can_be_judged_until_it_is_back(
+    tmp_path: Path, browser: Browser, pretend_tuner: Any
+) -> None:
+    served = serve(tmp_path, browser, pretend_tuner, TEXTS)
+    with served as site, site.visit() as page:
+        name = call_me(page, "jo")
+        page.context.set_offline(True)
+        page.keyboard.press("a")
+        lost = page.get_by_role("alert").filter(has_text="The server cannot be reached.")
+        expect(lost).to_have_text(
+            "The server cannot be reached. Your last verdict was not saved; this page reconnects by itself."
+        )
+        for id in ("vote-a", "vote-skip", "undo"):
+            expect(page.locator(f"#{id}")).to_have_attribute("aria-disabled", "true")
+        page.context.set_offline(False)
+        expect(lost).to_be_hidden()
+        page.wait_for_selector("[data-showing]")
+        expect(page.locator("#vote-a")).to_have_attribute("aria-disabled", "false")
+        press(page, "b")
+        assert [record.choice for record in site.answered(name)] == ["second"]
 
 
 def test_the_charts_move_when_steps_are_made(site: Site) -> None:
@@ -304,11 +358,13 @@ def test_a_run_goes_back_after_a_question(site: Site) -> None:
         page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
         page.locator("#rewind-step input").fill("1")
         page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("The model is back at that step.")
+        expect(page.locator("#rewind-said")).to_contain_text("The model is back at step 1.")
         assert asked == ["Go back to step 1? The steps after it are undone, and their verdicts stay in the raw log."]
-        page.locator("#rewind-step input").fill("1000")
-        page.get_by_role("button", name="Go back to this step").click()
-        expect(page.locator("#rewind-said")).to_contain_text("choose a step from 0 to")
+        for wrong in ("1000", "1.5", "-1", ""):
+            page.locator("#rewind-step input").fill(wrong)
+            page.get_by_role("button", name="Go back to this step").click()
+            expect(page.locator("#rewind-said")).to_contain_text("choose a whole number from 0 to")
+        assert len(asked) == 1  # nobody was asked about a step that does not exist
 
 
 def test_a_prompt_of_one_s_own_is_answered_by_both_models(site: Site) -> None:
@@ -388,7 +444,6 @@ def call_me(page: Page, name: str) -> str:
     page.locator("#who input").fill(name)
     page.locator("#who input").press("Enter")
     expect(page.locator("[data-showing]")).not_to_have_attribute("data-showing", now)
-    page.locator("#who input").blur()
     return name
 
 

@@ -153,7 +153,7 @@ def test_a_reload_gives_the_same_pair_in_the_same_order(open_store: Open, clock:
 def test_undo_shows_the_pair_again_until_its_verdict_is_consumed(store: JudgmentStore) -> None:
     probe = store.add_probe(new_pairs(3), key="a")
     ann = store.rater("Ann")
-    with pytest.raises(ValueError, match="no answer of yours"):
+    with pytest.raises(ValueError, match="nothing to undo"):
         store.undo(ann)
     done = []
     for _ in range(2):
@@ -168,7 +168,7 @@ def test_undo_shows_the_pair_again_until_its_verdict_is_consumed(store: Judgment
         assert shown(store, ann) == showing
         store.vote(showing.id, ann, Choice.SECOND)
     assert {vote.choice for vote in store.close_probe(probe.id)} <= {Choice.FIRST, Choice.SECOND}
-    with pytest.raises(AlreadyClosed, match="cannot be taken back: the model has learnt from it"):
+    with pytest.raises(AlreadyClosed, match="cannot be undone: the model has already learned from it"):
         store.undo(ann)
     assert len(store.close_probe(probe.id)) == 3
 
@@ -179,10 +179,10 @@ def test_a_late_verdict_is_refused_in_words_and_logged(store: JudgmentStore) -> 
     late, later = shown(store, ann), shown(store, bob)
     assert store.close_probe(closed.id) == []
     store.withdraw(withdrawn.id)
-    with pytest.raises(AlreadyClosed, match="^This pair is already closed: the model has learnt from it by now.$"):
+    with pytest.raises(AlreadyClosed, match="^This pair is already closed: the model has already learned from it.$"):
         store.vote(late.id, ann, Choice.FIRST)
     with pytest.raises(
-        AlreadyClosed, match="^This pair is already closed: it was taken back because the model has moved"
+        AlreadyClosed, match="^This pair is already closed: it was withdrawn because the model has changed"
     ):
         store.vote(later.id, bob, Choice.FIRST)
     assert store.next_pair(ann) is None
@@ -295,6 +295,25 @@ def test_progress_counts_what_the_next_step_takes(open_store: Open, clock: Clock
         assert store.tuner()["time"] == told
     store.set_tuner("generating")
     assert store.tuner() == {"state": "generating", "message": "", "time": 1001.5}
+
+
+def test_progress_tells_skips_verdicts_in_other_hands_and_what_can_be_undone(open_store: Open, clock: Clock) -> None:
+    store = open_store(repeat_share=0, comparison_share=0)
+    probe = store.add_probe(new_pairs(2), key="a")
+    ann, bob = store.rater("Ann"), store.rater("Bob")
+    assert not store.progress(ann).can_undo
+    showing = shown(store, ann)
+    shown(store, bob)
+    store.vote(showing.id, ann, Choice.ABSTAIN)
+    progress = store.progress(ann)
+    assert (progress.votes_given, progress.votes_skipped, progress.verdicts) == (1, 1, 0)
+    assert (progress.votes_held, store.progress(bob).votes_held, store.progress().votes_held) == (1, 0, 1)
+    assert progress.can_undo
+    assert not store.progress(bob).can_undo
+    clock.now += 200  # Bob has closed the page
+    assert store.progress(ann).votes_held == 0
+    store.close_probe(probe.id)
+    assert not store.progress(ann).can_undo
 
 
 # --- repeats and comparisons ------------------------------------------------------------------------------------------
@@ -412,7 +431,7 @@ def test_withdrawn_unseen_expired_with_votes(store: JudgmentStore) -> None:
     assert not store.decided(unseen.id)
     with pytest.raises(ValueError, match="cannot be closed: it is expired"):
         store.close_probe(unseen.id)
-    with pytest.raises(AlreadyClosed, match="taken back because the model has moved on"):
+    with pytest.raises(AlreadyClosed, match="withdrawn because the model has changed"):
         store.undo(ann)
     assert len(store.preference_pairs()) == 1  # what people said stays
     store.commit_step(step_of(unseen.id, 0))  # recorded as abstained
@@ -756,4 +775,4 @@ def check_the_books(store: JudgmentStore, said: list[str]) -> None:
     for step in steps:  # the votes that were used are the votes that there are
         assert store.probe(step.probe).state == "applied"
         assert step.figures["votes"] == len(store.close_probe(step.probe)) == counted[step.probe] >= 8
-    assert store.progress().verdicts == sum(record.choice is not None for record in showings.values())
+    assert store.progress().verdicts == sum(record.choice not in (None, Choice.ABSTAIN) for record in showings.values())

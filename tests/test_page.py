@@ -40,11 +40,12 @@ from zorl.apps.page.difference import difference
 from zorl.apps.page.figures import decided_share, win_rate
 from zorl.apps.page.judge_tab import guidelines_html, pair_html, status_html
 from zorl.apps.page.markup import answers_html, prompt_html
+from zorl.apps.page.progress_tab import Charts, refusal
 from zorl.apps.page.security import is_foreign, is_local, read_users, sign_in
 from zorl.apps.supervisor import Supervisor
 from zorl.probe import Choice
 from zorl.rewards import HumanJudge
-from zorl.rewards.judgment_store import JudgmentStore, NewPair, Progress, Showing
+from zorl.rewards.judgment_store import JudgmentStore, NewPair, Progress, Showing, StoredStep
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> ![x](http://example.com/x.png) ${alert(1)} {{7*7}}"
 TEXTS = [("the drama was", "truly witty .", "truly dull ."), ("the plot was", "far from flat .", "flat .")]
@@ -114,6 +115,50 @@ def test_the_status_counts_verdicts_to_the_next_step_and_a_message_cannot_break_
     assert "Step 1 is being prepared" in status_html(_progress())
 
 
+def test_the_status_says_what_the_next_step_waits_for() -> None:
+    held = status_html(_progress(votes_needed=8, votes_given=7, votes_held=1))
+    assert "<b>7</b> of 8 verdicts for step 1; the last pair is with another rater" in held
+    assert "the other 2 are with other raters" in status_html(_progress(votes_needed=8, votes_given=6, votes_held=2))
+    # There is still one for this rater.
+    assert "other raters" not in status_html(_progress(votes_needed=8, votes_given=6, votes_held=1))
+    for computing in (
+        _progress(votes_needed=8, votes_given=8),
+        _progress("computing", votes_needed=8, votes_given=0),  # those of the step after it
+    ):
+        assert "<span>Computing step 1</span>" in status_html(computing)
+        assert "Model: computing a step" in status_html(computing)
+        assert "width:100%" in status_html(computing)
+    assert "<b>3</b> of 8 verdicts for step 1 (2 skipped)" in status_html(
+        _progress(votes_needed=8, votes_given=3, votes_skipped=2)
+    )
+
+
+def test_without_a_trainer_the_page_says_how_to_start_one() -> None:
+    alone = _progress("unconnected", "Start: zorl train --judge human --judgments jp/judgments.sqlite …")
+    assert "<h2>No trainer is connected yet.</h2><p>Start: zorl train --judge human" in pair_html(None, alone)
+    assert "Model: no trainer connected" in status_html(alone, steps=False)
+    assert "0</b> steps done" not in status_html(alone, steps=False)
+    assert "of 8 verdicts for the next step" in status_html(_progress(votes_needed=8), steps=False)
+
+
+@pytest.mark.parametrize(
+    ("wished", "done", "said"),
+    [
+        (1.0, 3, ""),
+        (0.0, 3, ""),
+        (3.0, 3, "3 steps have been made; choose a whole number from 0 to 2."),
+        (1.5, 3, "choose a whole number from 0 to 2."),
+        (-1.0, 3, "choose a whole number from 0 to 2."),
+        (None, 3, "choose a whole number from 0 to 2."),
+        (1.0, 1, "1 step has been made; the only step to go back to is 0."),
+        (0.0, 0, "No step has been made yet."),
+    ],
+)
+def test_only_a_step_that_was_made_can_be_gone_back_to(wished: float | None, done: int, said: str) -> None:
+    assert refusal(wished, done).endswith(said)
+    assert bool(refusal(wished, done)) == bool(said)
+
+
 def test_where_there_is_no_pair_the_page_says_what_it_waits_for() -> None:
     assert "The model is writing the next pairs…" in pair_html(None, _progress())
     assert "out of &lt;memory&gt;" in pair_html(None, _progress(state="failed", message="out of <memory>"))
@@ -154,6 +199,27 @@ def test_the_decided_share_is_of_opinions() -> None:
     assert decided_share(votes) == [Point(1, 0.5), Point(2, 0.0)]
 
 
+def test_the_charts_leave_out_the_steps_that_were_undone(tmp_path: Path) -> None:
+    store = JudgmentStore(tmp_path / "judgments.sqlite", comparison_share=0, repeat_share=0)
+    ann = store.rater("Ann")
+
+    def judge_one() -> None:
+        store.vote(_shown(store.next_pair(ann)).id, ann, Choice.FIRST)
+
+    for step in range(3):
+        probe = store.add_probe([NewPair(0, 0, *TEXTS[0])], key=f"step {step}", step=step)
+        judge_one()
+        store.close_probe(probe.id)
+        store.commit_step(StoredStep(step, probe.id, 0.1, (step,), (1.0,), (0.5,), {"drift": 0.1}))
+        store.add_comparisons([NewPair(0, 0, *TEXTS[0])], step=step + 1)
+        judge_one()
+    assert [vote.step for vote in store.comparisons()] == [1, 2, 3]
+    assert "step 3" in Charts(store).html()[0]
+    store.rewind(1)
+    assert [vote.step for vote in store.comparisons()] == [1]
+    assert set(re.findall(r"<span>step (\d)", Charts(store).html()[0])) == {"1"}
+
+
 @pytest.mark.parametrize("values", [[0.0], [0.5, 0.25], [3.7, 0.0, 12.0], [0.0004, 0.0001]])
 def test_a_chart_stays_within_its_frame_and_has_its_figures_in_a_table(values: list[float]) -> None:
     points = [Point(step, value, 0.0, value) for step, value in enumerate(values, 1)]
@@ -176,8 +242,8 @@ def test_a_verdict_brings_the_next_pair_and_undo_the_last_one(tmp_path: Path) ->
     assert second.id != first.id
     back = desk.undo("ada")
     assert back.showing == first
-    assert back.notice == "Taken back. Judge it again."
-    assert desk.undo("ada").notice == "There is no answer of yours to take back."
+    assert back.notice == "Verdict undone. Judge this pair again."
+    assert desk.undo("ada").notice == "You have nothing to undo."
 
 
 def test_a_verdict_on_a_pair_that_is_closed_says_so_and_brings_the_next_pair(tmp_path: Path) -> None:
@@ -243,7 +309,7 @@ def test_the_api_takes_verdicts_from_another_program(served: tuple[str, Judgment
         ),
         ("/next_pair", [""], "A rater needs a name"),
         ("/next_pair", ["x" * 41], "a name must have 1 to 40"),
-        ("/undo", ["somebody new"], "There is no answer of yours to take back"),
+        ("/undo", ["somebody new"], "You have nothing to undo"),
     ],
 )
 def test_the_api_says_in_a_sentence_what_does_not_fit(
@@ -430,6 +496,9 @@ def test_what_is_wrong_with_a_file_of_prompts_is_said(tmp_path: Path, name: str,
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "lets other machines in, so it needs --password, or --users FILE"),
+        (["--host", "198.51.100.7", "--password", "x"], "--host 198.51.100.7 is not an address of this machine"),
+        (["--port", "99999"], "--port 99999: expected 1 to 65535"),
+        (["--port", "0"], "--port 0: expected 1 to 65535"),
         (["--password", "open sesame", "--users", "users.txt"], "leave one of them out"),
         (["--epsilon", "abc"], "epsilon must be a positive number or 'auto', got 'abc'"),
         (["--model", "/no/such/model"], "there is no such folder"),
@@ -445,6 +514,14 @@ def test_a_flag_that_does_not_fit_is_explained(
 ) -> None:
     assert main(["judge", "--run", str(tmp_path / "run"), "--no_browser", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["judge", "--run", str(tmp_path / "run"), "--no_browser", "--port", port]) == 2
+    assert f"--port {port} is in use; choose another, or leave --port out" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -544,9 +621,12 @@ def test_the_command_serves_a_page_keeps_a_tuner_beside_it_and_ends_both_when_to
 def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> None:
     run, port, found = tmp_path / "run", _free_port(), []
     command = [sys.executable, "-m", "zorl.apps.cli", "judge", "--run", str(run), "--port", str(port), "--page_only"]
-    process = subprocess.Popen([*command, "--no_browser"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--no_browser"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         _until(lambda: _answers(port), 60)
+        alone = JudgmentStore(run / "judgments.sqlite").tuner()
+        assert alone["state"] == "unconnected"
+        assert alone["message"] == f"Start: zorl train --judge human --judgments {run / 'judgments.sqlite'} …"
         people = HumanJudge(run / "judgments.sqlite", poll_seconds=0.05)
         asking = threading.Thread(target=lambda: found.extend(people(["p"], ["one"], ["two"], request_id="1")))
         asking.start()
@@ -560,7 +640,8 @@ def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> Non
         asking.join(20)
     finally:
         process.terminate()
-        process.wait(30)
+        out, _ = process.communicate(timeout=30)
+    assert f"zorl judge --page_only --run {run} continues" in out
     assert found == [Choice.FIRST if pair["second"] == "one" else Choice.SECOND]
     (run / "judge.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run that zorl judge tunes; leave out --page_only"):
@@ -570,10 +651,11 @@ def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> Non
 # --- helpers -------------------------------------------------------------------------------------------------------------
 
 
-def _progress(
-    steps: int = 0, votes_needed: int = 0, votes_given: int = 0, state: str = "waiting", message: str = ""
-) -> Progress:
-    return Progress(steps, votes_needed, votes_given, 0, 0, 0, {"state": state, "message": message})
+def _progress(state: str = "waiting", message: str = "", **figures: int) -> Progress:
+    counts = dict.fromkeys(
+        ("steps", "votes_needed", "votes_given", "votes_skipped", "votes_held", "open_pairs", "verdicts", "raters"), 0
+    )
+    return Progress(**(counts | figures), can_undo=False, tuner={"state": state, "message": message})
 
 
 def _desk(folder: Path) -> Desk:

@@ -31,6 +31,8 @@ class Page:
         scratch: an empty folder for the files that people download.
         auth: says whether a name and a password are valid; None: nobody signs in.
         guidelines: guidelines for the raters; None: those that ship with zorl.
+        page_only: whether `zorl train` asks the questions. It keeps steps, model and trajectory to itself, so the page leaves
+            out what needs them.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Page:
         *,
         auth: Callable[[str, str], bool] | None = None,
         guidelines: str | None = None,
+        page_only: bool = False,
     ) -> None:
         self.auth = auth
         self.scratch = scratch
@@ -52,13 +55,14 @@ class Page:
             name, remembered = self._head(run, settings)
             with gr.Tabs() as tabs:
                 with gr.Tab("Judge", id="judge"):
-                    judge_tab.build(self.blocks, self.desk, guidelines, name, remembered)
+                    judge_tab.build(self.blocks, self.desk, guidelines, name, remembered, steps=not page_only)
                 with gr.Tab(progress_tab.TITLE, id="progress"):
-                    progress_tab.build(tabs, store)
-                with gr.Tab("Try it", id="try"):
-                    try_tab.build(store, settings.prompts[0])
+                    progress_tab.build(tabs, store, steps=not page_only)
+                if not page_only:
+                    with gr.Tab("Try it", id="try"):
+                        try_tab.build(store, settings.prompts[0])
                 with gr.Tab("Export", id="export"):
-                    export_tab.build(store, run, scratch)
+                    export_tab.build(store, run, scratch, model=not page_only)
 
     def open(self, host: str = "127.0.0.1", port: int | None = None) -> str:
         """Serves the page, in its own threads, and returns its address.
@@ -85,7 +89,8 @@ class Page:
             num_workers=0,
             enable_monitoring=False,
             run_history=False,
-            footer_links=["api", "settings"],
+            # Gradio's panels of settings and of the API speak of much that this page does not have; see docs/judging.md.
+            footer_links=[],
             quiet=True,
             prevent_thread_lock=True,
             max_threads=64,

@@ -76,7 +76,7 @@ class Desk:
             ValueError: see `next_pair`.
         """
         try:
-            return Turn(self.take_back(name), "Taken back. Judge it again.")
+            return Turn(self.take_back(name), "Verdict undone. Judge this pair again.")
         except ValueError as error:  # AlreadyClosed is one
             return Turn(self.store.next_pair(self._rater(name)), str(error))
 

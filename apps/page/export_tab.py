@@ -24,12 +24,13 @@ FETCH = """(id) => {
 }"""
 
 
-def build(store: JudgmentStore, run: Path, folder: Path) -> None:
+def build(store: JudgmentStore, run: Path, folder: Path, *, model: bool = True) -> None:
     """Fills the tab.
 
     Args:
         run: the run's folder.
         folder: the folder for files to download; Gradio serves copies of these, and nothing else.
+        model: whether the run has a model and a trajectory.
     """
     with gr.Row(elem_classes="z-exports", equal_height=True):
         _file(
@@ -45,6 +46,8 @@ def build(store: JudgmentStore, run: Path, folder: Path) -> None:
             "log",
             lambda: _events(store, folder),
         )
+    if not model:
+        return
     with gr.Row(elem_classes="z-exports", equal_height=True):
         _model(store, run, folder)
         _file(

@@ -16,6 +16,7 @@ from zorl.rewards.judgment_records import Progress, Showing
 
 SECONDS = 1.0  # between two updates from the store while nobody clicks
 WAITING = "The model is writing the next pairs…"
+UNCONNECTED = "No trainer is connected yet."
 # Label, id and verdict. The keys are in keys.js; page.css prints them on the buttons.
 BUTTONS = (
     ("A is better", "vote-a", Choice.FIRST),
@@ -27,20 +28,26 @@ BUTTONS = (
 STATES = {
     "starting": "loading the model",
     "generating": "writing pairs",
+    "computing": "computing a step",
     "waiting": "waiting for verdicts",
+    "unconnected": "no trainer connected",
     "paused": "paused",
     "stopped": "stopped",
     "failed": "failed",
 }
-DOWN = ("failed", "stopped", "paused")  # states in which no new pair will appear by itself
+DOWN = ("failed", "stopped", "paused", "unconnected")  # states in which no new pair will appear by itself
 
 
 def pair_html(showing: Showing | None, progress: Progress) -> str:
     """The pair in front of a rater. `data-showing` tells keys.js which pair is on the screen."""
     if showing is None:
-        said = progress.tuner.get("message") if progress.tuner.get("state") in DOWN else ""
-        more = f"<p>{text(said)}</p>" if said else "<p>They will appear here as soon as they are ready.</p>"
-        return f'<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span><h2>{WAITING}</h2>{more}</div>'
+        state = progress.tuner.get("state")
+        said = progress.tuner.get("message") if state in DOWN else ""
+        more = text(said or "They will appear here as soon as they are ready.")
+        return (
+            f'<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span>'
+            f"<h2>{UNCONNECTED if state == 'unconnected' else WAITING}</h2><p>{more}</p></div>"
+        )
     return (
         f'<article class="z-pair" data-showing="{showing.id}"><section class="z-prompt" aria-label="Prompt">'
         f"<h2>Prompt</h2>{prompt_html(showing.prompt)}</section>"
@@ -48,29 +55,52 @@ def pair_html(showing: Showing | None, progress: Progress) -> str:
     )
 
 
-def status_html(progress: Progress) -> str:
-    """Verdicts needed for the next step, steps done, pairs in the queue, and what the model is doing."""
+def status_html(progress: Progress, *, steps: bool = True) -> str:
+    """Verdicts needed for the next step, steps done, pairs in the queue, and what the model is doing.
+
+    Args:
+        steps: whether the steps are in the store. They are not if `zorl train` makes them.
+    """
     state = str(progress.tuner.get("state", "starting"))
-    step = progress.steps + 1
+    step = f"step {progress.steps + 1}" if steps else "the next step"
     needed, given = progress.votes_needed, progress.votes_given
-    said = f"<b>{given}</b> of {needed} verdicts for step {step}" if needed else f"Step {step} is being prepared"
+    missing = needed - given
+    computing = state == "computing" or (needed > 0 and missing <= 0 and state == "waiting")
+    if computing:
+        said, given = f"Computing {step}", needed
+    elif not needed:
+        said = f"{step[0].upper()}{step[1:]} is being prepared"
+    else:
+        said = f"<b>{given}</b> of {needed} verdicts for {step}"
+        if progress.votes_skipped:
+            said += f" ({progress.votes_skipped} skipped)"
+        if 0 < missing <= progress.votes_held:
+            said += (
+                "; the last pair is with another rater"
+                if missing == 1
+                else f"; the other {missing} are with other raters"
+            )
+    share = 1.0 if computing else min(given / max(needed, 1), 1.0)
     bar = (
         f'<div class="z-bar" role="progressbar" aria-valuemin="0" aria-valuemax="{max(needed, 1)}" aria-valuenow="{given}" '
-        f'aria-label="Verdicts for step {step}"><i style="width:{min(given / max(needed, 1), 1.0):.0%}"></i></div>'
+        f'aria-label="Verdicts for {step}"><i style="width:{share:.0%}"></i></div>'
     )
     facts = "".join(
         f"<li><b>{number}</b> {label}</li>"
         for number, label in (
-            (progress.steps, "step done" if progress.steps == 1 else "steps done"),
+            *([(progress.steps, "step done" if progress.steps == 1 else "steps done")] if steps else []),
             (progress.open_pairs, "pair in the queue" if progress.open_pairs == 1 else "pairs in the queue"),
             (progress.verdicts, "verdict so far" if progress.verdicts == 1 else "verdicts so far"),
         )
     )
     doing = (
         f'<li class="z-model z-is-{text(state)}" title="{text(progress.tuner.get("message", ""))}">'
-        f"Model: {text(STATES.get(state, state))}</li>"
+        f"Model: {text(STATES['computing'] if computing else STATES.get(state, state))}</li>"
     )
-    return f'<div class="z-status"><div class="z-next"><span>{said}</span>{bar}</div><ul>{facts}{doing}</ul></div>'
+    return (
+        f'<div class="z-status" data-undo="{"yes" if progress.can_undo else "no"}"><div class="z-next"><span>{said}</span>'
+        f"{bar}</div><ul>{facts}{doing}</ul></div>"
+    )
 
 
 def guidelines_html(guidelines: str) -> str:
@@ -89,13 +119,22 @@ def guidelines_html(guidelines: str) -> str:
     return f'<div class="z-guidelines">{heading}<details><summary>Guidelines</summary>{"".join(blocks)}</details></div>'
 
 
-def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, remembered: gr.BrowserState | None) -> None:
+def build(
+    blocks: gr.Blocks,
+    desk: Desk,
+    guidelines: str,
+    name: gr.Textbox,
+    remembered: gr.BrowserState | None,
+    *,
+    steps: bool = True,
+) -> None:
     """Fills the tab.
 
     Args:
         blocks: the page.
         name: the field with the rater's name.
         remembered: where the browser stores the name; None if raters sign in.
+        steps: see `status_html`.
     """
     html_block(guidelines_html(guidelines), elem_id="guidelines")
     status = html_block(elem_id="status")
@@ -121,7 +160,7 @@ def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, reme
         return (
             pair_html(turn.showing, progress),
             turn.showing.id if turn.showing else 0,
-            status_html(progress),
+            status_html(progress, steps=steps),
             notice_html(turn.notice),
         )
 
@@ -142,7 +181,7 @@ def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, reme
             return (*found[:3], gr.skip())
         try:
             who = desk.name(given, request.username)
-            return gr.skip(), gr.skip(), status_html(desk.progress(who)), gr.skip()
+            return gr.skip(), gr.skip(), status_html(desk.progress(who), steps=steps), gr.skip()
         except ValueError:
             return (gr.skip(),) * 4
 
@@ -165,4 +204,4 @@ def build(blocks: gr.Blocks, desk: Desk, guidelines: str, name: gr.Textbox, reme
         blocks.load(welcome, None, [name, *shown], **LIGHT)
     else:
         blocks.load(greet, [remembered], [name, remembered, *shown], **LIGHT)
-        gr.on([name.blur, name.submit], rename, [name], [remembered, *shown], **LIGHT)
+        name.blur(rename, [name], [remembered, *shown], **LIGHT)  # keys.js leaves the field at Enter

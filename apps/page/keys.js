@@ -1,4 +1,5 @@
-// Keys of the Judge tab, and announcements for screen readers. Text of the model is handled as plain text only.
+// Keys of the Judge tab, announcements for screen readers, and the notice while the server is away. Text of the model is
+// handled as plain text only.
 (() => {
   const KEYS = {
     a: "vote-a", ArrowLeft: "vote-a", b: "vote-b", ArrowRight: "vote-b",
@@ -8,11 +9,13 @@
     "vote-a": "a ArrowLeft", "vote-b": "b ArrowRight", "vote-tie": "t", "vote-bad": "x", "vote-skip": "s", undo: "u",
   };
   const BUSY = 3000; // milliseconds after which a verdict without an answer may be given again
-  const WRITING = "input, textarea, select, [contenteditable], [role=tab], [role=slider], [role=radio], dialog";
+  const PULSE = 2000; // milliseconds between two questions whether the server is there
+  const WRITING = "input, textarea, select, [contenteditable], [role=slider], [role=radio], dialog";
   let pair = null;
   let shown = null;
   let noted = "";
   let sent = { showing: null, at: 0 };
+  let away = false; // whether the server cannot be reached
 
   const showing = () => pair?.querySelector("[data-showing]")?.dataset.showing ?? null;
   const visible = (element) => element !== null && element.offsetParent !== null;
@@ -21,19 +24,26 @@
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.defaultPrevented) return;
     const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!id || event.target.closest?.(WRITING)) return;
+    // On a tab the arrows choose the tab beside it.
+    if (event.key.startsWith("Arrow") && event.target.closest?.("[role=tab]")) return;
     const button = document.getElementById(id);
     if (!visible(button)) return;
     event.preventDefault();
     button.click();
   });
 
+  // Enter in "Judging as" leaves the field, which stores the name; the next key is a verdict again.
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing) event.target.closest?.("#who input")?.blur();
+  });
+
   // One verdict per pair, however often a button or key is pressed before the next pair appears.
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("#actions button");
-    if (!button || button.id === "undo") return;
+    if (!button || (button.id === "undo" && !away)) return;
     const now = showing();
     const again = now !== null && sent.showing === now && Date.now() - sent.at < BUSY;
-    if (now === null || again) {
+    if (away || now === null || again) {
       event.stopImmediatePropagation();
       event.preventDefault();
       return;
@@ -41,6 +51,7 @@
     sent = { showing: now, at: Date.now() };
     button.classList.add("z-pressed");
     setTimeout(() => button.classList.remove("z-pressed"), 160);
+    setTimeout(ask, BUSY / 4); // a verdict that has not been answered by now may be lost
   }, true);
 
   const announcer = document.createElement("div");
@@ -49,20 +60,45 @@
   announcer.setAttribute("role", "status");
   announcer.setAttribute("aria-live", "polite");
 
+  const disable = () => {
+    for (const id of Object.keys(PRINTED)) {
+      const idle = id === "undo" ? document.querySelector("[data-undo=no]") !== null : showing() === null;
+      document.getElementById(id)?.setAttribute("aria-disabled", String(away || idle));
+    }
+  };
+
+  // Gradio tells of a lost connection in a corner, and takes nothing more until the page is loaded again.
+  const lost = document.createElement("p");
+  lost.id = "lost";
+  lost.className = "z-notice";
+  lost.setAttribute("role", "alert");
+  const ask = async () => {
+    const { root = "", api_prefix: prefix = "" } = window.gradio_config ?? {};
+    const there = await fetch(`${root}${prefix}/app_id`, { cache: "no-store" }).then((answer) => answer.status < 500, () => false);
+    if (there && away) location.reload();
+    if (there || away) return;
+    away = true;
+    const unsaved = sent.showing !== null && sent.showing === showing() ? "Your last verdict was not saved; this" : "This";
+    lost.textContent = `The server cannot be reached. ${unsaved} page reconnects by itself.`;
+    document.documentElement.classList.add("z-away");
+    disable();
+  };
+  setInterval(ask, PULSE);
+
   const said = (selector) => pair.querySelector(selector)?.textContent.trim() ?? "";
+  const sentence = (words) => (/[.!?…]$/.test(words) ? words : `${words}.`);
   const look = () => {
+    disable();
     const now = showing();
     const note = document.querySelector("#notice p")?.textContent ?? "";
     if (now === shown && note === noted) return;
     sent = { showing: null, at: 0 };
     shown = now;
     noted = note;
-    for (const id of Object.keys(PRINTED)) {
-      if (id !== "undo") document.getElementById(id)?.setAttribute("aria-disabled", String(now === null));
-    }
     const news = now === null
       ? said("h2")
-      : `New pair. Prompt: ${said(".z-prompt .z-text, .z-turns")}. Answer A: ${said(".z-a .z-text")}. Answer B: ${said(".z-b .z-text")}`;
+      : ["New pair", `Prompt: ${said(".z-prompt .z-text, .z-turns")}`, `Answer A: ${said(".z-a .z-text")}`,
+        `Answer B: ${said(".z-b .z-text")}`].map(sentence).join(" ");
     announcer.textContent = `${note} ${news}`.trim();
   };
 
@@ -77,7 +113,7 @@
 
   // Gradio builds the page by script, and again when a tab is opened: find its parts whenever they change.
   const settle = () => {
-    if (!announcer.isConnected) document.body.append(announcer);
+    if (!announcer.isConnected) document.body.append(announcer, lost);
     const found = document.getElementById("pair");
     if (found !== pair) {
       pair = found;

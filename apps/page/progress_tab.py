@@ -24,8 +24,8 @@ SECONDS = 2.0  # between two updates; also the maximum age of a chart
 TITLE = "Progress"
 NO_STEP = "No step has been made yet."
 BACK = "Going back…"
-SURE = """(step) => confirm(`Go back to step ${step}? The steps after it are undone, and their verdicts stay in the raw log.`)
-  ? step : null"""
+SURE = """(step) => step !== null && confirm(
+  `Go back to step ${step}? The steps after it are undone, and their verdicts stay in the raw log.`) ? step : null"""
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Charts:
     """The tab's HTML, drawn at most once every `SECONDS`, however many people look at it."""
 
     store: JudgmentStore
+    steps: bool = True  # whether the steps are in the store
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _made: float = -1e9
     _html: tuple[str, str] = ("", "")
@@ -47,27 +48,35 @@ class Charts:
 
     def _draw(self) -> tuple[str, str]:
         records = self.store.showings()
+        found = agreement(records)
+        if not self.steps:
+            return f'<div class="z-charts">{_agreement(found)}</div>', _raters(found)
+        steps = self.store.steps()
+        # Verdicts on steps that were undone, or are withdrawn, say nothing about the model as it is.
+        in_force = {step.probe for step in steps} | {probe.id for probe in self.store.open_probes()}
         judged = [
             (record.step + 1, record.opinion)  # as people count: the first step is step 1
             for record in records
-            if record.opinion is not None and record.kind == "probe" and not record.repeat
+            if record.opinion is not None and record.probe in in_force and not record.repeat
         ]
-        drift = [Point(step.step + 1, step.figures["drift"]) for step in self.store.steps() if "drift" in step.figures]
+        drift = [Point(step.step + 1, step.figures["drift"]) for step in steps if "drift" in step.figures]
         compared = [(vote.step, vote.choice) for vote in self.store.comparisons()]
-        found = agreement(records)
         drawn = (_win_rate(win_rate(compared)), _decided(decided_share(judged)), _drift(drift), _agreement(found))
         return f'<div class="z-charts">{"".join(drawn)}</div>', _raters(found)
 
 
-def build(tabs: gr.Tabs, store: JudgmentStore) -> None:
-    """Fills the tab, and keeps it up to date while it is visible."""
-    charts = Charts(store)
+def build(tabs: gr.Tabs, store: JudgmentStore, *, steps: bool = True) -> None:
+    """Fills the tab, and keeps it up to date while it is visible.
+
+    Args:
+        steps: whether the steps are in the store. If not, none can be drawn or undone.
+    """
+    charts = Charts(store, steps)
     with gr.Column(elem_id="charts-column"):
         drawn = html_block(elem_id="charts")
         table = html_block(elem_id="raters")
-    seen = gr.Textbox(
-        visible=False
-    )  # digest of what the browser shows: sending the same again would close what people have opened
+    # Digest of what the browser shows: sending the same again would close what people have opened.
+    seen = gr.Textbox(visible=False)
     timer = gr.Timer(SECONDS, active=False)
 
     def look(known: str | None) -> tuple[Any, ...]:
@@ -79,7 +88,7 @@ def build(tabs: gr.Tabs, store: JudgmentStore) -> None:
     def turn(event: gr.SelectData) -> Any:
         return gr.Timer(active=event.value == TITLE)
 
-    resume = _go_back(store)
+    resume = _go_back(store) if steps else gr.Button(visible=False)
     shown = [drawn, table, seen, resume]
     tabs.select(turn, None, timer, **LIGHT).then(look, [seen], shown, **LIGHT)
     timer.tick(look, [seen], shown, **LIGHT)
@@ -93,29 +102,32 @@ def _go_back(store: JudgmentStore) -> gr.Button:
         "given step, and tuning continues from there. The raw log keeps everything.</p></div>"
     )
     with gr.Row(elem_id="rewind", equal_height=False):
-        step = gr.Number(0, label="Step", minimum=0, precision=0, elem_id="rewind-step", scale=0, min_width=140)
+        step = gr.Number(0, label="Step", elem_id="rewind-step", scale=0, min_width=140)
         button = gr.Button("Go back to this step", elem_id="rewind-button", scale=0, min_width=200)
         resume = gr.Button("Continue despite the drift", visible=False, elem_id="go-on", scale=0, min_width=200)
-    said = html_block(elem_id="rewind-said")
+        said = html_block(elem_id="rewind-said")
+    sound = gr.Number(None, visible=False)
     asked = gr.Number(0, visible=False, precision=0)
     timer = gr.Timer(1.0, active=False)
 
+    def check(wished: float | None) -> tuple[Any, ...]:
+        """Before the question whether somebody is sure: a step that does not exist is refused."""
+        sorry = refusal(wished, len(store.steps()))
+        return None if sorry else wished, notice_html(sorry)
+
     def ask(wished: float | None) -> tuple[Any, ...]:
-        if wished is None:  # the dialog was cancelled
+        if wished is None:  # the step was refused, or the dialog cancelled
             return gr.skip(), gr.skip(), gr.skip()
-        done = len(store.steps())
-        if not 0 <= wished < done:
-            sorry = f"{done} steps have been made: choose a step from 0 to {done - 1}." if done else NO_STEP
-            return gr.skip(), gr.skip(), notice_html(sorry)
         return wanted.ask(step=int(wished)), gr.Timer(active=True), notice_html(wanted.waiting(BACK))
 
     def look(request: float | None) -> tuple[Any, ...]:
         try:
-            if request and wanted.answer(int(request)) is None:
-                return gr.skip(), notice_html(wanted.waiting(BACK))
+            result = wanted.answer(int(request)) if request else None
         except ValueError as error:
             return gr.Timer(active=False), notice_html(str(error))
-        return gr.Timer(active=False), notice_html("The model is back at that step.")
+        if result is None:
+            return gr.skip(), notice_html(wanted.waiting(BACK))
+        return gr.Timer(active=False), notice_html(f"The model is back at step {result['step']}.")
 
     def go_on() -> str:
         if store.tuner().get("state") != "paused":
@@ -123,10 +135,22 @@ def _go_back(store: JudgmentStore) -> gr.Button:
         on.ask()
         return notice_html("Tuning continues with the next verdicts.")
 
-    button.click(ask, [step], [asked, timer, said], js=SURE, **LIGHT)
+    checked = button.click(check, [step], [sound, said], **LIGHT)
+    checked.then(None, [sound], [sound], js=SURE).then(ask, [sound], [asked, timer, said], **LIGHT)
     timer.tick(look, [asked], [timer, said], **LIGHT)
     resume.click(go_on, None, [said], **LIGHT)
     return resume
+
+
+def refusal(wished: float | None, done: int) -> str:
+    """Why a run of so many steps cannot go back to a step; empty if it can."""
+    if not done:
+        return NO_STEP
+    if wished is not None and float(wished).is_integer() and 0 <= wished < done:
+        return ""
+    if done == 1:
+        return "1 step has been made; the only step to go back to is 0."
+    return f"{done} steps have been made; choose a whole number from 0 to {done - 1}."
 
 
 def _win_rate(points: list[Point]) -> str:
@@ -134,8 +158,8 @@ def _win_rate(points: list[Point]) -> str:
     about = "Share of blind comparisons that the current model wins against the starting model; ties count as halves."
     if last is not None and last.low is not None and last.high is not None:
         about = (
-            f"of the latest {last.n} blind comparisons are won by the current model; ties count as halves. 95% interval: "
-            f"{last.low:.0%} to {last.high:.0%}."
+            f"{'of the latest ' + str(last.n) + ' blind comparisons are' if last.n > 1 else 'of 1 blind comparison is'} won "
+            f"by the current model; ties count as halves. 95% interval: {last.low:.0%} to {last.high:.0%}."
         )
     return chart_html(
         "Win rate against the starting model",
@@ -163,7 +187,8 @@ def _drift(points: list[Point]) -> str:
     return chart_html(
         "Drift",
         plain(points[-1].value) if points else "–",
-        "nats per token between the current and the starting model. A high value warns of answers that no longer make sense.",
+        "nats per token between the current and the starting model. A large value can mean answers that please but no longer "
+        "make sense.",
         points,
         shown=plain,
         empty=NO_STEP,

@@ -21,7 +21,7 @@ def build(store: JudgmentStore, example: str) -> None:
     tries = Requests(store, "try")
     html_block(
         '<div class="z-part"><h2>Before and after</h2><p>The same prompt, answered by the starting model and by the '
-        "current model, with the same random numbers.</p></div>"
+        "current model, with the same random draws.</p></div>"
     )
     with gr.Row(equal_height=False, elem_id="ask"):
         prompt = gr.Textbox(
