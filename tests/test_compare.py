@@ -7,19 +7,22 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from zorl import MeZOConfig, Prompt
 from zorl.apps.arguments import CompareArguments
 from zorl.apps.cli import main
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
 from zorl.apps.compare import _draw
-from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.compare_methods import METHODS, STANDARD, _calibration_rows
 from zorl.apps.compare_report import markdown, summary, text
 from zorl.apps.inputs import load_task, make_prompt
+from zorl.baselines.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +113,34 @@ def test_every_method_for_label_words_learns_or_says_why_not(
     for tuned in ("mezo-1", "mezo_lora-1", "mezo_one_point-1", "lp_mezo-1", "fine_tuning-1"):
         assert 0 < found[tuned]["forwards"] <= 24
     assert found["mezo_published-1"]["forwards"] <= 24 + 3 * 6
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 8, 9])
+def test_no_run_spends_more_than_the_budget(files: Path, tmp_path: Path, budget: int):
+    methods = [name for name in METHODS if name.startswith(("mezo", "lp_mezo", "label_head", "threshold"))]
+    # The training rows, which the calibration would read as a whole, are 16 forwards.
+    rows = ["--batch_size", "2", "--k_shot", "16", "--test_rows", "4", "--budget", str(budget)]
+    assert main(words(files, tmp_path, *rows, "--methods", *methods, "--seeds", "1")) == 0
+    found = cells(tmp_path)
+    assert set(found) == {f"{name}-1" for name in methods}
+    refused = {name.removesuffix("-1"): cell["not_applicable"] for name, cell in found.items() if "forwards" not in cell}
+    assert all("raise it" in reason for reason in refused.values())
+    assert ("mezo" in refused) == (budget < 3)
+    assert ("mezo_published" in refused) == (budget < 8)
+    assert not {"label_head", "threshold"} & set(refused)
+    for name, cell in found.items():
+        if "forwards" in cell:  # the published recipe tries three rates first, each with a quarter of the budget
+            limit = budget + 3 * (budget // 4) if "published" in name else budget
+            assert 0 < cell["forwards"] <= limit, name
+
+
+def test_the_calibration_reads_its_usual_rows_where_the_budget_pays_for_them():
+    rows = [{"text": f"film {i}", "label": str(i % 2)} for i in range(2000)]
+    paper = Problem(
+        "model", Prompt("{text} {mask}", {"0": "bad", "1": "good"}), rows, rows[:2], batch_size=16, budget=300
+    )
+    assert _calibration_rows(paper) == MeZOConfig.calibration_rows == 1024
+    assert _calibration_rows(replace(paper, budget=20)) == 160
 
 
 def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
