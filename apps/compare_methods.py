@@ -90,12 +90,24 @@ def label_head(problem: Problem, folder: Path) -> Fitted:
 
 
 def lp_mezo(problem: Problem, folder: Path) -> Fitted:
-    """A linear probe as the head of a sequence-classification model, then MeZO on all of it (Kumar et al. 2022, with MeZO)."""
+    """A linear probe as the head of a sequence-classification model, then MeZO on all of it (Kumar et al. 2022, with MeZO).
+
+    Raises:
+        NotApplicable: the prompt has no labels, some label has no row to fit the probe to, or the budget does not pay for a step.
+    """
     if not problem.prompt.labels:
         raise NotApplicable(f"a linear probe needs labels, and {problem.prompt.template!r} has none")
     fields = problem.prompt.fields
     joint = "{sep}" if len(fields) == 2 else " "
     prompt = Prompt(joint.join(f"{{{field}}}" for field in fields), classes=problem.prompt.labels)
+    read = problem.sample(_calibration_rows(problem))  # the rows that the probe is fitted to
+    known = {str(row[problem.label_column]) for row in read}
+    missing = next((label for label in problem.prompt.labels if label not in known), None)
+    if missing is not None:
+        raise NotApplicable(
+            f"a linear probe needs training rows of every label, and none of the {len(read)} that it reads has the label "
+            f"{missing!r}: raise the budget, or learn from more rows"
+        )
     return mezo(replace(problem, prompt=prompt), folder, objective=CROSS_ENTROPY)
 
 
