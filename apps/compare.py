@@ -19,6 +19,7 @@ from zorl.apps.arguments import CompareArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
 from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.elapsed import elapsed
 from zorl.apps.inputs import (
     check_model_folder,
     check_source,
@@ -221,11 +222,12 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
     method = METHODS[name]
     work = folder / "runs" / f"{name}-{problem.seed}"
     cell: dict[str, Any] = {"method": name, "title": method.title, "seed": problem.seed}
+    before = elapsed(work)  # of a run that continues
     start = time.perf_counter()
     try:
         with peak_memory(problem.device) as peak:
             fitted = method.fit(problem, work)
-            learning = time.perf_counter() - start
+            learning = before + time.perf_counter() - start
             answers = fitted.answers(test)
         for metric in metrics:
             judged = replace(problem, reward=load_reward(metric, column=problem.label_column))

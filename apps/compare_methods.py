@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from zorl import MeZOConfig, MeZOTrainer
+from zorl.apps.elapsed import Elapsed
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem
 from zorl.config import DIRECTIONS
@@ -118,6 +120,7 @@ def _calibration_rows(problem: Problem) -> int:
 
 
 def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: Any) -> MeZOTrainer:
+    start = time.perf_counter()
     if objective == CROSS_ENTROPY:
         goal: dict[str, Any] = {"loss": CROSS_ENTROPY}
     else:
@@ -131,6 +134,7 @@ def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: 
     trainer = MeZOTrainer(
         problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt
     )
+    trainer.add_callback(Elapsed(folder, start))
     trainer.pop_callback(PrinterCallback)  # ten lines per cell that nobody reads
     return trainer
 

@@ -163,9 +163,13 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     assert trajectory.exists()
     assert set(cells(tmp_path / "broken")) == {"zero_shot-3"}
     assert "| zero-shot |" in (tmp_path / "broken" / "table.md").read_text(encoding="utf-8")
+    spent = trajectory.with_name("seconds.json")
+    assert json.loads(spent.read_text(encoding="utf-8")) > 0.0
+    spent.write_text("1000.0", encoding="utf-8")
     assert main(words(files, tmp_path / "broken", *more)) == 0
     expected, found = cells(tmp_path / "straight")["mezo-3"], cells(tmp_path / "broken")["mezo-3"]
     assert 0.0 <= found["right"] <= 1.0
+    assert found["seconds"] > 1000.0, "the time before it was cut short counts"
     measured = ("seconds", "peak_memory_mb")
     assert {k: v for k, v in found.items() if k not in measured} == {
         k: v for k, v in expected.items() if k not in measured
