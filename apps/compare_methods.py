@@ -176,7 +176,7 @@ def baseline(fit: Callable[..., Fitted], **settings: Any) -> Callable[[Problem, 
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero-shot", baseline(zero_shot.fit)),
     "threshold": Method("one fitted threshold per label", baseline(threshold.fit)),
-    "in_context": Method("in-context, 32 demonstrations", baseline(in_context.fit)),
+    "in_context": Method(f"in-context, up to {in_context.DEMONSTRATIONS} demonstrations", baseline(in_context.fit)),
     "label_head": Method("zorl's label head alone", label_head),
     "linear_probing": Method("linear probing", baseline(linear_probing.fit)),
     "bbt": Method("BBT (CMA-ES on a soft prompt)", baseline(bbt.fit)),

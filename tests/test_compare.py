@@ -372,6 +372,26 @@ def test_the_summary_is_mean_and_sample_deviation_over_the_seeds():
     assert searched["forwards"] == 30
 
 
+def test_the_demonstrations_that_fitted_stand_under_the_table():
+    figures = {"forwards": 0, "seconds": 1.0, "accuracy": 0.5}
+    made = [
+        {
+            "method": "in_context",
+            "title": "what it was called",
+            "seed": seed,
+            "chosen": {"demonstrations": count, "cut_to_characters": cut},
+            **figures,
+        }
+        for seed, count, cut in ((1, 4, None), (2, 4, 55), (3, 3, 71))
+    ]
+    title = "in-context, up to 32 demonstrations"
+    cut = summary(made, ["accuracy"])
+    note = f"{title}: 3.7 on average, their values cut to 55–71 characters for 2 of 3 seeds"
+    assert markdown(cut, ["accuracy"]).endswith(f"\n\n- {note}\n")
+    assert text(cut, ["accuracy"]).endswith(f"\n\n{note}")
+    assert f"{title}: 4 on average\n" in markdown(summary(made[:1], ["accuracy"]), ["accuracy"])
+
+
 def test_help_names_every_method():
     about = COMPARE.help()
     assert [name for name in METHODS if name not in about] == []
