@@ -12,6 +12,7 @@ from zorl import __version__
 from zorl.apps.allocator import keep_freed_memory
 from zorl.apps.commands import COMMANDS
 from zorl.apps.launcher import is_first
+from zorl.apps.partial_result import PartialResult
 from zorl.suggestions import did_you_mean
 
 # If these are installed, transformers loads them, and they warn about kernels that nothing here needs.
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Results go to stdout; progress, messages and anything that a reward prints go to stderr.
 
     Returns:
-        The exit status: 0 on success, 2 on an error (one sentence on stderr), 130 when interrupted.
+        The exit status: 0 on success, 2 on an error (one sentence on stderr) or where a part of the work failed, 130 when
+        interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
@@ -60,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `zorl … | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except PartialResult as error:
+        print(error.output, flush=True)
+        print(f"zorl: error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _out_of_memory(error):
             raise  # a bug: a sentence does not explain it

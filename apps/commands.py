@@ -257,7 +257,7 @@ standard deviations, forward passes, seconds and memory, and a plot. If a method
 passes of all of them count. Finished cells are kept: the same command continues where it was stopped, and a command with more
 --methods or --seeds adds to the table.
 
-Without a gradient: zero_shot, threshold (one fitted bias per label), in_context (32 demonstrations), label_head (where mezo
+Without a gradient: zero_shot, threshold (one fitted bias per label), in_context (up to 32 demonstrations), label_head (where mezo
 starts), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric), mezo_f1, mezo_cross_entropy, mezo_lora,
 mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_two_sided (SPSA), lp_mezo (a linear probe first), and the
 paper's own recipe with a grid of learning rates: mezo_published, mezo_published_metric. With backpropagation: fine_tuning (Adam),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -18,6 +19,7 @@ from zorl.apps.arguments import CompareArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
 from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.elapsed import elapsed
 from zorl.apps.inputs import (
     check_model_folder,
     check_source,
@@ -31,6 +33,7 @@ from zorl.apps.inputs import (
     source_of,
 )
 from zorl.apps.memory import peak_memory
+from zorl.apps.partial_result import PartialResult
 from zorl.baselines.problem import NotApplicable, Problem
 from zorl.data import hold_out
 from zorl.prompts import Prompt
@@ -40,6 +43,8 @@ from zorl.suggestions import did_you_mean
 from zorl.tasks import Task
 from zorl.whole_files import read_json, write_json
 
+LARGEST_SEED = 1 << 32  # numpy's global generator, which Trainer seeds, takes no larger ones
+NOTE = "comparison.json"  # what a folder's cells have in common
 # Arguments that two comparisons must share for their cells to stand in one table.
 SAME = (
     "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
@@ -61,7 +66,9 @@ def run(argv: Sequence[str]) -> str:
 
     Raises:
         ValueError: an argument or the data does not fit, or the folder holds another comparison or a damaged file.
-        KeyboardInterrupt: with a sentence on how to continue.
+        PartialResult: some cells failed. The others are in the tables, which it holds.
+        OSError: a file could not be read or written. The remaining cells would meet the same disk, so none of them runs.
+        KeyboardInterrupt: with a sentence on how to continue. The tables hold the finished cells.
     """
     given = parse(COMPARE, argv)
     arguments = build(CompareArguments, given)
@@ -69,18 +76,21 @@ def run(argv: Sequence[str]) -> str:
     check_source(arguments, task)
     check_model_folder(str(arguments.model))
     methods = _chosen(arguments)
-    folder = Path(arguments.output_dir)
-    _claim(folder, {name: given.get(name) for name in SAME})
     prompt = make_prompt(arguments, task=task)
     metrics = arguments.metrics or ([task.metric] if task is not None else [])
     metrics = metrics or (["accuracy", "f1"] if prompt.labels else ["squad_f1", "exact_match"])
     if prompt.labels and not arguments.metrics:
         metrics = list(dict.fromkeys([*metrics, "accuracy", "f1"]))
+    names = [RewardFunctions(load_reward(metric)).names[0] for metric in metrics]
+    folder = Path(arguments.output_dir)
+    same = json.loads(json.dumps({name: given.get(name) for name in SAME}))
+    _check_same(folder, same)
     todo = [(seed, name) for seed in arguments.seeds for name in methods if not _cell(folder, name, seed).exists()]
     say(
         f"{len(todo)} of {len(methods) * len(arguments.seeds)} cells to run: {len(methods)} methods, {len(arguments.seeds)} "
         f"seeds, at most {arguments.budget} forward passes of {arguments.batch_size} rows each"
     )
+    failed: list[dict[str, Any]] = []
     try:
         with tqdm(total=len(todo), unit="cell") as bar:
             for seed in dict.fromkeys(seed for seed, _ in todo):
@@ -91,14 +101,29 @@ def run(argv: Sequence[str]) -> str:
                     reward=load_reward(metrics[0], column=label_column),
                     max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
                 )  # fmt: skip
+                _claim(folder, same)
                 for name in [name for at, name in todo if at == seed]:
                     bar.set_postfix_str(f"{METHODS[name].title}, seed {seed}")
-                    _run_cell(folder, name, problem, rows.test, metrics)
+                    try:
+                        _run_cell(folder, name, problem, rows.test, metrics)
+                    except OSError:
+                        raise
+                    except Exception as error:
+                        if os.environ.get("ZORL_TRACEBACK"):
+                            raise
+                        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                        failed.append({"method": name, "seed": seed, "error": reason})
+                        say(f"{METHODS[name].title}, seed {seed}: {reason} (ZORL_TRACEBACK=1 shows where)")
                     bar.update()
     except KeyboardInterrupt:
+        if (folder / "cells").exists():
+            _report(folder, arguments, names, failed)
         raise KeyboardInterrupt("stopped; finished cells are kept, and the same command continues") from None
-    names = [RewardFunctions(load_reward(metric)).names[0] for metric in metrics]
-    return _report(folder, arguments, names)
+    result = _report(folder, arguments, names, failed)
+    if failed:
+        which = ", ".join(f"{cell['method']} with seed {cell['seed']}" for cell in failed)
+        raise PartialResult(f"failed: {which}; the same command tries again", result)
+    return result
 
 
 def _chosen(arguments: CompareArguments) -> list[str]:
@@ -107,34 +132,53 @@ def _chosen(arguments: CompareArguments) -> list[str]:
     if unknown is not None:
         known = f"{did_you_mean(unknown, METHODS)} (methods: {', '.join(METHODS)})"
         raise ValueError(f"--methods: there is no {unknown!r}{known}")
-    for name in ("budget", "batch_size", "test_rows"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("budget", "batch_size", "test_rows", "max_length", "max_completion_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    arguments.seeds = list(dict.fromkeys(arguments.seeds))
     if not arguments.seeds:
         raise ValueError("--seeds needs at least one number")
+    wrong = next((seed for seed in arguments.seeds if not 0 <= seed < LARGEST_SEED), None)
+    if wrong is not None:
+        raise ValueError(f"--seeds must be at least 0 and below 2**32, got {wrong}")
     return methods
 
 
-def _claim(folder: Path, same: dict[str, Any]) -> None:
-    """Writes down what the folder's cells have in common.
+def _check_same(folder: Path, same: dict[str, Any]) -> None:
+    """Checks that the folder's cells, if there are any, were run with the same arguments.
 
     Raises:
-        ValueError: the folder's cells were run with other arguments, or the file is damaged.
+        ValueError: they were run with other arguments, or the file that says so is damaged.
     """
+    note = folder / NOTE
+    if not note.exists() or not any((folder / "cells").glob("*.json")):
+        return
+    before = read_json(note, "remove the folder, and the same command starts afresh")
+    changed = [name for name in same if same[name] != before.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{folder} holds a comparison with --{name} {before.get(name)}, not {same[name]}: one table cannot hold "
+            "the results of both; choose another --output_dir"
+        )
+
+
+def _claim(folder: Path, same: dict[str, Any]) -> None:
+    """Writes down what the folder's cells will have in common. Runs that were begun with other arguments are removed.
+
+    Raises:
+        ValueError: the file from before is damaged.
+    """
+    note, runs = folder / NOTE, folder / "runs"
+    before = read_json(note, "remove the folder, and the same command starts afresh") if note.exists() else None
+    if before == same:
+        return
+    if before is not None and runs.exists() and any(before.get(name) != value for name, value in same.items()):
+        say(f"{runs}: runs that were begun with other arguments, and not finished, are removed")
+        shutil.rmtree(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "comparison.json"
-    same = json.loads(json.dumps(same))
-    if note.exists():
-        before = read_json(note, "remove the folder, and the same command starts afresh")
-        changed = [name for name in same if same[name] != before.get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"{folder} holds a comparison with --{name} {before.get(name)}, not {same[name]}: one table cannot hold "
-                "the results of both; choose another --output_dir"
-            )
-    else:
-        write_json(note, same)
+    write_json(note, same)
 
 
 def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: int) -> tuple[Rows, str]:
@@ -178,11 +222,12 @@ def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, An
     method = METHODS[name]
     work = folder / "runs" / f"{name}-{problem.seed}"
     cell: dict[str, Any] = {"method": name, "title": method.title, "seed": problem.seed}
+    before = elapsed(work)  # of a run that continues
     start = time.perf_counter()
     try:
         with peak_memory(problem.device) as peak:
             fitted = method.fit(problem, work)
-            learning = time.perf_counter() - start
+            learning = before + time.perf_counter() - start
             answers = fitted.answers(test)
         for metric in metrics:
             judged = replace(problem, reward=load_reward(metric, column=problem.label_column))
@@ -204,8 +249,8 @@ def _cell(folder: Path, name: str, seed: int) -> Path:
     return folder / "cells" / f"{name}-{seed}.json"
 
 
-def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -> str:
-    """Writes the tables and the plot of all cells, including those of earlier calls.
+def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str], failed: Sequence[dict[str, Any]]) -> str:
+    """Writes the tables and the plot of all cells, including those of earlier calls, and returns what to print.
 
     Raises:
         ValueError: the file of a cell is damaged.
@@ -220,5 +265,5 @@ def _report(folder: Path, arguments: CompareArguments, metrics: Sequence[str]) -
     name = arguments.task or Path(str(arguments.dataset)).name
     compare_report.plot(rows, cells, metrics[0], f"{name}, {Path(str(arguments.model)).name}", folder / "table.png")
     if arguments.json:
-        return json.dumps({"rows": rows, "output_dir": str(folder)}, ensure_ascii=False)
+        return json.dumps({"rows": rows, "failed": list(failed), "output_dir": str(folder)}, ensure_ascii=False)
     return f"{compare_report.text(rows, metrics)}\n\n{folder}: table.md, table.csv, table.png, and one file per cell in cells/"

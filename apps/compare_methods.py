@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from zorl import MeZOConfig, MeZOTrainer
+from zorl.apps.elapsed import Elapsed
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem
 from zorl.config import DIRECTIONS
@@ -50,14 +52,26 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
     Args:
         objective: name of a reward, or "cross_entropy"; the problem's own reward by default.
         settings: further fields of `MeZOConfig`.
+
+    Raises:
+        NotApplicable: the budget does not pay for a step.
     """
-    calibrated = settings.get("calibration") != "none" and bool(problem.prompt.labels)
-    before = math.ceil(min(MeZOConfig.calibration_rows, len(problem.train)) / problem.batch_size) if calibrated else 0
-    left = max(2, problem.budget - before)
-    if "n_spsa" not in settings:
-        settings["n_spsa"] = str(min(DIRECTIONS, left))
-    per_step = int(settings["n_spsa"]) * (2 if settings.get("estimator") == "spsa" else 1)
-    steps = max(1, left // per_step)
+    before = 0
+    if settings.get("calibration") != "none" and problem.prompt.labels:
+        rows = _calibration_rows(problem)
+        before = math.ceil(rows / problem.batch_size)
+        settings["calibration_rows"] = rows
+    left = problem.budget - before
+    sides = 2 if settings.get("estimator") == "spsa" else 1
+    # The fewest directions that a step can have: one-sided ones are compared with each other.
+    fewest = int(settings.get("n_spsa", 2)) * sides
+    if left < fewest:
+        after = f" after the {before} of the calibration" if before else ""
+        raise NotApplicable(
+            f"a step takes {fewest} forwards, and a budget of {problem.budget} leaves {max(0, left)}{after}; raise it"
+        )
+    settings.setdefault("n_spsa", str(min(DIRECTIONS, left)))
+    steps = left // (int(settings["n_spsa"]) * sides)
     every = math.ceil(steps / EVALUATIONS)
     trainer = _trainer(
         problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
@@ -71,22 +85,42 @@ def label_head(problem: Problem, folder: Path) -> Fitted:
     """Where MeZO starts: a linear head on the last hidden state, tuned by MeZO on the reward. The model is not changed."""
     if problem.prompt.label_words is None:
         raise NotApplicable(f"a label head needs a prompt with label words, and {problem.prompt.template!r} has none")
-    trainer = _trainer(problem, folder, None)
+    rows = min(MeZOConfig.calibration_rows, problem.budget * problem.batch_size)
+    trainer = _trainer(problem, folder, None, calibration_rows=rows)
     trainer.calibrate("head")
     return _fitted(trainer)
 
 
 def lp_mezo(problem: Problem, folder: Path) -> Fitted:
-    """A linear probe as the head of a sequence-classification model, then MeZO on all of it (Kumar et al. 2022, with MeZO)."""
+    """A linear probe as the head of a sequence-classification model, then MeZO on all of it (Kumar et al. 2022, with MeZO).
+
+    Raises:
+        NotApplicable: the prompt has no labels, some label has no row to fit the probe to, or the budget does not pay for a step.
+    """
     if not problem.prompt.labels:
         raise NotApplicable(f"a linear probe needs labels, and {problem.prompt.template!r} has none")
     fields = problem.prompt.fields
     joint = "{sep}" if len(fields) == 2 else " "
     prompt = Prompt(joint.join(f"{{{field}}}" for field in fields), classes=problem.prompt.labels)
+    read = problem.sample(_calibration_rows(problem))  # the rows that the probe is fitted to
+    known = {str(row[problem.label_column]) for row in read}
+    missing = next((label for label in problem.prompt.labels if label not in known), None)
+    if missing is not None:
+        raise NotApplicable(
+            f"a linear probe needs training rows of every label, and none of the {len(read)} that it reads has the label "
+            f"{missing!r}: raise the budget, or learn from more rows"
+        )
     return mezo(replace(problem, prompt=prompt), folder, objective=CROSS_ENTROPY)
 
 
+def _calibration_rows(problem: Problem) -> int:
+    """The rows to calibrate on: as many as half of the budget reads, so that the rest is left for steps."""
+    affordable = max(1, problem.budget // 2) * problem.batch_size
+    return min(MeZOConfig.calibration_rows, affordable, len(problem.train))
+
+
 def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: Any) -> MeZOTrainer:
+    start = time.perf_counter()
     if objective == CROSS_ENTROPY:
         goal: dict[str, Any] = {"loss": CROSS_ENTROPY}
     else:
@@ -100,6 +134,7 @@ def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: 
     trainer = MeZOTrainer(
         problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt
     )
+    trainer.add_callback(Elapsed(folder, start))
     trainer.pop_callback(PrinterCallback)  # ten lines per cell that nobody reads
     return trainer
 
@@ -109,8 +144,17 @@ def _fitted(trainer: MeZOTrainer, **chosen: Any) -> Fitted:
 
 
 def published(problem: Problem, folder: Path, *, objective: str | None = None) -> Fitted:
-    """The paper's recipe, with the best of three learning rates. The forward passes of all four runs count."""
-    quarter = replace(problem, budget=max(2, problem.budget // 4))
+    """The paper's recipe, with the best of three learning rates. The forward passes of all four runs count.
+
+    Raises:
+        NotApplicable: a quarter of the budget does not pay for a step.
+    """
+    if problem.budget < 8:
+        raise NotApplicable(
+            "each learning rate is tried with a quarter of the budget, a step takes 2 forwards, and the budget is "
+            f"{problem.budget}; raise it to 8 or more"
+        )
+    quarter = replace(problem, budget=problem.budget // 4)
     found: dict[float, tuple[float, int]] = {}
     for rate in PUBLISHED_RATES:
         fitted = mezo(quarter, folder / f"{rate:g}", objective=objective, learning_rate=rate, **PUBLISHED)
@@ -132,7 +176,7 @@ def baseline(fit: Callable[..., Fitted], **settings: Any) -> Callable[[Problem, 
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero-shot", baseline(zero_shot.fit)),
     "threshold": Method("one fitted threshold per label", baseline(threshold.fit)),
-    "in_context": Method("in-context, 32 demonstrations", baseline(in_context.fit)),
+    "in_context": Method(f"in-context, up to {in_context.DEMONSTRATIONS} demonstrations", baseline(in_context.fit)),
     "label_head": Method("zorl's label head alone", label_head),
     "linear_probing": Method("linear probing", baseline(linear_probing.fit)),
     "bbt": Method("BBT (CMA-ES on a soft prompt)", baseline(bbt.fit)),

@@ -8,21 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zorl.apps.compare_methods import METHODS
+
 Cell = Mapping[str, Any]
 
 
 def summary(cells: Sequence[Cell], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """One row per method, in the order of the cells: mean and sample standard deviation of each figure over the seeds.
 
-    A method that applies with none of the seeds has the reason under `not_applicable`. `forwards` counts all forward passes that
-    were spent on learning, including those of a search for settings.
+    A method that applies with none of the seeds has the reason under `not_applicable`. What else a reader should know is under
+    `note`. `forwards` counts all forward passes that were spent on learning, including those of a search for settings.
     """
     methods = dict.fromkeys(cell["method"] for cell in cells)
     rows = []
     for method in methods:
         every = [cell for cell in cells if cell["method"] == method]
         mine = [{**cell, "forwards": _spent(cell)} for cell in every if "not_applicable" not in cell]
-        row: dict[str, Any] = {"method": method, "title": every[0]["title"], "seeds": len(mine)}
+        row: dict[str, Any] = {"method": method, "title": title_of(every[0]), "seeds": len(mine)}
         if not mine:
             rows.append({**row, "not_applicable": every[0]["not_applicable"]})
             continue
@@ -30,8 +32,20 @@ def summary(cells: Sequence[Cell], metrics: Sequence[str]) -> list[dict[str, Any
             values = [cell[figure] for cell in mine if cell.get(figure) is not None]
             row[figure] = statistics.fmean(values) if values else None
             row[f"{figure}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
+        note = _demonstrations(mine)
+        rows.append({**row, "note": note} if note else row)
     return rows
+
+
+def title_of(cell: Cell) -> str:
+    """The title of the cell's method: the one that it has now, or what the cell calls a method that is gone."""
+    method = METHODS.get(cell["method"])
+    return str(cell["title"]) if method is None else method.title
+
+
+def notes(rows: Sequence[Cell]) -> list[str]:
+    """Sentences that belong under the table: why methods do not apply, and what the figures of others rest on."""
+    return [f"{row['title']}: {row[kind]}" for row in rows for kind in ("not_applicable", "note") if kind in row]
 
 
 def table(rows: Sequence[Cell], metrics: Sequence[str]) -> list[list[str]]:
@@ -48,19 +62,20 @@ def table(rows: Sequence[Cell], metrics: Sequence[str]) -> list[list[str]]:
 
 
 def text(rows: Sequence[Cell], metrics: Sequence[str]) -> str:
-    """The table for a terminal; below it, why some methods do not apply."""
+    """The table for a terminal, with its notes below."""
     lines = table(rows, metrics)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
               for line in lines]  # fmt: skip
-    notes = [f"{row['title']}: {row['not_applicable']}" for row in rows if "not_applicable" in row]
-    return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:], *([""] if notes else []), *notes])
+    below = notes(rows)
+    return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:], *([""] if below else []), *below])
 
 
 def markdown(rows: Sequence[Cell], metrics: Sequence[str]) -> str:
+    """The table in Markdown, with its notes as a list below."""
     head, *lines = table(rows, metrics)
-    notes = [f"- {row['title']}: {row['not_applicable']}" for row in rows if "not_applicable" in row]
-    body = [_line(head), _line(["---"] * len(head)), *map(_line, lines), *([""] if notes else []), *notes]
+    below = [f"- {note}" for note in notes(rows)]
+    body = [_line(head), _line(["---"] * len(head)), *map(_line, lines), *([""] if below else []), *below]
     return "\n".join(body) + "\n"
 
 
@@ -69,7 +84,7 @@ def write_csv(rows: Sequence[Cell], metrics: Sequence[str], path: Path) -> None:
         name for figure in (*metrics, "forwards", "seconds", "peak_memory_mb") for name in (figure, f"{figure}_std")
     ]
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["method", "title", "seeds", *names, "not_applicable"])
+        writer = csv.DictWriter(file, ["method", "title", "seeds", *names, "not_applicable", "note"])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -93,6 +108,20 @@ def plot(rows: Sequence[Cell], cells: Sequence[Cell], metric: str, title: str, p
     axes.set_xlim(max(0.0, lowest - 0.1) if lowest >= 0 else None, None)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _demonstrations(cells: Sequence[Cell]) -> str | None:
+    """How many demonstrations fitted into the prompts of a method's cells; None for other methods."""
+    chosen = [cell.get("chosen") or {} for cell in cells]
+    counts = [each["demonstrations"] for each in chosen if "demonstrations" in each]
+    if not counts:
+        return None
+    cuts = sorted(each["cut_to_characters"] for each in chosen if each.get("cut_to_characters") is not None)
+    note = f"{round(statistics.fmean(counts), 1):g} on average"
+    if not cuts:
+        return note
+    span = f"{cuts[0]}" if cuts[0] == cuts[-1] else f"{cuts[0]}–{cuts[-1]}"
+    return f"{note}, their values cut to {span} characters for {len(cuts)} of {len(counts)} seeds"
 
 
 def _spent(cell: Cell) -> int:

@@ -152,7 +152,7 @@ def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
         for m in (*MAIN, *REST)
         if any(c["method"] == m and "forwards" in c for cells in found.values() for c in cells)
     ]
-    titles = {cell["method"]: cell["title"] for cells in found.values() for cell in cells}
+    titles = {cell["method"]: compare_report.title_of(cell) for cells in found.values() for cell in cells}
     columns = 5
     lines = math.ceil(len(found) / columns)
     size = (3 + 2.2 * columns, (0.9 + 0.22 * len(methods)) * lines)

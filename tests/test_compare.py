@@ -7,19 +7,22 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from zorl import MeZOConfig, Prompt
 from zorl.apps.arguments import CompareArguments
 from zorl.apps.cli import main
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
 from zorl.apps.compare import _draw
-from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.compare_methods import METHODS, STANDARD, _calibration_rows
 from zorl.apps.compare_report import markdown, summary, text
 from zorl.apps.inputs import load_task, make_prompt
+from zorl.baselines.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +38,12 @@ def right(completions, label, **columns):
         stop.unlink()
         raise KeyboardInterrupt
     return [float(c == str(t)) for c, t in zip(completions, label)]
+
+def failing(completions, label, **columns):
+    """Fails outside of the 30 test rows, as long as the file `fail` is there."""
+    if len(completions) != 30 and Path(__file__).with_name("fail").exists():
+        raise ZeroDivisionError("nothing to divide by")
+    return right(completions, label)
 
 def inapplicable(completions, **columns):
     return [None] * len(completions)
@@ -116,24 +125,89 @@ def test_every_method_for_label_words_learns_or_says_why_not(
     assert found["mezo_published-1"]["forwards"] <= 24 + 3 * 6
 
 
+@pytest.mark.parametrize("budget", [2, 9])
+def test_no_run_spends_more_than_the_budget(files: Path, tmp_path: Path, budget: int):
+    methods = ["label_head", "threshold", "mezo", "mezo_two_sided", "mezo_published", "lp_mezo"]
+    # The training rows, which the calibration would read as a whole, are 16 forwards.
+    rows = ["--batch_size", "2", "--k_shot", "16", "--test_rows", "4", "--budget", str(budget)]
+    assert main(words(files, tmp_path, *rows, "--methods", *methods, "--seeds", "1")) == 0
+    found = cells(tmp_path)
+    assert set(found) == {f"{name}-1" for name in methods}
+    refused = {
+        name.removesuffix("-1"): cell["not_applicable"] for name, cell in found.items() if "forwards" not in cell
+    }
+    assert all("raise it" in reason for reason in refused.values())
+    assert ("mezo" in refused) == (budget < 3)
+    assert ("mezo_published" in refused) == (budget < 8)
+    assert not {"label_head", "threshold"} & set(refused)
+    for name, cell in found.items():
+        if "forwards" in cell:  # the published recipe tries three rates first, each with a quarter of the budget
+            limit = budget + 3 * (budget // 4) if "published" in name else budget
+            assert 0 < cell["forwards"] <= limit, name
+
+
+def test_the_calibration_reads_its_usual_rows_where_the_budget_pays_for_them():
+    rows = [{"text": f"film {i}", "label": str(i % 2)} for i in range(2000)]
+    paper = Problem(
+        "model", Prompt("{text} {mask}", {"0": "bad", "1": "good"}), rows, rows[:2], batch_size=16, budget=300
+    )
+    assert _calibration_rows(paper) == MeZOConfig.calibration_rows == 1024
+    assert _calibration_rows(replace(paper, budget=20)) == 160
+
+
 def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    more = ["--methods", "mezo", "--seeds", "3", "--metrics", f"{files / 'rewards.py'}:right", "accuracy"]
+    more = ["--methods", "zero_shot", "mezo", "--seeds", "3", "--metrics", f"{files / 'rewards.py'}:right", "accuracy"]
     assert main(words(files, tmp_path / "straight", *more)) == 0
     trajectory = tmp_path / "broken" / "runs" / "mezo-3" / "trajectory.zorl"
     (files / "stop").write_text(str(trajectory))
     assert main(words(files, tmp_path / "broken", *more)) == 130
     assert "the same command continues" in capsys.readouterr().err
     assert trajectory.exists()
-    assert not cells(tmp_path / "broken")
+    assert set(cells(tmp_path / "broken")) == {"zero_shot-3"}
+    assert "| zero-shot |" in (tmp_path / "broken" / "table.md").read_text(encoding="utf-8")
+    spent = trajectory.with_name("seconds.json")
+    assert json.loads(spent.read_text(encoding="utf-8")) > 0.0
+    spent.write_text("1000.0", encoding="utf-8")
     assert main(words(files, tmp_path / "broken", *more)) == 0
     expected, found = cells(tmp_path / "straight")["mezo-3"], cells(tmp_path / "broken")["mezo-3"]
     assert found["right"] == found["accuracy"]
+    assert found["seconds"] > 1000.0, "the time before it was cut short counts"
     measured = ("seconds", "peak_memory_mb")
     assert {k: v for k, v in found.items() if k not in measured} == {
         k: v for k, v in expected.items() if k not in measured
     }
+
+
+def test_a_cell_that_fails_is_named_and_tried_again_and_the_others_run(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = ["--methods", "mezo", "zero_shot", "--seeds", "1", "--json", "--metrics", f"{files / 'rewards.py'}:failing"]
+    (files / "fail").touch()
+    assert main(words(files, tmp_path, *more)) == 2
+    shown = capsys.readouterr()
+    (failed,) = json.loads(shown.out)["failed"]
+    assert (failed["method"], failed["seed"]) == ("mezo", 1)
+    assert "nothing to divide by" in failed["error"]
+    assert failed["error"] in " ".join(shown.err.split())
+    assert "zorl: error: failed: mezo with seed 1; the same command tries again" in shown.err
+    assert set(cells(tmp_path)) == {"zero_shot-1"}
+    assert "| zero-shot |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+    (files / "fail").unlink()
+    assert main(words(files, tmp_path, *more)) == 0
+    assert set(cells(tmp_path)) == {"zero_shot-1", "mezo-1"}
+
+
+def test_a_linear_probe_that_lacks_a_label_does_not_apply(files: Path, tmp_path: Path):
+    rows = [f"the film was {WORDS['0'][0]}\t0", f"the film was {WORDS['1'][0]}\t1"]
+    (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *rows * 9, *rows[:1] * 40]) + "\n", encoding="utf-8")
+    more = ["--methods", "lp_mezo", "--dataset", str(tmp_path / "train.tsv"), "--budget", "2", "--batch_size", "1"]
+    data = ["--test_dataset", str(files / "test.tsv"), "--sample", "30", "9", "--seeds", "1"]
+    size = ["--model", str(files / "bert"), *QUESTION, "--output_dir", str(tmp_path / "out")]
+    assert main(["compare", *size, *data, *more]) == 0
+    assert "a linear probe needs training rows of every label" in cells(tmp_path / "out")["lp_mezo-1"]["not_applicable"]
 
 
 def test_a_metric_that_applies_to_no_row_leaves_its_place_in_the_table_empty(
@@ -175,6 +249,9 @@ def test_options_of_each_row(files: Path, tmp_path: Path):
         (["--budget", "0"], "--budget must be at least 1, got 0"),
         (["--k_shot", "20"], "the label '0' has 32 rows, and 20 to train on with 20 to validate on make 40"),
         (["--metrics", "acuracy"], "unknown reward 'acuracy'"),
+        (["--prompt", "{txt} it was {mask} ."], "txt"),
+        (["--seeds", "-1"], "--seeds must be at least 0 and below 2**32, got -1"),
+        (["--max_length", "0"], "--max_length must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_get_a_sentence(
@@ -182,6 +259,21 @@ def test_bad_arguments_get_a_sentence(
 ):
     assert main(words(files, tmp_path / "out", *more)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists(), "a mistake does not claim the folder"
+
+
+def test_a_comparison_without_cells_may_be_given_other_arguments(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = ["--methods", "mezo", "--seeds", "3", "--metrics", f"{files / 'rewards.py'}:right"]
+    trajectory = tmp_path / "runs" / "mezo-3" / "trajectory.zorl"
+    (files / "stop").write_text(str(trajectory))
+    assert main(words(files, tmp_path, *more)) == 130
+    assert trajectory.exists()
+    assert main(words(files, tmp_path, *more, "--k_shot", "4", "--methods", "zero_shot")) == 0
+    assert "begun with other arguments" in capsys.readouterr().err
+    assert not trajectory.exists()
+    assert cells(tmp_path)["zero_shot-3"]["train_rows"] == 8
 
 
 def test_cells_of_other_settings_are_not_put_in_one_table(
@@ -282,6 +374,26 @@ def test_the_summary_is_mean_and_sample_deviation_over_the_seeds():
     assert "| A | 0.700 ± 0.200 | 10 | 2 | — | 3 |" in markdown([a, b], ["accuracy"])
     (searched,) = summary([{**made[0], "chosen": {"search_forwards": 30}}], ["accuracy"])
     assert searched["forwards"] == 30
+
+
+def test_the_demonstrations_that_fitted_stand_under_the_table():
+    figures = {"forwards": 0, "seconds": 1.0, "accuracy": 0.5}
+    made = [
+        {
+            "method": "in_context",
+            "title": "what it was called",
+            "seed": seed,
+            "chosen": {"demonstrations": count, "cut_to_characters": cut},
+            **figures,
+        }
+        for seed, count, cut in ((1, 4, None), (2, 4, 55), (3, 3, 71))
+    ]
+    title = "in-context, up to 32 demonstrations"
+    cut = summary(made, ["accuracy"])
+    note = f"{title}: 3.7 on average, their values cut to 55–71 characters for 2 of 3 seeds"
+    assert markdown(cut, ["accuracy"]).endswith(f"\n\n- {note}\n")
+    assert text(cut, ["accuracy"]).endswith(f"\n\n{note}")
+    assert f"{title}: 4 on average\n" in markdown(summary(made[:1], ["accuracy"]), ["accuracy"])
 
 
 def test_help_names_every_method():
