@@ -29,6 +29,7 @@ from zorl.apps.inputs import (
     number,
     say,
     source_of,
+    stop_of,
 )
 from zorl.apps.memory import peak_memory
 from zorl.baselines.problem import NotApplicable, Problem
@@ -44,7 +45,7 @@ from zorl.whole_files import read_json, write_json
 SAME = (
     "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
     "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "sample", "test_rows", "budget", "batch_size",
-    "metrics", "max_length", "max_completion_length",
+    "metrics", "max_length", "max_completion_length", "stop",
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def run(argv: Sequence[str]) -> str:
     check_model_folder(str(arguments.model))
     methods = _chosen(arguments)
     folder = Path(arguments.output_dir)
+    given["stop"] = stop_of(arguments.stop, task)
     _claim(folder, {name: given.get(name) for name in SAME})
     prompt = make_prompt(arguments, task=task)
     metrics = arguments.metrics or ([task.metric] if task is not None else [])
@@ -90,6 +92,7 @@ def run(argv: Sequence[str]) -> str:
                     batch_size=arguments.batch_size, budget=arguments.budget, seed=seed,
                     reward=load_reward(metrics[0], column=label_column),
                     max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
+                    stop=given["stop"] or None,
                 )  # fmt: skip
                 for name in [name for at, name in todo if at == seed]:
                     bar.set_postfix_str(f"{METHODS[name].title}, seed {seed}")
@@ -130,7 +133,7 @@ def _claim(folder: Path, same: dict[str, Any]) -> None:
         if changed:
             name = changed[0]
             raise ValueError(
-                f"{folder} holds a comparison with --{name} {before.get(name)}, not {same[name]}: one table cannot hold "
+                f"{folder} holds a comparison with --{name} {before.get(name)!r}, not {same[name]!r}: one table cannot hold "
                 "the results of both; choose another --output_dir"
             )
     else:

@@ -28,9 +28,11 @@ from zorl.apps.inputs import (
     require,
     say,
     source_of,
+    stop_of,
     with_trained_classes,
 )
 from zorl.classifier_models import prepare_classifier
+from zorl.config import ANSWERING
 from zorl.data import checked_rows
 from zorl.models import load_model, load_processing_class
 from zorl.objectives import columns_of
@@ -44,9 +46,9 @@ from zorl.reward_functions import RewardFunctions, RewardValues
 from zorl.reward_models import text_of
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
+from zorl.tasks import Task
 
 PREDICTION = "prediction"
-REMEMBERED = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
 _CHUNK = 1024  # rows between two updates of the progress bar
 
 
@@ -74,7 +76,7 @@ def run_eval(argv: Sequence[str]) -> str:
             "--reward is required, such as squad_f1: without label words or options there is no accuracy to compute"
         )
     rows = checked_rows(loaded.dataset, "--dataset", prompt, label_column or "label")
-    policy = _policy(arguments, settings, prompt)
+    policy = _policy(arguments, settings, prompt, task)
     start = time.perf_counter()
     (answers,) = policy.answers(rows, [CENTRE])
     result: dict[str, Any] = {}
@@ -116,7 +118,7 @@ def run_predict(argv: Sequence[str]) -> str:
     if PREDICTION in dataset.column_names:
         raise ValueError(f"{source_of(arguments, task)} has a column {PREDICTION!r} already; rename it")
     rows = dataset.to_list()
-    policy = _policy(arguments, settings, prompt)
+    policy = _policy(arguments, settings, prompt, task)
     with tqdm(total=len(rows), unit="row") as bar:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
@@ -148,11 +150,12 @@ def _settings(arguments: AnswerArguments) -> dict[str, Any]:
     return settings
 
 
-def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt) -> Policy:
+def _policy(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt, task: Task | None) -> Policy:
     name = str(arguments.model)
     computing = {key: getattr(arguments, key) for key in ("forward_batch_size", "use_cpu")}
-    for key in REMEMBERED:
-        value = getattr(arguments, key)
+    asked = {key: getattr(arguments, key) for key in ANSWERING}
+    asked["stop"] = stop_of(arguments.stop, None if "stop" in settings else task)
+    for key, value in asked.items():
         value = settings.get(key) if value is None else value
         if value is not None:
             computing[key] = value

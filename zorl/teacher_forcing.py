@@ -1,7 +1,7 @@
 """Teacher forcing: how unlikely a causal language model finds the text that it is to generate, each token given those before it.
 
-This is the loss that generation is taught with (Malladi et al. 2023, Appendix): one forward a batch, where decoding takes one a
-token. What was taught is then decoded greedily.
+This is the loss that generation is taught with (Malladi et al. 2023, Appendix): one forward per batch, where decoding takes one
+per token. What was taught is then decoded greedily.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zorl import processes
 from zorl.encoding import ContextTokenizer, Encoded, Options, pad_token_id
-from zorl.generation import Generation
+from zorl.generation import Generation, cut_at
 from zorl.likelihood import Likelihood
 from zorl.probe import Point
 from zorl.reward_models import text_of
@@ -25,7 +25,10 @@ _NEARBY = 64  # characters of a prompt that decide how the text behind it is spl
 
 
 class TeacherForcing:
-    """The mean negative log-likelihood of the tokens of the right text, the end-of-sequence token included.
+    """The mean negative log-likelihood of the tokens of the right text and its end.
+
+    The end is the policy's stop string, as in the published code for SQuAD and DROP, and a text that holds one is taught up to
+    it; without a stop string the end is the end-of-sequence token.
 
     Prompts are cut as for generation, and texts to the tokens that it may generate (`max_new_tokens`). A space goes between a
     prompt and a text where neither has white space there: "Answer:" is answered " Paris". Nothing goes in front of a reply in
@@ -39,7 +42,7 @@ class TeacherForcing:
 
     def __init__(self, policy: Generation, column: str) -> None:
         tokenizer = policy.tokenizer
-        ends = [tokenizer.eos_token_id, *policy.stops]
+        ends = [tokenizer.eos_token_id, *policy.end_ids] if policy.stop is None else []
         self._policy = policy
         self._column = column
         self._contexts = ContextTokenizer(tokenizer, policy.prompt)
@@ -48,7 +51,7 @@ class TeacherForcing:
         self._has_warned = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> Tensor:
-        """float64, shape `(points, rows)`, in nats a token. NaN where the model's logits are.
+        """float64, shape `(points, rows)`, in nats per token. NaN where the model's logits are.
 
         Raises:
             ValueError: a row has no text, or one without tokens for a tokenizer without an end-of-sequence token.
@@ -64,14 +67,14 @@ class TeacherForcing:
 
     def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
         """Each row's prompt, with its text as the only option."""
-        limit = self._policy.max_new_tokens
+        limit, stop = self._policy.max_new_tokens, self._policy.stop
         prompts, contexts, texts = self._policy.prompt_ids(rows), [], []
         for row in rows:
             rendered, text = self._policy.prompt.render(row), taught_text(row, self._column)
             context = self._contexts.text(rendered)[-_NEARBY:]
             joined = rendered.messages or not context or context[-1].isspace() or not text or text[0].isspace()
             contexts.append(context)
-            texts.append(text if joined else " " + text)
+            texts.append(cut_at(text if joined else " " + text, stop) + (stop or ""))
         answers = [[*ids, *self._end] for ids in self._contexts.continuations(contexts, texts)]
         longest = max(map(len, answers), default=0)
         if longest > limit and not self._has_warned:

@@ -24,7 +24,7 @@ from zorl.baselines.problem import (
 from zorl.baselines.selection import Selection, look_at
 from zorl.choosing import Choosing
 from zorl.encoding import ContextTokenizer, pad_token_id
-from zorl.generation import Generation
+from zorl.generation import Generation, cut_at
 from zorl.parameters import ParameterSet
 from zorl.policies import Policy
 from zorl.probe import CENTRE
@@ -135,15 +135,16 @@ def _of_text(problem: Problem, policy: Generation, tokenizer: Any) -> Loss:
         pad_id=pad_token_id(tokenizer),
         batch_size=problem.batch_size,
     )
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stop = problem.stop or ""
+    end = [] if tokenizer.eos_token_id is None or stop else [tokenizer.eos_token_id]
 
     def answer(row: dict[str, Any], prompt_ids: list[int]) -> TokenAnswer:
         rendered = problem.prompt.render(row)
-        text = target_text(problem.prompt, row, problem.label_column)
+        text = cut_at(target_text(problem.prompt, row, problem.label_column), problem.stop)
         if rendered.messages:  # a reply begins anew
-            (ids,) = contexts.plain([text.strip()])
+            (ids,) = contexts.plain([text.strip() + stop])
         else:
-            (ids,) = contexts.continuations([rendered.before], [text])
+            (ids,) = contexts.continuations([rendered.before], [text + stop])
         return TokenAnswer(tuple(prompt_ids), tuple([*ids, *end][: problem.max_completion_length]))
 
     def loss(rows: Rows) -> Tensor:

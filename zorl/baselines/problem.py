@@ -58,6 +58,7 @@ class Problem:
         dtype: of the weights, as in `zorl.models.load_model`. What trains by backpropagation does so in float32.
         max_length: tokens of a prompt; by default what the model takes.
         max_completion_length: tokens of a generated text.
+        stop: the text before which generated answers end.
         forward_batch_size: rows that go through the model at once; results do not depend on it.
 
     Raises:
@@ -76,6 +77,7 @@ class Problem:
     dtype: str = "float32"
     max_length: int | None = None
     max_completion_length: int = 64
+    stop: str | None = None
     forward_batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class Problem:
             forward_batch_size=self.forward_batch_size,
             max_length=self.max_length,
             max_completion_length=self.max_completion_length,
+            stop=self.stop,
             temperature=0.0,
         )
 
