@@ -138,6 +138,10 @@ class AnswerArguments(InputArguments):
     top_p: float | None = _flag(
         "Sample from the likeliest tokens with this total probability. Default: as in training, or all tokens."
     )
+    stop: str | None = _flag(
+        "Generated answers end before this text, such as \\n for a line break; '': no such text. Default: as in training, or "
+        "the task's, or none."
+    )
     use_cpu: bool = _flag("Run on the CPU even if an accelerator is available.", False)
 
 
@@ -218,6 +222,9 @@ class CompareArguments(InputArguments):
     batch_size: int = _flag("Rows per batch.", 32)
     max_length: int | None = _flag("Maximum tokens per prompt; longer texts are cut. Default: the model's limit.")
     max_completion_length: int = _flag("Maximum tokens to generate.", 64)
+    stop: str | None = _flag(
+        "Generated answers end before this text, such as \\n for a line break; '': no such text. Default: the task's, or none."
+    )
     output_dir: str = _flag(
         "Folder for the tables, the plot and one file per cell; rerun the same command to continue.", "comparison"
     )

@@ -97,7 +97,7 @@ def _diagnose_types() -> tuple[Any, ...]:
 
 _QUESTION = "prompt label_words options chat system"
 _DATA = "model task dataset text_column dataset_config dataset_split"
-_COMPUTING = "dtype forward_batch_size max_length max_completion_length temperature top_k top_p use_cpu"
+_COMPUTING = "dtype forward_batch_size max_length max_completion_length temperature top_k top_p stop use_cpu"
 
 TRAIN = Command(
     name="train",
@@ -118,7 +118,7 @@ run, and the best step is kept. If a run is interrupted, the same command contin
         "Evaluation and reports": "eval_strategy eval_steps load_best_model_at_end early_stopping_patience "
         "stop_below_gain logging_steps report_to json",
         "Memory and text": "forward_batch_size gradient_accumulation_steps max_length max_completion_length "
-        "temperature top_k top_p device_map",
+        "temperature top_k top_p stop device_map",
     },
     examples="""\
 zorl train --model facebook/opt-125m --dataset train.tsv --eval_dataset dev.tsv --text_column text --label_column label \\
@@ -233,7 +233,7 @@ with.""",
         "Budget and output": "budget plot json",
         "Training settings": "per_device_train_batch_size gradient_accumulation_steps estimator update n_spsa distribution "
         "evaluation informative_target label_reward calibration tune parameters dtype seed",
-        "Memory and text": "forward_batch_size max_length max_completion_length temperature top_k top_p",
+        "Memory and text": "forward_batch_size max_length max_completion_length temperature top_k top_p stop",
     },
     examples="""\
 zorl diagnose --model facebook/opt-125m --dataset train.tsv --text_column text --label_column label \\
@@ -268,7 +268,7 @@ fine_tuning_sgd, grpo (TRL's).""",
         "Prompt": _QUESTION,
         "What to compare": "methods metrics seeds budget batch_size",
         "Output": "output_dir json",
-        "Memory and text": "max_length max_completion_length",
+        "Memory and text": "max_length max_completion_length stop",
     },
     examples="""\
 zorl compare --model roberta-base --task sst2 --k_shot 16 --output_dir sst2

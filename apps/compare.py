@@ -31,6 +31,7 @@ from zorl.apps.inputs import (
     number,
     say,
     source_of,
+    stop_of,
 )
 from zorl.apps.memory import peak_memory
 from zorl.apps.partial_result import PartialResult
@@ -49,7 +50,7 @@ NOTE = "comparison.json"  # what a folder's cells have in common
 SAME = (
     "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
     "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "sample", "test_rows", "budget", "batch_size",
-    "metrics", "max_length", "max_completion_length",
+    "metrics", "max_length", "max_completion_length", "stop",
 )  # fmt: skip
 
 
@@ -76,6 +77,7 @@ def run(argv: Sequence[str]) -> str:
     check_source(arguments, task)
     check_model_folder(str(arguments.model))
     methods = _chosen(arguments)
+    given["stop"] = stop_of(arguments.stop, task)
     prompt = make_prompt(arguments, task=task)
     metrics = arguments.metrics or ([task.metric] if task is not None else [])
     metrics = metrics or (["accuracy", "f1"] if prompt.labels else ["squad_f1", "exact_match"])
@@ -100,6 +102,7 @@ def run(argv: Sequence[str]) -> str:
                     batch_size=arguments.batch_size, budget=arguments.budget, seed=seed,
                     reward=load_reward(metrics[0], column=label_column),
                     max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
+                    stop=given["stop"] or None,
                 )  # fmt: skip
                 _claim(folder, same)
                 for name in [name for at, name in todo if at == seed]:
@@ -159,7 +162,7 @@ def _check_same(folder: Path, same: dict[str, Any]) -> None:
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{folder} holds a comparison with --{name} {before.get(name)}, not {same[name]}: one table cannot hold "
+            f"{folder} holds a comparison with --{name} {before.get(name)!r}, not {same[name]!r}: one table cannot hold "
             "the results of both; choose another --output_dir"
         )
 

@@ -129,7 +129,8 @@ def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: 
     config = MeZOConfig(
         output_dir=str(folder), seed=problem.seed, per_device_train_batch_size=problem.batch_size,
         forward_batch_size=problem.forward_batch_size, label_column=problem.label_column, max_length=problem.max_length,
-        max_completion_length=problem.max_completion_length, temperature=0.0, disable_tqdm=True, report_to="none", **settings,
+        max_completion_length=problem.max_completion_length, stop=problem.stop, temperature=0.0, disable_tqdm=True,
+        report_to="none", **settings,
     )  # fmt: skip
     trainer = MeZOTrainer(
         problem.model, **goal, args=config, train_dataset=problem.train, eval_dataset=problem.dev, prompt=problem.prompt

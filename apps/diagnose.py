@@ -27,6 +27,7 @@ from zorl.apps.inputs import (
     make_prompt,
     number,
     source_of,
+    stop_of,
 )
 from zorl.curvature import Estimate
 from zorl.diagnosis import Diagnosis, choose_try, diagnose
@@ -69,7 +70,8 @@ def run(argv: Sequence[str]) -> str:
     shots = draw(loaded.dataset, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
     known = asked_label is not None or prompt.labels or task is not None
     rewards = load_rewards(arguments.reward, label_column if known else None)
-    settings = given if label_column is None else {**given, "label_column": label_column}
+    settings = {**given, "stop": stop_of(given.get("stop"), task)}
+    settings |= {} if label_column is None else {"label_column": label_column}
     with (
         tempfile.TemporaryDirectory() as folder
     ):  # transformers' Trainer creates its folder, although nothing is written to it

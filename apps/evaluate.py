@@ -27,6 +27,7 @@ from zorl.apps.inputs import (
     require,
     say,
     source_of,
+    stop_of,
     with_trained_classes,
 )
 from zorl.config import ANSWERING
@@ -39,6 +40,7 @@ from zorl.reward_models import text_of
 from zorl.reward_objective import score_answers
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
+from zorl.tasks import Task
 
 PREDICTION = "prediction"
 _CHUNK = 1024  # rows between two updates of the progress bar
@@ -68,7 +70,7 @@ def run_eval(argv: Sequence[str]) -> str:
             "--reward is required, such as squad_f1: without label words or options there is no accuracy to compute"
         )
     rows = checked_rows(loaded.dataset, "--dataset", prompt, label_column or "label")
-    predictor = _predictor(arguments, prompt)
+    predictor = _predictor(arguments, settings, prompt, task)
     start = time.perf_counter()
     answers = predictor.answers(rows)
     result: dict[str, Any] = {}
@@ -110,7 +112,7 @@ def run_predict(argv: Sequence[str]) -> str:
     if PREDICTION in dataset.column_names:
         raise ValueError(f"{source_of(arguments, task)} has a column {PREDICTION!r} already; rename it")
     rows = dataset.to_list()
-    predictor = _predictor(arguments, prompt)
+    predictor = _predictor(arguments, settings, prompt, task)
     with tqdm(total=len(rows), unit="row") as bar:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
@@ -141,8 +143,9 @@ def _settings(arguments: AnswerArguments) -> dict[str, Any]:
     return settings
 
 
-def _predictor(arguments: AnswerArguments, prompt: Prompt) -> Predictor:
+def _predictor(arguments: AnswerArguments, settings: dict[str, Any], prompt: Prompt, task: Task | None) -> Predictor:
     given = {key: getattr(arguments, key) for key in ("forward_batch_size", "use_cpu", *ANSWERING)}
+    given["stop"] = stop_of(arguments.stop, None if "stop" in settings else task)
     computing = {key: value for key, value in given.items() if value is not None}
     return Predictor.load(str(arguments.model), prompt=prompt, dtype=arguments.dtype, **computing)
 

@@ -130,6 +130,13 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
     return base if asked == replace(base, label_head=None) else asked
 
 
+def stop_of(stop: str | None, task: Task | None) -> str | None:
+    """The text before which answers end: that of `--stop`, where \\n stands for a line break, else the task's."""
+    if stop is not None:
+        return stop.replace("\\n", "\n")
+    return None if task is None else task.stop
+
+
 def with_trained_classes(prompt: Prompt, model: str) -> Prompt:
     """The prompt with the classes of the model's sequence-classification head; unchanged if the model has none."""
     if prompt.labels:

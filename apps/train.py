@@ -30,6 +30,7 @@ from zorl.apps.inputs import (
     number,
     say,
     source_of,
+    stop_of,
     with_trained_classes,
 )
 from zorl.apps.launcher import is_first
@@ -90,6 +91,7 @@ def run(argv: Sequence[str]) -> str:
     )
 
     resuming = (folder / "trajectory.zorl").exists()
+    given["stop"] = stop_of(given.get("stop"), task)
     config = build(MeZOConfig, _with_defaults(given, eval_rows is not None))
     begin = Begin()
     trainer = MeZOTrainer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
+from itertools import chain
 
 import pytest
 import torch
@@ -266,6 +268,61 @@ def test_all_of_a_models_stop_tokens_stop_it(parts):
         assert answer.completion_ids[-1] in stops
 
 
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_an_answer_ends_before_the_stop_string(parts, kind, batch_size):
+    part = parts(kind)
+    points = [Point(1, 0.2), Point(1, -0.2)]
+    free = policy(part, greedy=True, max_new_tokens=12).answers(ROWS, points)
+    said = [answer.completion for of_point in free for answer in of_point]
+    # Part of a token, and one that may span several. No tokenizer decodes an unfinished character as what it becomes.
+    for pattern in ("[a-z]", "[a-z][^\ufffd]{2}"):
+        stop = next(found[0] for text in said if (found := re.search(f"(?<=..){pattern}", text)))
+        stopped = policy(part, greedy=True, max_new_tokens=12, stop=stop, batch_size=batch_size).answers(ROWS, points)
+        for before, after in zip(chain(*free), chain(*stopped), strict=True):
+            ids = after.completion_ids
+            assert after.completion == before.completion.partition(stop)[0]
+            assert ids == before.completion_ids[: len(ids)]
+            if stop in before.completion:
+                assert stop in part.tokenizer.decode(ids, skip_special_tokens=True)
+                assert stop not in part.tokenizer.decode(ids[:-1], skip_special_tokens=True)
+            else:
+                assert ids == before.completion_ids
+
+
+def test_a_special_token_may_be_the_stop_string(parts):
+    part = parts("qwen2")
+    (free,) = policy(part, greedy=True, max_new_tokens=12).answers(ROWS[:1], [CENTRE])
+    tokenizer = copy.deepcopy(part.tokenizer)
+    word = tokenizer.convert_ids_to_tokens(free[0].completion_ids[2])
+    tokenizer.add_special_tokens({"extra_special_tokens": [word]})
+    generation = Generation(part.evaluator, tokenizer, PROMPT, max_new_tokens=12, greedy=True, stop=word)
+    (stopped,) = generation.answers(ROWS[:1], [CENTRE])
+    assert stopped[0].completion_ids == free[0].completion_ids[:3]
+    assert stopped[0].completion == part.tokenizer.decode(free[0].completion_ids[:2])
+
+
+def test_generation_ends_once_every_row_has_the_stop_string(parts, monkeypatch):
+    part = parts("gpt2")
+    (free,) = policy(part, greedy=True, max_new_tokens=12).answers(ROWS[:1], [CENTRE])
+    forwards = []
+    handle = part.evaluator.module.register_forward_pre_hook(lambda *args: forwards.append(1))
+    try:
+        stop = free[0].completion[:1]
+        policy(part, greedy=True, max_new_tokens=12, stop=stop).answers(ROWS[:1], [CENTRE])
+    finally:
+        handle.remove()
+    assert len(forwards) == 1
+
+
+def test_a_stop_string_that_begins_in_the_prompt_does_not_count(parts):
+    part = parts("gpt2")
+    (free,) = policy(part, greedy=True, max_new_tokens=12).answers(ROWS[:1], [CENTRE])
+    stop = ROWS[0]["text"][-1:] + free[0].completion[:1]
+    assert stop not in free[0].completion
+    assert policy(part, greedy=True, max_new_tokens=12, stop=stop).answers(ROWS[:1], [CENTRE]) == [free]
+
+
 def test_special_tokens_are_not_text(parts):
     part = parts("qwen2")
     model = copy.deepcopy(part.model)
@@ -368,6 +425,7 @@ def test_nan_logits_are_no_text(parts, greedy):
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], not 1.5"),
         ({"temperature": 0.0}, "temperature must be positive, not 0.0; for the most likely tokens set greedy=True"),
         ({"temperature": float("nan")}, "temperature must be positive, not nan"),
+        ({"stop": ""}, "stop must not be empty"),
         ({"max_new_tokens": 96}, "max_new_tokens=96 leaves no room for a prompt in 96 tokens"),
         ({"max_length": 6}, "max_new_tokens=6 leaves no room for a prompt in 6 tokens"),
     ],

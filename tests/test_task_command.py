@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from zorl.apps.cli import main
 from zorl.run_folder import RunFolder
+from zorl.trajectory import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,6 +136,45 @@ def test_a_generation_is_scored_by_the_task_s_metric(folder: Path, capsys: pytes
     assert code == 0, err
     assert set(figures["rewards"]) == {"squad_f1"}
     assert figures["n"] == 10
+
+
+def test_answers_end_at_the_stop_string_of_the_task_or_the_flag(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--task", "squad", "--dataset", folder / "squad", "--max_completion_length", "3"]
+    stops = {}
+    for name, flags in (("task", ()), ("flag", ("--stop", r"e\n")), ("none", ("--stop", ""))):
+        words = [*data, *flags, "--model", folder / "gpt2", "--k_shot", "8", "--output_dir", tmp_path / name]
+        code, _, err = zorl(capsys, "train", *words, *SHORT)
+        assert code == 0, err
+        saved = RunFolder(tmp_path / name)
+        stops[name] = saved.read_settings()["stop"]
+        assert read(saved.trajectory)[0]["stop"] == stops[name]
+    assert stops == {"task": "\n", "flag": "e\n", "none": None}
+
+
+def test_predictions_end_at_the_stop_string_that_the_model_remembers(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "gpt2", model)
+    prompt = {"template": "{context} {question}"}
+
+    def predicted(*flags: str, **settings: object) -> list[str]:
+        RunFolder(model).write_settings({"prompt": prompt, "temperature": 0.0, **settings})
+        words = ["--model", model, "--task", "squad", "--dataset", folder / "squad", "--overwrite", "--output"]
+        code, _, err = zorl(capsys, "predict", *words, tmp_path / "out.jsonl", "--json", *flags)
+        assert code == 0, err
+        return [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    free = predicted(stop=None)
+    stop = free[0][3]
+    cut = [text.partition(stop)[0] for text in free]
+    assert predicted(stop=stop) == cut != free
+    assert predicted("--stop", stop, stop=None) == cut
+    assert predicted("--stop", "", stop=stop) == free
+    # An earlier version saved none: the task decides.
+    assert predicted() == [text.partition("\n")[0] for text in free]
 
 
 def test_a_generation_is_trained_on_k_rows_in_all(

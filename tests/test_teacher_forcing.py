@@ -97,6 +97,20 @@ def test_a_space_goes_between_where_there_is_no_white_space(
     assert loss.item() == pytest.approx(loss_of(part, prompt, joined[len(prompt) :]), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("text", ["odd", "odd\nbad"])
+def test_the_stop_string_is_taught_in_place_of_the_end(parts: Callable[[str], Any], kind: str, text: str) -> None:
+    part = parts(kind)
+    loss = TeacherForcing(generation(part, Prompt("{prompt}"), stop="\n"), "text")(
+        [{"prompt": "Q:", "text": text}], [CENTRE]
+    )
+    context, ids = part.tokenizer("Q:")["input_ids"], part.tokenizer("Q: odd\n")["input_ids"]
+    with torch.no_grad():
+        logits = part.model(input_ids=torch.tensor([ids])).logits[0]
+    expected = F.cross_entropy(logits[len(context) - 1 : -1], torch.tensor(ids[len(context) :])).item()
+    assert loss.item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_whole_text_is_taught_behind_an_empty_prompt(parts: Callable[[str], Any]) -> None:
     part = parts("llama")
     story = "the film was great"

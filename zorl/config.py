@@ -23,7 +23,7 @@ from zorl.schedules import Directions
 from zorl.updates import measured_in_weights
 
 DIRECTIONS = 8  # per step of estimator="one_sided", of which seven are worth something
-ANSWERING = ("max_length", "max_completion_length", "temperature", "top_k", "top_p")
+ANSWERING = ("max_length", "max_completion_length", "temperature", "top_k", "top_p", "stop")
 _INFINITE = float("inf")
 # The settings that are numbers: whole numbers with their minimum, the others with their interval.
 _WHOLE = {
@@ -280,6 +280,13 @@ class MeZOConfig(TrainingArguments):
     top_p: float | None = field(
         default=None, metadata={"help": "Sample among the most likely tokens with this total probability."}
     )
+    stop: str | None = field(
+        default=None,
+        metadata={
+            "help": "Generated answers end before this text, such as \\n for a line break; loss=cross_entropy teaches it as "
+            "their end. '': no such text. Default: the task's, or none."
+        },
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function. Default: 1 each."}
     )
@@ -290,6 +297,9 @@ class MeZOConfig(TrainingArguments):
         self._left_open = [name for name in ("estimator", "n_spsa") if getattr(self, name) == "auto"]
         self._decide(judged=False)
         self._check_numbers()  # before transformers computes with them
+        if not isinstance(self.stop, str | None):
+            raise ValueError(f"stop must be a text, got {self.stop!r}")
+        self.stop = self.stop or None
         super().__post_init__()
         for name in ("early_stopping_patience", "stop_below_gain"):
             if getattr(self, name) is not None and self.eval_strategy == "no":

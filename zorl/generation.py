@@ -19,6 +19,8 @@ from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -61,6 +63,7 @@ class Generation:
         top_k: sample among this many of the most likely tokens.
         top_p: sample among the most likely tokens that together have this probability.
         greedy: take the most likely token; temperature, top_k and top_p then have no effect.
+        stop: answers end before this text, as well as at an end-of-sequence token; None for no such text.
         batch_size: maximum prompts per batch, counting those of all points that it evaluates.
         max_length: maximum tokens of a prompt and its answer; by default the most that the model reads. The start of the
             row's values is cut to fit, never the template.
@@ -81,6 +84,7 @@ class Generation:
         top_k: int | None = None,
         top_p: float | None = None,
         greedy: bool = False,
+        stop: str | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
     ) -> None:
@@ -100,6 +104,10 @@ class Generation:
             )
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+        if stop == "":
+            raise ValueError(
+                "stop must not be empty: every answer would end before it begins; for no such text set stop=None"
+            )
         limit = longest_input(module, processing_class) if max_length is None else max_length
         if limit <= max_new_tokens:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {limit} tokens")
@@ -107,6 +115,7 @@ class Generation:
         self.prompt = prompt
         self.forwards = FittingForwards(evaluator, batch_size)
         self.max_new_tokens = max_new_tokens
+        self.stop = stop
         self.tokenizer = processing_class
         self._contexts = ContextTokenizer(processing_class, prompt)
         self._greedy = greedy
@@ -116,8 +125,10 @@ class Generation:
             self._warpers += [] if top_k is None else [TopKLogitsWarper(top_k)]
             self._warpers += [] if top_p is None else [TopPLogitsWarper(top_p)]
         own = module.generation_config.eos_token_id  # one id, several, or none
-        stops = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id} - {None}
-        self.stops = sorted(stops)
+        special = dict(zip(processing_class.all_special_tokens, processing_class.all_special_ids, strict=True))
+        # A stop string that is a special token is none of the text.
+        ends = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id, special.get(stop or "")}
+        self.end_ids = sorted(ends - {None})
         self._pad_id = pad_token_id(processing_class)
         # Everything else, such as a repetition penalty, comes from the model's own generation_config.
         self._settings: dict[str, Any] = {
@@ -126,7 +137,7 @@ class Generation:
             "top_k": 50,  # the value that means nothing without do_sample
             "top_p": 1.0,
             "num_beams": 1,
-            "eos_token_id": self.stops or None,
+            "eos_token_id": self.end_ids or None,
             "pad_token_id": self._pad_id,
             "use_cache": True,
             "cache_implementation": "dynamic",  # a new one in every call: none is read at another θ than it was filled at
@@ -157,11 +168,10 @@ class Generation:
         answers = []
         for i in range(len(points)):
             completions = [ids for of_share in shares for ids in of_share[i]]
-            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
             answers.append(
                 [
                     Answer([{"role": "assistant", "content": text}] if chat else text, ids)
-                    for text, ids, chat in zip(texts, completions, conversational, strict=True)
+                    for text, ids, chat in zip(self._texts(completions), completions, conversational, strict=True)
                 ]
             )
         return answers
@@ -191,12 +201,17 @@ class Generation:
 
         return self.forwards(points, prepare, inputs=len(encoded))
 
+    def _texts(self, completions: list[list[int]]) -> list[str]:
+        """What the tokens say, without special tokens and up to the stop string."""
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
+        return [cut_at(text, self.stop) for text in texts]
+
     def prompt_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """The tokens of each row's prompt, as the model is given them to continue."""
         return [encoded.ids.tolist() for encoded in self._encode(rows)]
 
     def _generate(self, prompts: Sequence[Encoded], noise_seed: int) -> list[list[int]]:
-        """Token ids of the answers, each up to and including its end-of-sequence token."""
+        """Token ids of the answers, each up to and including its end-of-sequence token or the end of the stop string."""
         module = self.evaluator.module
         device = computing_device(module)
         tokens, mask = padded([one.ids for one in prompts], self._pad_id, "left", device)
@@ -204,17 +219,19 @@ class Generation:
         processors: list[LogitsProcessor] = [check, *self._warpers]
         if not self._greedy:
             processors.append(GumbelNoise([one.ids for one in prompts], noise_seed, tokens.shape[1]))
+        criteria = [] if self.stop is None else [_Stopped(self.stop, self.tokenizer, tokens.shape[1])]
         output = module.generate(
             input_ids=tokens,
             attention_mask=mask,
             generation_config=GenerationConfig(**self._settings, **self._length(tokens.shape[1])),
             logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
         if bool(check.found):
             raise FloatingPointError(
                 "the model's logits are NaN while it generates: its weights, or what it makes of them, are out of range"
             )
-        return [self._until_stop(ids) for ids in output[:, tokens.shape[1] :].tolist()]
+        return [self._until_end(ids) for ids in output[:, tokens.shape[1] :].tolist()]
 
     def _length(self, width: int) -> dict[str, int]:
         """The limit in the unit of the model's own limit, if it has one: transformers warns about limits in different units."""
@@ -222,13 +239,21 @@ class Generation:
             return {"max_new_tokens": self.max_new_tokens}
         return {"max_length": width + self.max_new_tokens}
 
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self.stops), len(ids))
-        return ids[:end]
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in self.end_ids), len(ids))]
+        if self.stop is None or self.stop not in self.tokenizer.decode(ids, skip_special_tokens=True):
+            return ids
+        starts = (ids[:n] for n in range(1, len(ids) + 1))
+        return next(start for start in starts if self.stop in self.tokenizer.decode(start, skip_special_tokens=True))
 
     def _tokenise(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         texts = [self._contexts.text(prompt) for prompt in rendered]
         return [Encoded(np.array(ids, dtype=np.int32), len(ids) - 1) for ids in self._contexts.ids(rendered, texts)]
+
+
+def cut_at(text: str, stop: str | None) -> str:
+    """The text before the stop string; all of it where the string is None or does not occur."""
+    return text if stop is None else text.partition(stop)[0]
 
 
 class GumbelNoise(LogitsProcessor):
@@ -266,6 +291,27 @@ class _NanCheck(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.found |= scores.isnan().any()
         return scores
+
+
+class _Stopped(StoppingCriteria):
+    """Which rows have generated the stop string.
+
+    Texts are looked at, because a stop string may be part of a token or of several. transformers' own criterion would also find
+    one that begins in the prompt.
+
+    Args:
+        width: tokens before the first generated one, padding included.
+    """
+
+    def __init__(self, stop: str, tokenizer: PreTrainedTokenizerBase, width: int) -> None:
+        self._stop = stop
+        self._tokenizer = tokenizer
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """A truth value per row."""
+        texts = self._tokenizer.batch_decode(input_ids[:, self._width :], skip_special_tokens=True)
+        return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
 
 
 def _packed(completions: list[list[list[int]]]) -> dict[str, Tensor]:

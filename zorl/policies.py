@@ -53,6 +53,7 @@ def make_policy(evaluator: Evaluator, processing_class: Any, prompt: Prompt, arg
         top_k=args.top_k,
         top_p=args.top_p,
         greedy=args.temperature == 0,
+        stop=args.stop,
         batch_size=args.forward_batch_size,
         # the policy's limit covers the prompt and its answer, the setting only the prompt
         max_length=None if args.max_length is None else args.max_length + args.max_completion_length,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zorl import processes
 from zorl.encoding import ContextTokenizer, Encoded, Options, pad_token_id
-from zorl.generation import Generation
+from zorl.generation import Generation, cut_at
 from zorl.likelihood import Likelihood
 from zorl.probe import Point
 from zorl.reward_models import text_of
@@ -26,7 +26,10 @@ _NEARBY = 64  # more than enough of a prompt's last characters to decide how the
 
 
 class TeacherForcing:
-    """The mean negative log-likelihood of the tokens of the right text, the end-of-sequence token included.
+    """The mean negative log-likelihood of the tokens of the right text and its end.
+
+    The end is the policy's stop string, as in the published code for SQuAD and DROP, and a text that holds one is taught up to
+    it; without a stop string the end is the end-of-sequence token.
 
     Prompts are cut as for generation, and texts to the tokens that it may generate (`max_new_tokens`). A space goes between a
     prompt and a text if neither has white space there: "Answer:" is answered " Paris". Nothing goes in front of a reply in a
@@ -40,7 +43,7 @@ class TeacherForcing:
 
     def __init__(self, policy: Generation, column: str) -> None:
         tokenizer = policy.tokenizer
-        ends = [tokenizer.eos_token_id, *policy.stops]
+        ends = [tokenizer.eos_token_id, *policy.end_ids] if policy.stop is None else []
         self._policy = policy
         self._column = column
         self._contexts = ContextTokenizer(tokenizer, policy.prompt)
@@ -65,14 +68,14 @@ class TeacherForcing:
 
     def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
         """Each row's prompt, with its text as the only option."""
-        limit = self._policy.max_new_tokens
+        limit, stop = self._policy.max_new_tokens, self._policy.stop
         prompts, contexts, texts = self._policy.prompt_ids(rows), [], []
         for row in rows:
             rendered, text = self._policy.prompt.render(row), taught_text(row, self._column)
             context = self._contexts.text(rendered)[-_NEARBY:]
             joined = rendered.messages or not context or context[-1].isspace() or not text or text[0].isspace()
             contexts.append(context)
-            texts.append(text if joined else " " + text)
+            texts.append(cut_at(text if joined else " " + text, stop) + (stop or ""))
         answers = [[*ids, *self._end] for ids in self._contexts.continuations(contexts, texts)]
         longest = max(map(len, answers), default=0)
         if longest > limit and not self._has_warned:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, Report, answers_of, progress
 from zorl.baselines.selection import Selection, look_at
 from zorl.encoding import ContextTokenizer, longest_input
-from zorl.generation import Generation
+from zorl.generation import Generation, cut_at
 from zorl.prompts import Answer
 
 GENERATIONS = 8  # texts per prompt, TRL's default; fewer where they do not divide a batch
@@ -163,8 +163,9 @@ def _reward(problem: Problem, rows: list[dict[str, Any]]) -> Callable[..., list[
     def reward(completions: list[Any], completion_ids: list[Any], index: list[int], **_: Any) -> list[float | None]:
         answers = []
         for completion, ids, i in zip(completions, completion_ids, index, strict=True):
-            plain = isinstance(completion, list) and not conversational[i]
-            answers.append(Answer(completion[-1]["content"] if plain else completion, list(ids)))
+            text = completion[-1]["content"] if isinstance(completion, list) else completion
+            text = cut_at(text, problem.stop)  # TRL itself samples on
+            answers.append(Answer([{"role": "assistant", "content": text}] if conversational[i] else text, list(ids)))
         values = problem.values([rows[i] for i in index], answers)
         if values.set_level:
             raise NotApplicable(

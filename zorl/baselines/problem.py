@@ -59,6 +59,7 @@ class Problem:
         dtype: the weights' dtype, as in `zorl.models.load_model`. Methods that use backpropagation train in float32.
         max_length: the longest prompt, in tokens; by default what the model takes.
         max_completion_length: the longest generated text, in tokens.
+        stop: the text before which generated answers end.
         forward_batch_size: rows that go through the model at once; results do not depend on it.
 
     Raises:
@@ -77,6 +78,7 @@ class Problem:
     dtype: str = "float32"
     max_length: int | None = None
     max_completion_length: int = 64
+    stop: str | None = None
     forward_batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -103,6 +105,7 @@ class Problem:
             forward_batch_size=self.forward_batch_size,
             max_length=self.max_length,
             max_completion_length=self.max_completion_length,
+            stop=self.stop,
             temperature=0.0,
         )
 

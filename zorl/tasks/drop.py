@@ -28,5 +28,6 @@ TASK = Task(
     metric="squad_f1",
     rows=rows,
     causal="Passage: {passage}\nQuestion: {question}\nAnswer:",
+    stop="\n",
     hub=Hub("ucinlp/drop", test="validation"),
 )

@@ -37,5 +37,6 @@ TASK = Task(
     metric="squad_f1",
     rows=rows,
     causal="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+    stop="\n",
     hub=Hub("rajpurkar/squad", test="validation"),
 )

@@ -32,6 +32,7 @@ class Task:
         masked: the template for masked models; None if the task is not for them.
         hub: the data set on the hub; None if it exists in files alone.
         label_words: a word for each label of a classification.
+        stop: the text before which generated answers end.
         bare_columns: the names of the columns of CSV and TSV files, in order, where no header gives them.
         readers: ending → reader, for files in the data set's own format.
         label_column: the column with the truth.
@@ -45,6 +46,7 @@ class Task:
     masked: str | None = None
     hub: Hub | None = None
     label_words: Mapping[str, str] | None = None
+    stop: str | None = None
     bare_columns: tuple[str, ...] = ()
     readers: Mapping[str, Reader] = field(default_factory=dict, repr=False)
     label_column: str = "label"
