@@ -197,17 +197,17 @@ def report() -> str:
         "",
         "Everything here comes from forward passes alone, and that sets limits:",
         "",
-        "* **No power iteration.** It needs products Hv. Values of the loss give quadratic forms vᵀHv, and by polarisation vᵀHw: one "
-        "coordinate of Hv for a few forward passes, where d are needed. The trace is therefore Hutchinson's, from second "
+        "* **No power iteration.** It needs products Hv. Values of the loss give quadratic forms vᵀHv, and by polarisation vᵀHw: "
+        "one coordinate of Hv for a few forward passes, where d are needed. The trace is therefore Hutchinson's, from second "
         "differences along random directions, and ‖H‖ is the largest eigenvalue of the small matrix ZᵀHZ of all pairs of these "
         "directions, less what the rest of the spectrum adds to it.",
-        "* **The effective rank r may be too small.** If the spectrum is flat and r is not well below the number of directions m, "
-        "the norm comes out too large by a factor of at most 1 + 2√(r/m). The lower end of the norm's interval and the upper end "
+        "* **The effective rank r may be too small.** If the spectrum is flat and r is not well below the number of directions "
+        "m, the norm comes out too large by a factor of at most 1 + 2√(r/m). The lower end of the norm's interval and the upper end "
         "of the rank's allow for that; r is never shown above its bound, the column 'at most'.",
         "* **Lemma 2's ratio is computed, not measured.** It is a formula of d and n. A measured one would compare the length of "
         "the estimate with ‖∇L‖², and the only ‖∇L‖² that forward passes know is the mean square of the slopes of which the "
-        "estimate consists. `zorl diagnose` prints the ratio and the learning rate of Corollary 1 for `spsa` and `one_sided` only: "
-        "the other estimators have other second moments, or a bias.",
+        "estimate consists. `zorl diagnose` prints the ratio and the learning rate of Corollary 1 for `spsa` and `one_sided` "
+        "only: the other estimators have other second moments, or a bias.",
     ]
     return "\n".join([*lines, ""])
 
