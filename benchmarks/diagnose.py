@@ -202,8 +202,8 @@ def report() -> str:
         "differences along random directions, and ‖H‖ is the largest eigenvalue of the small matrix ZᵀHZ of all pairs of these "
         "directions, less what the rest of the spectrum adds to it.",
         "* **The effective rank r may be too small.** If the spectrum is flat and r is not well below the number of directions "
-        "m, the norm comes out too large by a factor of at most 1 + 2√(r/m). The lower end of the norm's interval and the upper end "
-        "of the rank's allow for that; r is never shown above its bound, the column 'at most'.",
+        "m, the norm comes out too large by a factor of at most 1 + 2√(r/m). The lower end of the norm's interval and the upper "
+        "end of the rank's allow for that; r is never shown above its bound, the column 'at most'.",
         "* **Lemma 2's ratio is computed, not measured.** It is a formula of d and n. A measured one would compare the length of "
         "the estimate with ‖∇L‖², and the only ‖∇L‖² that forward passes know is the mean square of the slopes of which the "
         "estimate consists. `zorl diagnose` prints the ratio and the learning rate of Corollary 1 for `spsa` and `one_sided` "
