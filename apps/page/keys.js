@@ -62,7 +62,7 @@
 
   const disable = () => {
     for (const id of Object.keys(PRINTED)) {
-      const idle = id === "undo" ? document.querySelector("[data-undo=no]") !== null : showing() === null;
+      const idle = id === "undo" ? document.querySelector("[data-undo=yes]") === null : showing() === null;
       document.getElementById(id)?.setAttribute("aria-disabled", String(away || idle));
     }
   };
