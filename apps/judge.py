@@ -74,9 +74,9 @@ def run(argv: Sequence[str]) -> str:
         if not arguments.page_only:
             _refuse_judgments_of_another_run(store, settings, folder)
             settings.write(folder)
+        store.set_tuner(*(("unconnected", _start_trainer(settings, folder)) if arguments.page_only else ("starting",)))
         page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines, page_only=arguments.page_only)
         tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: _tell_store(store, "failed", told))
-        store.set_tuner(*(("unconnected", _start_trainer(settings, folder)) if arguments.page_only else ("starting",)))
         address = page.open(arguments.host, arguments.port)
         try:
             if not arguments.page_only:
