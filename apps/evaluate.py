@@ -41,6 +41,7 @@ from zorl.reward_objective import score_answers
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
 from zorl.tasks import Task
+from zorl.wording import counted
 
 PREDICTION = "prediction"
 _CHUNK = 1024  # rows between two updates of the progress bar
@@ -131,7 +132,7 @@ def run_predict(argv: Sequence[str]) -> str:
     if arguments.json:
         return json.dumps({"n": len(rows), "output": str(output), "predicted": counts or None}, ensure_ascii=False)
     shares = f" ({', '.join(f'{label}: {count}' for label, count in counts.items())})" if counts else ""
-    return f"{len(rows)} predictions{shares} written to {output}"
+    return f"{counted(len(rows), 'prediction', 'predictions')}{shares} written to {output}"
 
 
 def _settings(arguments: AnswerArguments) -> dict[str, Any]:
@@ -157,6 +158,6 @@ def _table(result: dict[str, Any]) -> str:
     if len(result.get("rewards", {})) > 1:
         figures["reward (sum)"] = result["reward"]
     width = max(map(len, figures))
-    lines = [f"{result['dataset']}, {result['n']} rows, {result['seconds']:.1f} s"]
+    lines = [f"{result['dataset']}, {counted(result['n'], 'row', 'rows')}, {result['seconds']:.1f} s"]
     lines += [f"{name:<{width}}  {'—' if value is None else f'{value:.4f}'}" for name, value in figures.items()]
     return "\n".join(lines)

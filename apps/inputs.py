@@ -22,6 +22,7 @@ from zorl.rewards.loading import load_file
 from zorl.suggestions import check_columns
 from zorl.tasks import Task, few_shot
 from zorl.tasks import task as find_task
+from zorl.wording import counted
 
 DEFAULT_TEMPLATE = "{prompt}"  # the prompt column of TRL's data sets
 
@@ -237,11 +238,12 @@ def load_rewards(names: list[str] | None, label_column: str | None) -> list[Rewa
 
 def describe(dataset: Dataset, label_column: str | None) -> str:
     """The number of rows, in total and per label, as in `4000 rows (0: 2000, 1: 2000)`."""
+    rows = counted(len(dataset), "row", "rows")
     if label_column is None:
-        return f"{len(dataset)} rows"
+        return rows
     labels = [str(label) for label in dataset[label_column]]
     counts = [f"{label}: {labels.count(label)}" for label in sorted(set(labels))]
-    return f"{len(dataset)} rows ({', '.join(counts[:10])}{', …' if len(counts) > 10 else ''})"
+    return f"{rows} ({', '.join(counts[:10])}{', …' if len(counts) > 10 else ''})"
 
 
 def _label_words(given: list[str] | Mapping[str, str] | None) -> dict[str, str] | None:

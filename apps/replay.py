@@ -17,6 +17,7 @@ from zorl.output_bias import move_output_bias_to_generation_config
 from zorl.replay import replay
 from zorl.run_folder import RunFolder
 from zorl.trajectory import read
+from zorl.wording import counted
 
 
 def run(argv: Sequence[str]) -> str:
@@ -54,7 +55,9 @@ def run(argv: Sequence[str]) -> str:
     loaded = time.perf_counter()
     replay(header, records, tuned)
     seconds = time.perf_counter() - loaded
-    say(f"base loaded and checked in {loaded - start:.1f} s, {len(records)} steps replayed in {seconds:.2f} s")
+    say(
+        f"base loaded and checked in {loaded - start:.1f} s, {counted(len(records), 'step', 'steps')} replayed in {seconds:.2f} s"
+    )
 
     digest = tuned.sha256()
     matches = digest == settings["weights_sha256"] if saved is not None and saved == len(records) else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,10 @@ from zorl.interrupts import terminated_as_interrupted
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
 from zorl.stopping import CONFIDENCE, looks_of, outlook
+from zorl.tables import extension
 from zorl.tasks import Task
 from zorl.whole_files import read_json, write_json
+from zorl.wording import counted
 
 DEFAULT_STEPS = 250
 HOUR = 3600.0
@@ -94,30 +98,24 @@ def run(argv: Sequence[str]) -> str:
     given["stop"] = stop_of(given.get("stop"), task)
     config = build(MeZOConfig, _with_defaults(given, eval_rows is not None))
     begin = Begin()
-    trainer = MeZOTrainer(
-        arguments.model,
-        rewards or None,
-        judge=judge,
-        loss=arguments.loss,
-        args=config,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        prompt=prompt,
-        metrics=metrics or None,
-        callbacks=[begin],
-    )
-    result = _train(trainer, resuming, begin)
+    with _no_empty(folder):
+        trainer = MeZOTrainer(
+            arguments.model,
+            rewards or None,
+            judge=judge,
+            loss=arguments.loss,
+            args=config,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            prompt=prompt,
+            metrics=metrics or None,
+            callbacks=[begin],
+        )
+        result = _train(trainer, resuming, begin)
     processes.leave()
     if arguments.json:
         return json.dumps(result)
-    data: dict[str, str | None] = {
-        "task": arguments.task,
-        "dataset": arguments.eval_dataset or arguments.dataset,
-        "dataset_config": arguments.dataset_config,
-        # Without one a task is scored on its test split.
-        "dataset_split": arguments.eval_split or (arguments.dataset_split if task is None else None),
-        "text_column": arguments.text_column,
-    }
+    data = {"task": arguments.task, **_unseen(arguments, task), "text_column": arguments.text_column}
     scored = {"label_column": asked_label, "reward": None if prompt.chooses else arguments.reward or arguments.metrics}
     commands = _next_commands(result, arguments.model, data, scored, scorable=prompt.chooses or task is not None)
     return f"{_table(result)}\n\nTry next\n{commands}"
@@ -199,6 +197,18 @@ def _with_defaults(given: dict[str, Any], evaluated: bool) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def _no_empty(folder: Path) -> Iterator[None]:
+    """Removes a folder that the block makes, where the block fails before there is anything to keep in it."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new and folder.is_dir() and not any(path.suffix != ".lock" for path in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]:
     """Trains and saves the model. Returns the results of the run."""
     folder = trainer.folder.path
@@ -220,8 +230,8 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
     if begin.step >= trainer.state.max_steps:
         steps = trainer.mezo.steps
         say(
-            f"the run in {folder} is finished: it has {steps} steps. To extend it, repeat the command with a larger "
-            f"--max_steps, such as {2 * steps}; for a new run, choose another --output_dir"
+            f"the run in {folder} is finished: it has {counted(steps, 'step', 'steps')}. To extend it, repeat the command with a "
+            f"larger --max_steps, such as {2 * steps}; for a new run, choose another --output_dir"
         )
         if stored.is_file():
             result: dict[str, Any] = read_json(stored, "remove it, and the same command writes it again")
@@ -249,6 +259,7 @@ def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
     share = mezo.informative_share
     forwards, scores = looks_of(trainer.state.log_history)
     hour = outlook(forwards, scores, times=1.0 + HOUR / max(seconds, 1e-9))
+    hour = hour if hour is not None and hour.can_be_told(scores) else None
     return {
         **figures,
         "another_hour": None if hour is None else [number(round(x, 5)) for x in (hour.gain, hour.low, hour.high)],
@@ -280,8 +291,8 @@ def _table(result: dict[str, Any]) -> str:
         )
     share = result["informative_share"]
     figures = [
-        f"{result['steps']} steps",
-        f"{result['forwards']} forward passes of a batch",
+        counted(result["steps"], "step", "steps"),
+        f"{counted(result['forwards'], 'forward pass', 'forward passes')} of a batch",
         f"{result['seconds']:.0f} s",
         f"peak memory {result['peak_memory_mb']} MB",
         *([] if share is None else [f"{share:.0%} of the directions informative"]),
@@ -322,6 +333,20 @@ def _next_commands(result: dict[str, Any], model: str, data: Flags, scored: Flag
     if not scorable and scored["reward"] is None:
         del commands["eval"]
     return "\n".join(f"  {shlex.join(['zorl', name, *_words(flags)])}" for name, flags in commands.items())
+
+
+def _unseen(arguments: TrainArguments, task: Task | None) -> dict[str, str | None]:
+    """Flags that name rows to score that were not trained on: a placeholder where the command had none."""
+    dataset, split = arguments.eval_dataset or arguments.dataset, arguments.eval_split
+    path = Path(str(dataset))
+    if arguments.eval_dataset is None and split is None and path.is_file():
+        dataset = f"TEST{extension(path)}"
+    elif arguments.eval_dataset is None and split is None and task is None:
+        split = "TEST"
+    elif split is None and task is None:
+        split = arguments.dataset_split
+    # A task without a split is scored on its test split.
+    return {"dataset": dataset, "dataset_config": arguments.dataset_config, "dataset_split": split}
 
 
 def _words(flags: Flags) -> list[str]:

@@ -108,7 +108,7 @@ class Job(NamedTuple):
 
 
 def missing(options: argparse.Namespace) -> list[Job]:
-    """One method per job, and what takes seconds together. A whole row of seeds last: early on there is something of everything."""
+    """One method per job, and what takes seconds together. Seed by seed: early on there is something of everything."""
     jobs = []
     for seed in options.seeds:
         for name in options.only:

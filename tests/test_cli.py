@@ -449,6 +449,9 @@ def test_where_answers_are_text_training_suggests_eval_with_the_reward_or_not_at
     assert outcome.code == 0, outcome.err
     commands = suggested(outcome.out)
     assert [words[0] for words in commands] == names
+    # Not the rows that were trained on: a name to fill in.
+    assert all(words[words.index("--dataset") + 1] == "TEST.tsv" for words in commands if words[0] != "replay")
+    shutil.copy(files.path("dev.tsv"), "TEST.tsv")
     assert {zorl(words).code for words in commands} == {0}
 
 
@@ -778,7 +781,8 @@ def test_bad_input_gets_a_sentence(
     last = outcome.err.splitlines()[-1]
     assert last.startswith("zorl: error: ")
     assert expected in last
-    assert not (tmp_path / "out/model.safetensors").exists()
+    assert "label head" not in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -788,8 +792,9 @@ def test_bad_input_gets_a_sentence(
         ("text\tlabel\n", "has a header but no rows"),
         ("text\tlabel\n" + "a film\t0\n" * 20, "one class only: all 20 rows have label='0'"),
         ("text\tlabel\na film\t0\n" * 2 + "the plot\t0\n", "without a label word"),
-        ("text\tlabel\na film\t0\na plot\n", "line 3: 1 fields, but the first line has 2"),
+        ("text\tlabel\na film\t0\na plot\n", "line 3: 1 field, but the first line has 2"),
         ("a film\t0\nthe plot\t1\n", "If the first line is not a header, give positions"),
+        ("text;label\na film;0\n", "(columns: 'text;label'); the file seems to be separated by ';': save it with tabs"),
     ],
 )
 def test_a_bad_file_gets_a_sentence(

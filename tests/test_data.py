@@ -188,10 +188,19 @@ def test_a_file_without_header_says_how_to_name_its_columns(tmp_path: Path) -> N
     assert "has no column 2: its 2 columns are 0 to 1" in message(path, text_column=0, label_column=2)
 
 
+def test_a_file_with_another_separator_says_so(tmp_path: Path) -> None:
+    found = message(write(tmp_path / "a.csv", "text;label\nx, y;1\n"))
+    assert found.endswith(
+        "has no column 'text' (columns: 'text;label'); the file seems to be separated by ';': save it with commas"
+    )
+    found = message(write(tmp_path / "a.tsv", "text, label\nx,1\n"))
+    assert found.endswith("the file seems to be separated by ',': save it with tabs")
+
+
 BROKEN = [
-    ("a.csv", "text,label\nx,1\ny\n", "a.csv, line 3: 1 fields, but the first line has 2"),
+    ("a.csv", "text,label\nx,1\ny\n", "a.csv, line 3: 1 field, but the first line has 2"),
     ("a.tsv", "text\tlabel\n\nx\t1\t2\n", "a.tsv, line 3: 3 fields, but the first line has 2"),
-    ("a.csv", 'text,label\n"two\nlines",1\nx\n', "a.csv, line 4: 1 fields, but the first line has 2"),
+    ("a.csv", 'text,label\n"two\nlines",1\nx\n', "a.csv, line 4: 1 field, but the first line has 2"),
     ("a.csv", 'text,label\n"never closed,1\n', "not CSV: unexpected end of data"),
     ("a.csv", "", "a.csv is empty"),
     ("a.tsv", "\n\n", "a.tsv is empty"),

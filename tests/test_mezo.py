@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -680,3 +682,11 @@ def test_another_estimator_does_not_go_on_with_a_log(tmp_path: Path):
         optimizer.close()
         with pytest.raises(ValueError, match=f"estimator was {first!r}, is now {then!r}"):
             MeZO([("w", torch.ones(4))], estimator=then, trajectory=path)  # type: ignore[arg-type]
+
+
+def test_the_optimizer_alone_loads_no_language_model_library() -> None:
+    """They take seconds, and load quantisers that warn of kernels that nothing here needs."""
+    slow = {"transformers", "datasets", "peft", "trl", "torchao", "bitsandbytes", "sklearn"}
+    code = f"import sys; from zorl import MeZO; print({slow} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")

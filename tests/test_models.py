@@ -168,3 +168,11 @@ def test_a_file_that_is_no_tokenizer_is_named(saved: Path, file: str, content: s
 def test_a_folder_without_a_tokenizer_keeps_the_sentence_of_transformers(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         load_processing_class(str(tmp_path / "nowhere"))
+
+
+def test_a_name_that_is_neither_a_folder_nor_reachable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = "^the model 'nope/model' is neither a folder here nor reachable on the hub$"
+    for load in (load_model, is_masked, trained_classes):
+        with pytest.raises(OSError, match=message):
+            load("nope/model")

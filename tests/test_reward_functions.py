@@ -435,7 +435,7 @@ def test_what_an_async_function_returns_is_checked_as_well():
     async def short(**columns):
         return [1.0]
 
-    with pytest.raises(RewardError, match="'short' returned 1 rewards for 3"):
+    with pytest.raises(RewardError, match="'short' returned 1 reward for 3"):
         score(short)
 
 

@@ -45,6 +45,15 @@ def test_too_few_looks_say_nothing():
     assert isinstance(outlook(FORWARDS[:4], [0.1, 0.2, 0.3, 0.4], 2.0), Outlook)
 
 
+def test_an_interval_that_is_wider_than_the_scores_seen_is_not_told():
+    """A score of −22 that cannot exceed 0 was promised +49, give or take 240, in another hour."""
+    rising = [0.5 + 0.1 * math.log(f) for f in FORWARDS]
+    for scores, told in ((rising, True), ([-22.0, -24.0, -21.0, -25.0, -22.0, -23.0], False), ([0.5] * 8, False)):
+        found = outlook(FORWARDS[: len(scores)], scores, times=100.0)
+        assert found is not None
+        assert found.can_be_told([*scores, math.nan]) is told
+
+
 def test_a_run_stops_where_twice_as_much_would_buy_too_little():
     stopping = Stopping(None, least_gain=0.01)
     flat = [0.7, 0.79, 0.800, 0.801, 0.7995, 0.8, 0.8005, 0.7998]

@@ -304,7 +304,9 @@ def test_a_trajectory_is_not_overwritten(tmp_path: Path):
 def test_a_file_of_something_else_is_refused(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    with pytest.raises(TrajectoryError, match=r"model\.safetensors is not a zorl trajectory: it does not start with"):
+    with pytest.raises(
+        TrajectoryError, match=r"model\.safetensors is not a zorl trajectory: it does not start with ZORL$"
+    ):
         read(path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none")

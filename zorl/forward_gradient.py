@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from transformers import PreTrainedModel
 
 from zorl.directions import Distribution, key
 from zorl.interrupts import uninterrupted
@@ -67,6 +66,10 @@ class DirectionalDerivative:
     """
 
     def __init__(self, model: nn.Module, parameters: ParameterSet, distribution: Distribution = "rademacher") -> None:
+        from transformers import (
+            PreTrainedModel,
+        )  # slow, and it loads quantisers that print warnings: `zorl.MeZO` needs neither
+
         self.parameters, self.distribution = parameters, distribution
         self.evaluator = Scratch(model, parameters, distribution)  # at offset 0, it selects the head's rows
         self.module: Any = self.evaluator.module

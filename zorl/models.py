@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -134,8 +135,13 @@ def _load_classifier(
 
 def _config(name: str, **options: Any) -> PreTrainedConfig:
     """A model's configuration. transformers asks at the terminal whether to run a checkpoint's own code; here it is never run."""
-    with _no_code_of(name):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    try:
+        with _no_code_of(name):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    except OSError as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        raise OSError(f"the model {name!r} is neither a folder here nor reachable on the hub") from None
     return config
 
 

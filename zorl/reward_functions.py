@@ -25,6 +25,7 @@ from zorl import processes
 from zorl.background_loop import BackgroundLoop
 from zorl.reward_models import RewardModel
 from zorl.suggestions import did_you_mean
+from zorl.wording import counted
 
 RewardFunction = Callable[..., Any]
 # TRL passes every column of the data set to the function except these, which it passes under other names.
@@ -275,7 +276,8 @@ def _values(name: str, output: Any, count: int) -> Tensor:
         raise RewardError(f"reward function {name!r} returned {_short(output)}; {expected}")
     items = _read(name, lambda: list(output), expected)
     if len(items) != count:
-        raise RewardError(f"reward function {name!r} returned {len(items)} rewards for {count} completions; {expected}")
+        found = f"{counted(len(items), 'reward', 'rewards')} for {counted(count, 'completion', 'completions')}"
+        raise RewardError(f"reward function {name!r} returned {found}; {expected}")
     return torch.tensor([math.nan if v is None else _number(name, v, f"for sample {i}") for i, v in enumerate(items)])
 
 

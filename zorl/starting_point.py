@@ -64,7 +64,9 @@ class StartingPoint:
         def fitted() -> dict[str, Any]:
             if kind == "bias":
                 return replace(prompt, label_head=fit_bias(goal)).to_dict()
-            with tqdm(desc="label head", unit="step", leave=False, disable=self._args.disable_tqdm) as bar:
+            quiet = self._args.disable_tqdm
+            # With a delay, a reward that fails at once leaves no empty bar in front of its error.
+            with tqdm(desc="label head", unit="step", leave=False, delay=0.1, disable=quiet) as bar:
                 head = fit_head(goal, derive_seed(self._args.seed, "label head"), bar.update)
             return replace(prompt, label_head=head).to_dict()
 

@@ -35,6 +35,11 @@ class Outlook:
     high: float
     looks: int
 
+    def can_be_told(self, scores: Sequence[float]) -> bool:
+        """Whether the interval is narrower than the range of the scores so far; never where these are all the same."""
+        seen = [score for score in scores if math.isfinite(score)]
+        return self.high - self.low < max(seen) - min(seen)
+
 
 def outlook(forwards: Sequence[float], scores: Sequence[float], times: float) -> Outlook | None:
     """What `times` as many forward passes would change, if the score continues as in the later half of the evaluations.

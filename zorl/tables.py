@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from zorl.suggestions import check_columns, did_you_mean
 from zorl.text_files import decoded
+from zorl.wording import counted
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # each also with .gz appended
 
@@ -132,16 +133,28 @@ def _delimited(
         try:
             check_columns(f"{path}", wanted, head)
         except ValueError as error:
-            raise ValueError(
-                f"{error}. If the first line is not a header, give positions: 0 is the first column"
-            ) from None
+            other = _other_separator(head, wanted)
+            hint = ". If the first line is not a header, give positions: 0 is the first column"
+            if other is not None:
+                usual = "commas" if extension(path) == ".csv" else "tabs"
+                hint = f"; the file seems to be separated by {other!r}: save it with {usual}"
+            raise ValueError(f"{error}{hint}") from None
     for number, fields in lines:
         if len(fields) != len(header):
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields, but the first line has {len(header)}")
+            found = counted(len(fields), "field", "fields")
+            raise ValueError(f"{path}, line {number}: {found}, but the first line has {len(header)}")
     if not lines:
         raise ValueError(f"{path} has a header but no rows")
     columns = zip(*(fields for _, fields in lines), strict=True)
     return pa.table({name: pa.array(values, pa.string()) for name, values in zip(header, columns, strict=True)}), found
+
+
+def _other_separator(head: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """What separates the wanted names in a first line that was read as one field; None where nothing does."""
+    for separator in (";", ",", "\t", "|") if len(head) == 1 else ():
+        if {*wanted} <= {name.strip(' "') for name in head[0].split(separator)}:
+            return separator
+    return None
 
 
 def _is_header(head: Sequence[str], name: str) -> bool:

@@ -36,6 +36,7 @@ from zorl.directions import derive_seed
 from zorl.parameters import ParameterSet
 from zorl.schedules import Directions
 from zorl.whole_files import whole_file, writing
+from zorl.wording import counted
 
 SCHEMA = 1
 _MAGIC = b"ZORL"
@@ -220,7 +221,9 @@ def read(path: str | Path, until: int | None = None) -> tuple[dict[str, Any], li
             f"{damage}: replay them with --until {len(records)}, or resume the run to repeat the rest"
         )
     if until is not None and not 0 <= until <= len(records):
-        raise TrajectoryError(f"{path} holds {len(records)} steps, so it cannot be replayed until step {until}")
+        raise TrajectoryError(
+            f"{path} holds {counted(len(records), 'step', 'steps')}, so it cannot be replayed until step {until}"
+        )
     return header, records[:until]
 
 
@@ -281,7 +284,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], list[Record], Damage | None, int
     """Header, intact records, damage, and the number of bytes up to the end of the intact records."""
     data = path.read_bytes()
     if data[:4] != _MAGIC:
-        raise TrajectoryError(f"{path} is not a zorl trajectory: it does not start with {_MAGIC!r}")
+        raise TrajectoryError(f"{path} is not a zorl trajectory: it does not start with {_MAGIC.decode()}")
     size = _U32.unpack(data[4:8])[0] if len(data) >= 8 else len(data)
     end = 8 + size + 4
     if len(data) < end or zlib.crc32(data[: end - 4]) != _U32.unpack(data[end - 4 : end])[0]:
