@@ -173,6 +173,6 @@ def test_a_folder_without_a_tokenizer_keeps_the_sentence_of_transformers(tmp_pat
 def test_a_name_that_is_neither_a_folder_nor_reachable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = "^the model 'nope/model' is neither a folder here nor reachable on the hub$"
-    for load in (load_model, is_masked, trained_classes):
+    for load in (load_model, is_masked_checkpoint, trained_classes):
         with pytest.raises(OSError, match=message):
             load("nope/model")

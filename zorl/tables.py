@@ -141,8 +141,9 @@ def _delimited(
             raise ValueError(f"{error}{hint}") from None
     for number, fields in lines:
         if len(fields) != len(header):
-            found = counted(len(fields), "field", "fields")
-            raise ValueError(f"{path}, line {number}: {found}, but the first line has {len(header)}")
+            raise ValueError(
+                f"{path}, line {number}: {counted(len(fields), 'field', 'fields')}, but the first line has {len(header)}"
+            )
     if not lines:
         raise ValueError(f"{path} has a header but no rows")
     columns = zip(*(fields for _, fields in lines), strict=True)
