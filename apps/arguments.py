@@ -214,7 +214,18 @@ class CompareArguments(InputArguments):
         default_factory=lambda: [13, 21, 42],
         metadata=_several("Random seeds: each method runs once per seed. Default: 13 21 42."),
     )
-    budget: int = _flag("Forward passes (of one batch each) that a run may spend on learning.", 500)
+    budget: int = _flag(
+        "Forward passes (of one batch each) that a run may spend on learning. Methods that try several learning rates spend "
+        "it on each of them (fine-tuning, GRPO), or a quarter of it (published MeZO).",
+        500,
+    )
+    published_rates: list[float] | None = field(
+        default=None,
+        metadata=_several(
+            "Learning rates that mezo_published and mezo_published_metric try. Default: 1e-5 1e-4 1e-3, for small models; the "
+            "paper's grids are 1e-7 1e-6 1e-5 for RoBERTa-large and 1e-7 1e-6 for OPT."
+        ),
+    )
     batch_size: int = _flag("Rows per batch.", 32)
     max_length: int | None = _flag("Maximum tokens per prompt; longer texts are cut. Default: the model's limit.")
     max_completion_length: int = _flag("Maximum tokens to generate.", 64)

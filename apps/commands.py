@@ -252,21 +252,22 @@ COMPARE = Command(
     name="compare",
     usage="--model M --task TASK [--methods METHOD …]",
     about="""\
-Runs methods on the same rows and within the same budget of forward passes, over several seeds. Writes one table with means and
-standard deviations, forward passes, seconds and memory, and a plot. If a method tries several learning rates, the forward
-passes of all of them count. Finished cells are kept: the same command continues where it was stopped, and a command with more
---methods or --seeds adds to the table.
+Runs methods on the same rows, over several seeds. Writes one table with means and standard deviations, forward passes, seconds
+and memory, and a plot. Each run has the same budget of forward passes. Methods that try several learning rates make several
+runs: fine-tuning and GRPO spend the budget on each rate, published MeZO a quarter of it on each and all of it on the best. The
+table counts the forward passes of all these runs. Finished cells are kept: the same command continues where it was stopped, and
+a command with more --methods or --seeds adds to the table.
 
 Without a gradient: zero_shot, threshold (one fitted bias per label), in_context (up to 32 demonstrations), label_head (where mezo
 starts), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric), mezo_f1, mezo_cross_entropy, mezo_lora,
 mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_two_sided (SPSA), lp_mezo (a linear probe first), and the
-paper's own recipe with a grid of learning rates: mezo_published, mezo_published_metric. With backpropagation: fine_tuning (Adam),
-fine_tuning_sgd, grpo (TRL's).""",
+paper's own recipe with the best of the learning rates 1e-5, 1e-4 and 1e-3 (--published_rates): mezo_published,
+mezo_published_metric. With backpropagation: fine_tuning (Adam), fine_tuning_sgd, grpo (TRL's).""",
     types=lambda: (CompareArguments,),
     sections={
         "Model and data": f"{_DATA} label_column k_shot sample eval_dataset test_dataset test_split test_rows",
         "Prompt": _QUESTION,
-        "What to compare": "methods metrics seeds budget batch_size",
+        "What to compare": "methods metrics seeds budget batch_size published_rates",
         "Output": "output_dir json",
         "Memory and text": "max_length max_completion_length",
     },

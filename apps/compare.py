@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from zorl.apps import compare_report
 from zorl.apps.arguments import CompareArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
-from zorl.apps.compare_methods import METHODS, STANDARD
+from zorl.apps.compare_methods import METHODS, PUBLISHED_RATES, STANDARD
 from zorl.apps.elapsed import elapsed
 from zorl.apps.inputs import (
     check_model_folder,
@@ -49,7 +51,7 @@ NOTE = "comparison.json"  # what a folder's cells have in common
 SAME = (
     "model", "task", "dataset", "eval_dataset", "test_dataset", "dataset_config", "dataset_split", "test_split", "text_column",
     "prompt", "label_words", "options", "chat", "system", "label_column", "k_shot", "sample", "test_rows", "budget", "batch_size",
-    "metrics", "max_length", "max_completion_length",
+    "metrics", "max_length", "max_completion_length", "published_rates",
 )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ def run(argv: Sequence[str]) -> str:
         f"{len(todo)} of {len(methods) * len(arguments.seeds)} cells to run: {len(methods)} methods, {len(arguments.seeds)} "
         f"seeds, at most {arguments.budget} forward passes of {arguments.batch_size} rows each"
     )
+    rates = arguments.published_rates or PUBLISHED_RATES
     failed: list[dict[str, Any]] = []
     try:
         with tqdm(total=len(todo), unit="cell") as bar:
@@ -105,7 +108,7 @@ def run(argv: Sequence[str]) -> str:
                 for name in [name for at, name in todo if at == seed]:
                     bar.set_postfix_str(f"{METHODS[name].title}, seed {seed}")
                     try:
-                        _run_cell(folder, name, problem, rows.test, metrics)
+                        _run_cell(folder, name, problem, rows.test, metrics, rates)
                     except OSError:
                         raise
                     except Exception as error:
@@ -136,6 +139,9 @@ def _chosen(arguments: CompareArguments) -> list[str]:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    bad = next((rate for rate in arguments.published_rates or () if not 0.0 < rate < math.inf), None)
+    if bad is not None:
+        raise ValueError(f"--published_rates must be positive, got {bad}")
     arguments.seeds = list(dict.fromkeys(arguments.seeds))
     if not arguments.seeds:
         raise ValueError("--seeds needs at least one number")
@@ -217,16 +223,28 @@ def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool
     return tested != learnt and not a_file
 
 
-def _run_cell(folder: Path, name: str, problem: Problem, test: list[dict[str, Any]], metrics: Sequence[str]) -> None:
-    """Runs one method with one seed and writes its results."""
+def _run_cell(
+    folder: Path,
+    name: str,
+    problem: Problem,
+    test: list[dict[str, Any]],
+    metrics: Sequence[str],
+    rates: Sequence[float],
+) -> None:
+    """Runs one method with one seed and writes its results.
+
+    Args:
+        rates: the learning rates that the published recipe tries.
+    """
     method = METHODS[name]
+    fit = partial(method.fit, rates=rates) if method.takes_rates else method.fit
     work = folder / "runs" / f"{name}-{problem.seed}"
     cell: dict[str, Any] = {"method": name, "title": method.title, "seed": problem.seed}
     before = elapsed(work)  # of a run that continues
     start = time.perf_counter()
     try:
         with peak_memory(problem.device) as peak:
-            fitted = method.fit(problem, work)
+            fitted = fit(problem, work)
             learning = before + time.perf_counter() - start
             answers = fitted.answers(test)
         for metric in metrics:

@@ -74,15 +74,15 @@ def _lmbff(task: str, *splits: str) -> tuple[str, ...]:
 _FEW = "--dataset {data}/superglue_fewglue/NAME/train.jsonl --eval_dataset {data}/superglue_fewglue/NAME/dev32.jsonl " \
        "--test_dataset {data}/superglue_fewglue/NAME/val.jsonl"  # fmt: skip
 SETTINGS = {
-    "sst2-16": Setting("SST-2, 16 rows a label", "sst2", "--dataset {data}/sst2 --k_shot 16"),
-    "trec-16": Setting("TREC, 16 rows a label", "trec", "--dataset {data}/trec --k_shot 16"),
+    "sst2-16": Setting("SST-2, 16 rows per label", "sst2", "--dataset {data}/sst2 --k_shot 16"),
+    "trec-16": Setting("TREC, 16 rows per label", "trec", "--dataset {data}/trec --k_shot 16"),
     "rte-16": Setting(
-        "RTE, 16 rows a label", "rte",
+        "RTE, 16 rows per label", "rte",
         "--dataset {pooled}/train.tsv --test_dataset {data}/lmbff_kshot/RTE/16-42/test.tsv --k_shot 16",
         pool=(("train.tsv", _lmbff("RTE", "16-13/train", "16-13/dev", "16-42/train", "16-42/dev")),),
     ),
     "snli-16": Setting(
-        "SNLI, 16 rows a label", "snli", "--dataset {pooled}/train.tsv --test_dataset {pooled}/test.tsv --k_shot 16",
+        "SNLI, 16 rows per label", "snli", "--dataset {pooled}/train.tsv --test_dataset {pooled}/test.tsv --k_shot 16",
         pool=(
             ("train.tsv", _lmbff("SNLI", "16-13/train", "16-13/dev")),
             ("test.tsv", _lmbff("SNLI", "16-42/train", "16-42/dev")),
@@ -92,7 +92,7 @@ SETTINGS = {
     "wic-32": Setting("WiC, 32 rows", "wic", _FEW.replace("NAME", "WiC")),
     "boolq-32": Setting("BoolQ, 32 rows", "boolq", f"{_FEW.replace('NAME', 'BoolQ')} --max_length 128"),
     "copa-32": Setting("COPA, 32 rows, the causal model", "copa", _FEW.replace("NAME", "COPA"), causal=True),
-    "sst2-512": Setting("SST-2, 512 rows a label", "sst2", "--dataset {data}/sst2 --k_shot 512"),
+    "sst2-512": Setting("SST-2, 512 rows per label", "sst2", "--dataset {data}/sst2 --k_shot 512"),
     "squad": Setting(
         "XQuAD (English) as SQuAD, the causal model", "squad",
         "--dataset {data}/xquad_en/xquad.en.json --k_shot 64 --max_completion_length 8", causal=True,
@@ -109,7 +109,7 @@ class Job(NamedTuple):
 
 
 def missing(options: argparse.Namespace) -> list[Job]:
-    """A method a job, and what takes seconds together. A whole row of seeds last: early on there is something of everything."""
+    """One method per job, the cheap ones together. All jobs of a seed come before those of the next."""
     jobs = []
     for seed in options.seeds:
         for name in options.only:

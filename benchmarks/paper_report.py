@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from paper import BATCH, BUDGET, CELLS, MAIN, REST, ROOT, SEEDS, SETTINGS, TEST_ROWS
 
 from zorl.apps import compare_report
+from zorl.apps.compare_methods import PUBLISHED_RATES
 
 AGAINST = {"zero_shot": "zero-shot", "threshold": "threshold", "in_context": "in-context", "linear_probing": "linear probing",
            "label_head": "label head alone", "fine_tuning": "fine-tuning"}  # fmt: skip
@@ -28,7 +29,7 @@ def cells_of(name: str) -> list[dict[str, Any]]:
 
 
 def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
-    """docs/results.md: a table a setting, and what they say of the paper's claims."""
+    """docs/results.md: one table per setting, and what they say of the paper's claims."""
     machines = sorted({cell["machine"] for cells in found.values() for cell in cells})
     minutes = sum(cell.get("seconds", 0.0) for cells in found.values() for cell in cells) / 60
     lines = [
@@ -42,9 +43,12 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
         "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
         f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
         "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
-        "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning: where a method "
-        "tries several learning rates, those of each are among them. Momentum, which has no default learning rate, runs at "
-        "1e-4, untuned. "
+        "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning. Where a method "
+        "tries several learning rates, those of each are among them: fine-tuning and GRPO spend the budget on each rate, "
+        "published MeZO a quarter of it on each and all of it on the best. Published MeZO tries the rates "
+        f"{', '.join(f'{rate:g}' for rate in PUBLISHED_RATES)}, chosen for small models by what "
+        "[efficiency.md](efficiency.md) found; the paper's own grids are 1e-07, 1e-06, 1e-05 for RoBERTa-large and 1e-07, "
+        "1e-06 for OPT. Momentum, which has no default learning rate, runs at 1e-4, untuned. "
         f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
         "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
         "",
@@ -144,7 +148,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
-    """A panel a task, a line a method: the mean over the seeds, and each seed."""
+    """One panel per task, one line per method: the mean over the seeds, and each seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -19,7 +19,7 @@ from zorl.apps.cli import main
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
 from zorl.apps.compare import _draw
-from zorl.apps.compare_methods import METHODS, STANDARD, _calibration_rows
+from zorl.apps.compare_methods import METHODS, PUBLISHED_RATES, STANDARD, _calibration_rows
 from zorl.apps.compare_report import markdown, summary, text
 from zorl.apps.inputs import load_task, make_prompt
 from zorl.baselines.problem import Problem
@@ -247,6 +247,7 @@ def test_options_of_each_row(files: Path, tmp_path: Path):
         (["--metrics", "acuracy"], "unknown reward 'acuracy'"),
         (["--prompt", "{txt} it was {mask} ."], "txt"),
         (["--seeds", "-1"], "--seeds must be at least 0 and below 2**32, got -1"),
+        (["--published_rates", "1e-4", "-1"], "--published_rates must be positive, got -1.0"),
         (["--max_length", "0"], "--max_length must be at least 1, got 0"),
     ],
 )
@@ -282,6 +283,19 @@ def test_cells_of_other_settings_are_not_put_in_one_table(
 
     assert main(words(files, out, "--methods", "zero_shot", "--seeds", "1", "--text_column", "0")) == 2
     assert "holds a comparison with --text_column" in capsys.readouterr().err
+
+
+def test_the_learning_rates_of_the_published_recipe_can_be_given(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = words(files, tmp_path, "--methods", "mezo_published", "--seeds", "1", "--published_rates")
+    assert main([*command, "3e-6"]) == 0
+    found = cells(tmp_path)["mezo_published-1"]
+    assert found["chosen"]["learning_rate"] == 3e-6
+    assert found["forwards"] == 24 + 6
+    assert main([*command, "1e-4"]) == 2
+    assert "holds a comparison with --published_rates [3e-06], not [0.0001]" in capsys.readouterr().err
+    assert all(f"{rate:.0e}".replace("e-0", "e-") in COMPARE.help() for rate in PUBLISHED_RATES)
 
 
 def test_a_damaged_file_is_named_with_what_to_do(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
