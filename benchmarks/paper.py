@@ -108,7 +108,7 @@ class Job(NamedTuple):
 
 
 def missing(options: argparse.Namespace) -> list[Job]:
-    """One method per job, and what takes seconds together. Seed by seed: early on there is something of everything."""
+    """One method per job, the cheap ones together. All jobs of a seed come before those of the next."""
     jobs = []
     for seed in options.seeds:
         for name in options.only:
