@@ -39,8 +39,8 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
         "masked model has 22.7M parameters (6 layers, width 384), the causal one 260,032: far smaller than the paper's, so "
         "compare rows here with each other and not with the paper.",
         "",
-        f"A run may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses settings "
-        "and the best of ten looks on development rows that are as many as the training rows. Figures are of at most "
+        f"A run may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses its "
+        "settings, and the best of ten evaluations, on as many development rows as training rows. Figures are of at most "
         f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
         "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
         "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning. Where a method "
@@ -107,9 +107,9 @@ def claims(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
         "## Where MeZO is ahead, and where it is not",
         "",
-        "Zorl on the metric itself, less each of the others: the mean over the seeds that both have, ± its standard error over "
-        "the seeds and of the test rows; bold where it is more than two standard errors. The paper claims more than zero-shot, "
-        "in-context and probing, and about as much as fine-tuning.",
+        "Zorl on the metric itself minus each of the others: the mean over the seeds that both have, ± its standard error over "
+        "the seeds and of the test rows; bold where it is more than two standard errors. The paper reports that MeZO beats "
+        "zero-shot, in-context learning and linear probing, and comes close to fine-tuning.",
         "",
         f"| task | {' | '.join(AGAINST.values())} |",
         f"|---|{'---|' * len(AGAINST)}",
@@ -182,7 +182,7 @@ def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
 
 
 def main() -> None:
-    found = {name: cells for name in SETTINGS if (cells := cells_of(name))}
+    found = {name: cells for name in SETTINGS if metrics_of(cells := cells_of(name))}
     (ROOT / "docs" / "results.md").write_text(report(found), encoding="utf-8")
     plot(found, ROOT / "docs" / "results.png")
 
