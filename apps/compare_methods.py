@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,14 @@ from zorl.config import DIRECTIONS
 from zorl.probe import CENTRE
 from zorl.prompts import Prompt
 from zorl.rewards import load_reward
+from zorl.schedules import Directions
 
 CROSS_ENTROPY = "cross_entropy"
 EVALUATIONS = 10  # evaluations per run, on the held-out rows; the best step counts
+# What a direction costs. A forward gradient computes a slope beside each matrix product, which takes two more of them.
+FORWARDS_PER_DIRECTION = {
+    "one_sided": 1, "one_point": 1, "spsa": 2, "variance_spsa": 2, "expectation_spsa": 2, "forward_gradient": 3,
+}  # fmt: skip
 TWO_SIDED: dict[str, Any] = {"estimator": "spsa", "n_spsa": "1"}
 # The recipe of the paper's own code. Its learning rate comes from a grid: each rate is tried with a quarter of the budget, and
 # the one that does best on the held-out rows then gets the full budget. The paper's grids, 1e-7 … 1e-5 for RoBERTa-large and
@@ -59,29 +65,63 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
     Raises:
         NotApplicable: the budget does not pay for a step.
     """
-    before = 0
-    if settings.get("calibration") != "none" and problem.prompt.labels:
-        rows = _calibration_rows(problem)
-        before = math.ceil(rows / problem.batch_size)
-        settings["calibration_rows"] = rows
+    calibrating = 0
+    if settings.get("calibration") != "none":
+        calibrating = _calibration_forwards(problem)
+        settings["calibration_rows"] = _calibration_rows(problem)
+    before = calibrating
+    estimator = settings.get("estimator", "one_sided")
+    if settings.get("block_scales") == "gradient_norms":
+        before += FORWARDS_PER_DIRECTION[estimator] * len(list(problem.load()[0].parameters()))
+        settings["block_scales_every"] = problem.budget + 1  # they are measured once
     left = problem.budget - before
-    sides = 2 if settings.get("estimator") == "spsa" else 1
-    # The fewest directions that a step can have: one-sided ones are compared with each other.
-    fewest = int(settings.get("n_spsa", 2)) * sides
-    if left < fewest:
-        after = f" after the {before} of the calibration" if before else ""
+    if "n_spsa" not in settings:
+        # At least two: one-sided directions are compared with each other.
+        settings["n_spsa"] = str(max(2, min(DIRECTIONS, left)))
+    directions = Directions.parse(settings["n_spsa"])
+
+    def cost(steps: int) -> int:
+        return FORWARDS_PER_DIRECTION[estimator] * sum(map(directions.at, range(steps)))
+
+    steps = bisect.bisect_right(range(1, left + 1), left, key=cost)
+    if steps == 0:
+        after = f" after the {before} that come before it" if before else ""
         raise NotApplicable(
-            f"a step takes {fewest} forwards, and a budget of {problem.budget} leaves {max(0, left)}{after}; raise it"
+            f"the first step takes {cost(1)} forwards, and a budget of {problem.budget} leaves {max(0, left)}{after}; raise it"
         )
-    settings.setdefault("n_spsa", str(min(DIRECTIONS, left)))
-    steps = left // (int(settings["n_spsa"]) * sides)
+    steps += before > calibrating  # measuring the blocks is a step that moves nothing
     every = math.ceil(steps / EVALUATIONS)
     trainer = _trainer(
         problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
         load_best_model_at_end=True, **settings,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
-    return _fitted(trainer, step=trainer.step, learning_rate=trainer.args.learning_rate)
+    fitted = _fitted(trainer, step=trainer.step, learning_rate=trainer.args.learning_rate)
+    if estimator == "forward_gradient":  # the trainer counts one for each
+        fitted = replace(fitted, forwards=calibrating + cost(steps))
+    return fitted
+
+
+def n_spsa(problem: Problem, folder: Path) -> Fitted:
+    """SPSA whose directions per step grow linearly from one to eight (MeZO, Appendix A)."""
+    left = problem.budget - _calibration_forwards(problem)
+
+    def cost(steps: int) -> int:
+        return FORWARDS_PER_DIRECTION["spsa"] * sum(map(Directions(1, DIRECTIONS, steps).at, range(steps)))
+
+    steps = max(1, bisect.bisect_right(range(1, left + 1), left, key=cost))
+    return mezo(problem, folder, estimator="spsa", n_spsa=str(Directions(1, DIRECTIONS, steps)))
+
+
+def macro_f1(problem: Problem, folder: Path) -> Fitted:
+    """MeZO on macro-F1.
+
+    Raises:
+        NotApplicable: the prompt has no labels, so that every text would be a class of its own.
+    """
+    if not problem.prompt.labels:
+        raise NotApplicable(f"macro-F1 needs a prompt with labels, and {problem.prompt.template!r} has none")
+    return mezo(problem, folder, objective="f1")
 
 
 def label_head(problem: Problem, folder: Path) -> Fitted:
@@ -120,6 +160,11 @@ def _calibration_rows(problem: Problem) -> int:
     """The rows to calibrate on: as many as half of the budget reads, so that the rest is left for steps."""
     affordable = max(1, problem.budget // 2) * problem.batch_size
     return min(MeZOConfig.calibration_rows, affordable, len(problem.train))
+
+
+def _calibration_forwards(problem: Problem) -> int:
+    """What the calibration costs; nothing where there are no labels to calibrate."""
+    return math.ceil(_calibration_rows(problem) / problem.batch_size) if problem.prompt.labels else 0
 
 
 def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: Any) -> MeZOTrainer:
@@ -196,7 +241,7 @@ METHODS: dict[str, Method] = {
     "mezo_published_metric": Method("published MeZO, the metric", published, takes_rates=True),
     "mezo_cross_entropy": Method("zorl, cross entropy", partial(mezo, objective=CROSS_ENTROPY)),
     "mezo": Method("zorl, the metric", mezo),
-    "mezo_f1": Method("zorl, macro-F1", partial(mezo, objective="f1")),
+    "mezo_f1": Method("zorl, macro-F1", macro_f1),
     "mezo_lora": Method("zorl, LoRA, the metric", partial(mezo, tune="lora")),
     "mezo_prefix": Method("zorl, prefix, the metric", partial(mezo, tune="prefix")),
     "mezo_head": Method("zorl, output embedding, the metric", partial(mezo, tune="head")),
@@ -206,6 +251,19 @@ METHODS: dict[str, Method] = {
     "mezo_adam": Method("zorl, Adam, the metric", partial(mezo, update="adam", **TWO_SIDED)),
     "mezo_one_point": Method("zorl, one point, the metric", partial(mezo, estimator="one_point", n_spsa="1")),
     "mezo_two_sided": Method("zorl, two-sided, the metric", partial(mezo, **TWO_SIDED)),
+    "mezo_n_spsa": Method("zorl, two-sided, 1 to 8 directions, the metric", n_spsa),
+    "mezo_variance": Method(
+        "zorl, variance-modified, the metric",
+        partial(mezo, estimator="variance_spsa", n_spsa="1", block_scales="parameter_norms"),
+    ),
+    "mezo_expectation": Method(
+        "zorl, expectation-modified, the metric",
+        partial(mezo, estimator="expectation_spsa", n_spsa="1", block_scales="gradient_norms"),
+    ),
+    "mezo_forward_gradient": Method(
+        "zorl, forward gradient, cross entropy",
+        partial(mezo, objective=CROSS_ENTROPY, estimator="forward_gradient", n_spsa="1"),
+    ),
     "lp_mezo": Method("linear probe, then MeZO, cross entropy", lp_mezo),
     "fine_tuning": Method("fine-tuning, Adam", baseline(fine_tuning.fit, optimizer="adam")),
     "fine_tuning_sgd": Method("fine-tuning, SGD", baseline(fine_tuning.fit, optimizer="sgd")),

@@ -747,7 +747,7 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
         (["--judge", "reward:f2"], "unknown reward 'f2'"),
         (["--judge", "humans"], "unknown judge 'humans'; did you mean 'human'? (a judge is human, reward:NAME"),
         (["--judge", "REWARDS:judge", "--judgments", "j.sqlite"], "leave it out, or use 'human'"),
-        (["--judgments", "j.sqlite"], "--judgments is where people judge: it goes with --judge human"),
+        (["--judgments", "j.sqlite"], "--judgments is only for --judge human"),
         (["--judge", "reward:f1", "--reward", "f1"], "exactly one of --reward, --judge and --loss"),
         (["--epsilon", "0"], "epsilon must be a positive number or 'auto', got '0'"),
         (["--learning_rate", "-0.001"], "learning_rate must be positive, got -0.001"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForMaskedLM
 
 from zorl import MeZOConfig, Prompt
 from zorl.apps.arguments import CompareArguments
@@ -113,14 +114,15 @@ def test_every_method_for_label_words_learns_or_says_why_not(
     assert main(words(files, out, "--methods", *methods, "--seeds", "1")) == 0
     shown, found = capsys.readouterr().out, cells(out)
     assert set(found) == {f"{name}-1" for name in methods}
-    assert {name for name, cell in found.items() if "not_applicable" in cell} == {"grpo-1"}
+    assert {name for name, cell in found.items() if "not_applicable" in cell} == {"grpo-1", "mezo_expectation-1"}
     assert found["grpo-1"]["not_applicable"] in shown
     evaluation = ["eval", "--model", str(files / "bert"), "--dataset", str(files / "test.tsv"), *QUESTION, "--json"]
     assert main(evaluation) == 0
     assert found["zero_shot-1"]["accuracy"] == json.loads(capsys.readouterr().out)["accuracy"]
-    right = [cell["accuracy"] * 30 for name, cell in found.items() if name != "grpo-1"]
+    right = [cell["accuracy"] * 30 for cell in found.values() if "not_applicable" not in cell]
     assert right == pytest.approx([round(n) for n in right])
-    for tuned in ("mezo-1", "mezo_lora-1", "mezo_one_point-1", "lp_mezo-1", "fine_tuning-1"):
+    for tuned in ("mezo-1", "mezo_lora-1", "mezo_one_point-1", "lp_mezo-1", "fine_tuning-1", "mezo_n_spsa-1",
+                  "mezo_variance-1", "mezo_forward_gradient-1"):  # fmt: skip
         assert 0 < found[tuned]["forwards"] <= 24
     assert found["mezo_published-1"]["forwards"] <= 24 + 3 * 6
 
@@ -144,6 +146,23 @@ def test_no_run_spends_more_than_the_budget(files: Path, tmp_path: Path, budget:
         if "forwards" in cell:  # the published recipe tries three rates first, each with a quarter of the budget
             limit = budget + 3 * (budget // 4) if "published" in name else budget
             assert 0 < cell["forwards"] <= limit, name
+
+
+def test_measuring_gradient_norms_is_paid_for(files: Path, tmp_path: Path):
+    more = ["--methods", "mezo_expectation", "--seeds", "1", "--budget"]
+    assert main(words(files, tmp_path / "small", *more, "24")) == 0
+    assert "raise it" in cells(tmp_path / "small")["mezo_expectation-1"]["not_applicable"]
+    model = AutoModelForMaskedLM.from_pretrained(files / "bert")
+    enough = 2 + 2 * len(list(model.parameters())) + 5  # to calibrate, to measure, and for two steps of two
+    assert main(words(files, tmp_path / "large", *more, str(enough))) == 0
+    assert cells(tmp_path / "large")["mezo_expectation-1"]["forwards"] == enough - 1
+
+
+def test_macro_f1_of_free_text_does_not_apply(files: Path, tmp_path: Path):
+    data = ["--dataset", str(files / "train.tsv"), "--prompt", "{text} so", "--test_rows", "4", "--budget", "4"]
+    more = ["--methods", "mezo_f1", "--seeds", "1", "--output_dir", str(tmp_path)]
+    assert main(["compare", "--model", str(files / "gpt2"), *data, *more]) == 0
+    assert "needs a prompt with labels" in cells(tmp_path)["mezo_f1-1"]["not_applicable"]
 
 
 def test_the_calibration_reads_its_usual_rows_where_the_budget_pays_for_them():
