@@ -127,7 +127,7 @@ class Generation:
         own = module.generation_config.eos_token_id  # one id, several, or none
         special = dict(zip(processing_class.all_special_tokens, processing_class.all_special_ids, strict=True))
         # A stop string that is a special token is none of the text.
-        ends = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id, special.get(stop)}
+        ends = {*(own if isinstance(own, list) else [own]), processing_class.eos_token_id, special.get(stop or "")}
         self.end_ids = sorted(ends - {None})
         self._pad_id = pad_token_id(processing_class)
         # Everything else, such as a repetition penalty, comes from the model's own generation_config.

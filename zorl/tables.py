@@ -163,8 +163,8 @@ def _delimited(
             raise ValueError(f"{error}{hint}") from None
     for number, fields in lines:
         if len(fields) != len(header):
-            found = counted(len(fields), "field", "fields")
-            raise ValueError(f"{path}, line {number}: {found}, but the first line has {len(header)}")
+            size = counted(len(fields), "field", "fields")
+            raise ValueError(f"{path}, line {number}: {size}, but the first line has {len(header)}")
     if not lines:
         raise ValueError(f"{path} has a header but no rows")
     columns = zip(*(fields for _, fields in lines), strict=True)
