@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,11 @@ from zorl.data import hold_out
 from zorl.interrupts import terminated_as_interrupted
 from zorl.prompts import Prompt
 from zorl.rewards import load_judge
+from zorl.run_folder import RunFolder
 from zorl.stopping import CONFIDENCE, looks_of, outlook
 from zorl.tables import extension
 from zorl.tasks import Task
+from zorl.trajectory import read
 from zorl.whole_files import read_json, write_json
 from zorl.wording import counted
 
@@ -199,13 +200,16 @@ def _with_defaults(given: dict[str, Any], evaluated: bool) -> dict[str, Any]:
 
 @contextmanager
 def _no_empty(folder: Path) -> Iterator[None]:
-    """Removes a folder that the block makes, where the block fails before there is anything to keep in it."""
-    new = not folder.exists()
+    """Removes the folder of a new run that fails before its first step. Files that are not the run's own stay."""
+    new, run = not folder.exists(), RunFolder(folder)
     try:
         yield
     except BaseException:
-        if new and folder.is_dir() and not any(path.suffix != ".lock" for path in folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
+        if new and is_first() and not (run.trajectory.exists() and read(run.trajectory)[1]):
+            for path in (run.trajectory, run.init, run.state, *folder.glob("*.lock")):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

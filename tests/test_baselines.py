@@ -395,3 +395,21 @@ def test_the_centre_moves_nowhere_and_a_soft_prompt_leaves_room_for_text(labels)
     with pytest.raises(ValueError, match="evaluated as it is, not at an offset of 0.1"):
         problem.policy(model, tokenizer).scores(TEST[:1], [Point(1, 0.1)])
     assert bbt.fit(problem, lambda n: None).chosen["tokens"] == longest_input(model, tokenizer) // 8
+
+
+@pytest.mark.parametrize("method", [fine_tuning.fit, grpo.fit])
+def test_what_methods_score_and_answer_ends_before_the_stop_string(
+    text: Callable[..., Problem], method: Callable[..., Fitted]
+) -> None:
+    scored: list[str] = []
+
+    def seen(completions: list[str], **columns: Any) -> list[float]:
+        scored.extend(completions)
+        return brief(completions)
+
+    free = text()
+    stop = next(said for said in completions(method(free, learning_rates=(1e-6,)), free.dev) if said.strip())[1]
+    problem = text(reward=seen, stop=stop)
+    scored += completions(method(problem, learning_rates=(1e-6,)), problem.dev)
+    assert any(scored)
+    assert not any(stop in said for said in scored)

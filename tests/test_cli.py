@@ -772,7 +772,7 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
 def test_bad_input_gets_a_sentence(
     zorl: Callable[..., Outcome], files: Files, tmp_path: Path, more: list[str], expected: str
 ) -> None:
-    more = [word.replace("REWARDS", files.rewards) for word in more]
+    given, more = more, [word.replace("REWARDS", files.rewards) for word in more]
     words = train(files, tmp_path / "out", *more)
     if "--judge" in more:  # which gives nothing to evaluate
         at = words.index("--eval_dataset")
@@ -783,7 +783,20 @@ def test_bad_input_gets_a_sentence(
     assert last.startswith("zorl: error: ")
     assert expected in last
     assert "label head" not in outcome.err
+    assert not (tmp_path / "out/model.safetensors").exists()
+    assert (tmp_path / "out").exists() == ("REWARDS:none" in given)  # it is noticed after ten steps
+
+
+def test_a_reward_that_fails_on_generated_text_leaves_no_folder(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    words = ["train", "--model", files.gpt2, "--dataset", files.path("train.tsv"), "--prompt", "{text}"]
+    reward = ["--max_completion_length", "2", "--reward", f"{files.rewards}:raising"]
+    assert zorl(words, reward, "--output_dir", str(tmp_path / "out")).code == 2
     assert not (tmp_path / "out").exists()
+    (tmp_path / "kept").mkdir()
+    assert zorl(words, reward, "--output_dir", str(tmp_path / "kept")).code == 2
+    assert (tmp_path / "kept").exists(), "it was there before"
 
 
 @pytest.mark.parametrize(
