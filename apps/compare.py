@@ -112,7 +112,7 @@ def run(argv: Sequence[str]) -> str:
                     bar.set_postfix_str(f"{METHODS[name].title}, seed {seed}")
                     try:
                         _run_cell(folder, name, problem, rows.test, metrics, rates)
-                    except OSError:
+                    except OSError:  # a full disk, or a model that cannot be read: it would stop the other cells, too
                         raise
                     except Exception as error:
                         if os.environ.get("ZORL_TRACEBACK"):

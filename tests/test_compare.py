@@ -202,8 +202,10 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
 def test_a_cell_that_fails_is_named_and_tried_again_and_the_others_run(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    more = ["--methods", "mezo", "zero_shot", "--seeds", "1", "--json", "--metrics", f"{files / 'rewards.py'}:failing"]
+    more = ["--methods", "zero_shot", "mezo", "--seeds", "1", "--json", "--metrics", f"{files / 'rewards.py'}:failing"]
     (files / "fail").touch()
+    assert main(words(files, tmp_path, "--methods", "mezo", *more[3:])) == 2, "there is not one cell to report"
+    capsys.readouterr()
     assert main(words(files, tmp_path, *more)) == 2
     shown = capsys.readouterr()
     (failed,) = json.loads(shown.out)["failed"]
@@ -217,6 +219,16 @@ def test_a_cell_that_fails_is_named_and_tried_again_and_the_others_run(
     (files / "fail").unlink()
     assert main(words(files, tmp_path, *more)) == 0
     assert set(cells(tmp_path)) == {"zero_shot-1", "mezo-1"}
+
+
+def test_a_file_that_cannot_be_written_stops_at_once(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "cells").touch()  # where the folder of that name belongs
+    assert main(words(files, tmp_path, "--methods", "zero_shot", "threshold", "--seeds", "1")) == 2
+    said = capsys.readouterr().err
+    assert "File exists" in said
+    assert "failed: " not in said
+    assert "2 of 2 cells to run" in said
+    assert f"{METHODS['threshold'].title}, seed 1" not in said, "the next cell was not begun"
 
 
 def test_a_linear_probe_that_lacks_a_label_does_not_apply(files: Path, tmp_path: Path):
