@@ -209,7 +209,7 @@ def test_contradictions_are_named(language_model: Any, parts: Any, tmp_path: Pat
         with pytest.raises(ValueError, match=message):
             settings(tmp_path, **wrong)
     adapted = add_lora(language_model("gpt2"), 2, 4, None, 0)
-    with pytest.raises(ValueError, match="a PeftModel already: leave tune='prefix' out"):
+    with pytest.raises(ValueError, match="already a PeftModel: leave tune='prefix' out"):
         prepare(adapted, settings(tmp_path, tune="prefix"))
     options: dict[str, Any] = {"loss": "cross_entropy", "processing_class": parts("gpt2").tokenizer, "prompt": WORDS}
     with pytest.raises(ValueError, match="peft_config and tune='lora' both say what is tuned"):

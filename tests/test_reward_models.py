@@ -125,7 +125,9 @@ def test_pickled_weights_are_refused(saved, bert_tokenizer):
 def test_a_checkpoint_without_a_trained_head_is_refused(saved, bert_tokenizer):
     config = BertConfig(vocab_size=len(bert_tokenizer), **SHAPE)
     BertForMaskedLM(config).save_pretrained(saved)
-    with pytest.raises(ValueError, match=r"no trained sequence classifier: its checkpoint lacks .*classifier\.weight"):
+    with pytest.raises(
+        ValueError, match=r"not a trained sequence classifier: its checkpoint lacks .*classifier\.weight"
+    ):
         SequenceClassifier(saved)
 
 

@@ -390,7 +390,7 @@ def test_a_table_with_a_header_and_one_without_are_the_same(tmp_path: Path) -> N
         ("rte", "a.jsonl", lines({"premise": "x", "label": 0}), r"row 1: no column 'hypothesis' or 'sentence2' \(columns"),
         ("boolq", "a.jsonl", lines({"passage": " ", "question": "q", "label": 1}), "row 1: expected text in 'passage'"),
         ("record", "a.jsonl", lines({"passage": "p", "query": "q", "entities": ["e"], "answers": ["e"]}), "row 1: the query 'q'"),
-        ("squad", "a.jsonl", lines({"title": "t", "context": "c", "question": "q", "id": "5", "answers": []}), "'5': there"),
+        ("squad", "a.jsonl", lines({"title": "t", "context": "c", "question": "q", "id": "5", "answers": []}), "'5': the list"),
         ("drop", "a.jsonl", lines({"passage": "p", "question": "q"}), "row 1: answers_spans: expected a list of texts"),
         ("snli", "a.jsonl", lines({**NLI, "label": -1}), "holds no rows of the task 'snli'"),
         ("trec", "a.label", "X:y What ?\n", "row 1: 'label' holds 'X'"),
