@@ -183,8 +183,8 @@ def test_names_of_classes(classifier: Callable[[str], Classifier], tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": ("a",)}, "two different labels at least"),
-        ({"classes": (1, "1")}, "two different labels at least"),
+        ({"classes": ("a",)}, "at least two different labels"),
+        ({"classes": (1, "1")}, "at least two different labels"),
         ({"classes": ("a", "b"), "label_words": {0: "x", 1: "y"}}, "not both"),
         ({"template": "{text} {mask}", "classes": ("a", "b")}, "no label_words or options to put there"),
         ({"template": "{a}{sep}{b}{sep}{c}", "classes": ("a", "b")}, "a \\{sep\\} too many"),

@@ -164,9 +164,9 @@ def test_the_best_step_is_gone_back_to(make: Callable[..., MeZOTrainer]):
     }  # fmt: skip
     trainer = make("roberta", settings=settings)
     trainer.train()
-    best = max(
-        entry["eval_reward"] for entry in trainer.state.log_history if entry.get("eval_reward") and entry["step"]
-    )
+    looks = [(entry["step"], entry["eval_reward"]) for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert [step for step, _ in looks] == [0, 2, 4, 6]
+    best = max(reward for _, reward in looks)
     assert trainer.evaluate()["eval_reward"] == pytest.approx(best, abs=1e-5)
 
 

@@ -220,7 +220,7 @@ def test_a_task_of_one_s_own_is_a_file(folder: Path, tmp_path: Path, capsys: pyt
     words = ["--task", folder / "mood.py", "--dataset", folder / "moods.csv", "--model", folder / "bert"]
     code, result, err = zorl(capsys, "train", *words, "--output_dir", tmp_path / "out", *SHORT[:-1])
     assert code == 0, err
-    assert f"zorl eval --model {tmp_path}/out --task {folder}/mood.py --dataset {folder}/moods.csv" in result
+    assert f"zorl eval --model {tmp_path}/out --task {folder}/mood.py --dataset TEST.csv" in result
     code, figures, err = zorl(capsys, "eval", *words[:4], "--model", tmp_path / "out", "--json")
     assert code == 0, err
     assert figures["n"] == 20
