@@ -169,7 +169,8 @@ def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
         for y, method in enumerate(methods):
             values = [c[metric] for c in cells if c["method"] == method and c.get(metric) is not None]
             if values:
-                colour = "#1f5aa6" if method.startswith(("mezo", "lp_mezo", "label_head")) else "#8a8a8a"
+                ours = method.startswith(("mezo", "lp_mezo", "label_head"))
+                colour = "#b3541e" if method.startswith("mezo_published") else "#1f5aa6" if ours else "#8a8a8a"
                 axis.plot(values, [y] * len(values), "|", color=colour, markersize=7)
                 axis.plot(statistics.fmean(values), y, "o", color=colour, markersize=5)
         axis.set_title(SETTINGS[name].title.replace(", the causal model", ""), fontsize=8)
@@ -178,6 +179,10 @@ def plot(found: Mapping[str, list[dict[str, Any]]], target: Path) -> None:
         axis.grid(alpha=0.25)
         axis.set_yticks(range(len(methods)), [titles[method] for method in methods], fontsize=8)
         axis.set_ylim(len(methods) - 0.5, -0.5)
+    figure.supxlabel(
+        "dot: the mean over the seeds, tick: a seed · blue: zorl, orange: the published recipe, grey: everything else",
+        fontsize=9,
+    )
     figure.savefig(target, dpi=110)
 
 
