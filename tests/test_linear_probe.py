@@ -40,20 +40,6 @@ TRAIN, EVAL = rows(48), rows(24, seed=1)
 
 
 @pytest.fixture
-def base(parts: Callable[[str], Any], tmp_path: Path) -> Callable[[str], str]:
-    """The path of a saved tiny language model with its tokenizer."""
-
-    def save(kind: str) -> str:
-        path = tmp_path / f"base-{kind}"
-        if not path.exists():
-            parts(kind).model.save_pretrained(path)
-            parts(kind).tokenizer.save_pretrained(path)
-        return str(path)
-
-    return save
-
-
-@pytest.fixture
 def make(base: Callable[[str], str], tmp_path: Path) -> Callable[..., MeZOTrainer]:
     """A trainer of a classifier on a new head; keywords are MeZOTrainer's, `settings` MeZOConfig's."""
 
