@@ -29,11 +29,27 @@ class _Batch:
 
     prompts: list[Any]
     columns: dict[str, list[Any]]
+    label_names: list[str] | None
+
+    @classmethod
+    def from_rows(cls, prompt: Prompt, rows: Sequence[Row]) -> _Batch:
+        return cls([prompt.render(row).prompt for row in rows], columns_of(rows), list(prompt.labels) or None)
 
     def of(self, rows: Sequence[int]) -> _Batch:
         """The part for the rows with these indices."""
         columns = {name: [column[i] for i in rows] for name, column in self.columns.items()}
-        return _Batch([self.prompts[i] for i in rows], columns)
+        return _Batch([self.prompts[i] for i in rows], columns, self.label_names)
+
+    def score(self, functions: RewardFunctions, answers: Sequence[Answer], trainer_state: Any = None) -> RewardValues:
+        """What the functions make of an answer to each row."""
+        return functions(
+            prompts=self.prompts,
+            completions=[answer.completion for answer in answers],
+            completion_ids=[answer.completion_ids for answer in answers],
+            columns=self.columns,
+            label_names=self.label_names,
+            trainer_state=trainer_state,
+        )
 
 
 @dataclass(slots=True)
@@ -120,17 +136,10 @@ class RewardObjective:
         return _RewardGoal(self, self.policy, rows)
 
     def _score(self, functions: RewardFunctions, batch: _Batch, answers: Sequence[Answer]) -> RewardValues:
-        return functions(
-            prompts=batch.prompts,
-            completions=[answer.completion for answer in answers],
-            completion_ids=[answer.completion_ids for answer in answers],
-            columns=batch.columns,
-            label_names=list(self.policy.prompt.labels) or None,
-            trainer_state=self.trainer_state,
-        )
+        return batch.score(functions, answers, self.trainer_state)
 
     def _batch(self, rows: Sequence[Row]) -> _Batch:
-        return _Batch([self.policy.prompt.render(row).prompt for row in rows], columns_of(rows))
+        return _Batch.from_rows(self.policy.prompt, rows)
 
 
 class _RewardGoal:
@@ -174,10 +183,4 @@ def score_answers(
     functions: RewardFunctions, prompt: Prompt, rows: Sequence[Row], answers: Sequence[Answer]
 ) -> RewardValues:
     """What reward functions make of an answer to each row, outside of training."""
-    return functions(
-        prompts=[prompt.render(row).prompt for row in rows],
-        completions=[answer.completion for answer in answers],
-        completion_ids=[answer.completion_ids for answer in answers],
-        columns=columns_of(rows),
-        label_names=list(prompt.labels) or None,
-    )
+    return _Batch.from_rows(prompt, rows).score(functions, answers)
