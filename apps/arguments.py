@@ -298,7 +298,7 @@ class JudgeArguments:
         "File of prompts for the blind comparisons with the starting model. Default: those of --prompts."
     )
     method: str = _flag(
-        "How verdicts become steps: replay learns from all verdicts so far at every step; direct makes one MeZO step from "
+        "How verdicts become steps: replay draws from all decided verdicts so far at every step; direct makes one MeZO step from "
         "the latest ones.",
         JudgeSettings.method,
     )

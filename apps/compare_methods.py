@@ -125,7 +125,8 @@ def macro_f1(problem: Problem, folder: Path) -> Fitted:
 
 
 def label_head(problem: Problem, folder: Path) -> Fitted:
-    """Where MeZO starts: a linear head on the last hidden state, tuned by MeZO on the reward. The model is not changed."""
+    """Where MeZO starts: a linear head on the last hidden state, tuned by MeZO on the likelihood of the labels that the
+    reward favours. The model is not changed."""
     if problem.prompt.label_words is None:
         raise NotApplicable(f"a label head needs a prompt with label words, and {problem.prompt.template!r} has none")
     rows = min(MeZOConfig.calibration_rows, problem.budget * problem.batch_size)

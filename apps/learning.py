@@ -2,9 +2,9 @@
 
 Direct: the two answers of a pair are those of θ+εz and θ−εz, and the verdicts on them give the loss difference of one step.
 
-Replay: the two answers are samples of the current model. All decided pairs are kept: a step finds out, by forward passes
-alone, which of θ+εz and θ−εz makes the preferred answers likelier (`zorl.preference_replay`). No click is wasted on an
-uninformative direction, and none is forgotten.
+Replay: the two answers are samples of the current model. The newest decided pairs are kept, and each step draws some of
+them. It finds out, by forward passes alone, which of θ+εz and θ−εz makes the preferred answers likelier
+(`zorl.preference_replay`). No click is wasted on an uninformative direction, and each is used many times.
 """
 
 from __future__ import annotations

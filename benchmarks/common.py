@@ -7,6 +7,12 @@ import platform
 import statistics
 from collections.abc import Sequence
 
+MASKED_MODEL = (
+    "The masked model's encoder starts from sentence-transformers/all-MiniLM-L6-v2; it was trained further, with a head for "
+    "masked words, mostly on unlabelled film reviews (SST-2's sentences are from film reviews too). It is not published, and "
+    "with another model the figures will differ."
+)
+
 
 def machine() -> str:
     """The processor, its cores, the GPU if there is one, and torch's version."""

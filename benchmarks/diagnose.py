@@ -120,7 +120,7 @@ def report() -> str:
         "# The learning rate and ε of `zorl diagnose`, against a grid",
         "",
         f"Written by `benchmarks/diagnose.py --report` ({'; '.join(machines)}). The models are a masked one of 22.7M parameters "
-        "(6 layers, width 384) and a causal one of 0.26M that tells stories. "
+        "(6 layers, width 384) and a causal one of 0.26M that tells stories, those of [efficiency.md](efficiency.md). "
         f"SST-2, {TRAIN_ROWS} training sentences, batches of {BATCH}, SPSA along one direction of rank one per step, "
         "update=normalized with a linear schedule, no label head. "
         f"Every run has {FORWARDS} forwards, and is scored on {HELD_OUT_ROWS} sentences that were held out. The diagnosis has "

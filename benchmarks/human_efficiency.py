@@ -369,7 +369,8 @@ INTRODUCTION = """\
 A simulated person has one hidden preference, and answers pairs: two texts to one prompt, which is better? {noise:.0%} of the
 verdicts are flipped and {ties:.0%} are called ties, besides those where the texts are equally good. *One verdict is one pair
 shown*; identical pairs are shown to nobody and cost nothing. Three preferences: mentions friendship (words of friendship, three
-at most), shorter first sentence (words up to the first full stop), more dialogue (words in quotation marks, fifteen at most).
+at most), shorter first sentence (words up to the first full stop, exclamation or question mark), more dialogue (words in
+quotation marks, fifteen at most).
 
 The model tells stories (stories260K: 260,032 parameters, TinyStories), {tokens} tokens at temperature {temperature}; {tuning}
 prompts to tune on. The *win rate* is the blind one against the starting model, judged without noise and with ties as halves, on
@@ -378,7 +379,7 @@ independently of each other. *Perplexity* is that of the answers under the start
 word pairs among all of them, each as a multiple of the starting model's own ({perplexity:.2f} and {distinct:.2f}).
 
 * *replay of verdicts, output bias*: one bias per token on the output embedding is tuned (`zorl.output_bias`). A pair is two
-  answers of the current model. After every fourth verdict MeZO takes a step on all the verdicts so far. It asks not what the
+  answers of the current model. After every fourth verdict MeZO takes a step on some of the verdicts so far. It asks not what the
   person said of two points, but how much likelier each point makes the texts that were preferred (`zorl.preference_replay`:
   forward passes alone, no reward model), with a brake on the divergence from the starting model.
 * *verdicts alone, output bias*: the plain comparison estimator on the same parameters. A pair is the two sides of a direction
@@ -409,8 +410,8 @@ to 64 tokens after the first runs, because there most pairs were ties for friend
 * *Directions and pairs per step.* 16 or 32 of either: no order that two seeds could show.
 * *What is shown.* Two answers of the current model, or the sides of a direction with shared noise, replayed alike: no order
   that two seeds could show.
-* *Verdicts alone.* A larger rate wins more often and costs more; 0.12 ends near the bound. One prompt per direction is no better
-  than four.
+* *Verdicts alone.* A larger rate wins more often and costs more; 0.12 ends near the bound after 200 verdicts. One
+  prompt per direction is no better than four.
 * *Share, sign or shrunk logit* of four verdicts (`zorl.comparisons`): rows above. The plain share is the default, where none
   is clearly better."""
 

@@ -251,9 +251,9 @@ def report() -> str:
             "",
             "## How long a rater waits",
             "",
-            f"{found['raters']} raters at once, one of them in Chromium and the others over the API, each thinking for about "
-            f"{THINKING:g} s; meanwhile the model made {found['steps_meanwhile']} steps. Machine: {found['machine']}; browser, "
-            "page, model and programs share it.",
+            f"{found['raters']} raters at once, one of them in Chromium and the others over the API, each of these thinking for "
+            f"about {THINKING:g} s; meanwhile the model made {found['steps_meanwhile']} steps. Machine: {found['machine']}; "
+            "browser, page, model and programs share it.",
             "",
             "| from … to … | median | 95th percentile | largest |",
             "|---|---|---|---|",

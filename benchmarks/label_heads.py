@@ -137,8 +137,9 @@ def report(cells: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# What a label head is tuned on",
         "",
-        f"Written by `benchmarks/label_heads.py` ({machine()}). A masked language model of 22.7M parameters, not tuned, in "
-        "the paper's prompts. A head on its last state is tuned on some training rows, with accuracy as the reward, and scored "
+        f"Written by `benchmarks/label_heads.py` ({machine()}). A masked language model of 22.7M parameters, that of "
+        "[efficiency.md](efficiency.md), not tuned, in the paper's prompts. A head on its last state is tuned on some training "
+        "rows, with accuracy as the reward, and scored "
         f"on {HELD_OUT} others: mean ± standard deviation over {len(SEEDS)} draws. All rows are from the training files.",
         "",
         "| task, rows | goal | accuracy | macro-F1 |",

@@ -94,9 +94,10 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Gradient and curvature, layer by layer",
         "",
-        f"Written by `benchmarks/layers.py` ({machine()}): a masked language model of 22.7M parameters with a logistic "
-        f"regression on the mask's state, which is where tuning starts. ‖∇L‖² on {MEASURED} rows that the regression did not "
-        f"see, tr H with {DRAWS} random vectors (Hutchinson), both by backpropagation.",
+        f"Written by `benchmarks/layers.py` ({machine()}): a masked language model of 22.7M parameters, that of "
+        f"[efficiency.md](efficiency.md), with a logistic regression on the mask's state, close to where tuning starts. "
+        f"‖∇L‖² on {MEASURED} rows that the regression did not see, tr H with {DRAWS} random vectors "
+        "(Hutchinson), both by backpropagation.",
         "",
         "Tuning one part alone lowers the loss by at most ‖∇L‖²/(2 tr H) per direction, both of that part. So the ratio of the "
         "two shares says how many times faster than all parameters together the part would learn. The traces are noisy, least so "

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import MASKED_MODEL
 from paper import BATCH, BUDGET, CELLS, MAIN, REST, ROOT, SEEDS, SETTINGS, TEST_ROWS
 
 from zorl.apps import compare_report
@@ -37,10 +38,11 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
         "",
         f"Written by `benchmarks/paper_report.py` from the cells in `benchmarks/results/paper/` ({'; '.join(machines)}). The "
         "masked model has 22.7M parameters (6 layers, width 384), the causal one 260,032: far smaller than the paper's, so "
-        "compare rows here with each other and not with the paper.",
+        "compare rows here with each other and not with the paper. " + MASKED_MODEL,
         "",
         f"A run may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses its "
-        "settings, and the best of ten evaluations, on as many development rows as training rows. Figures are of at most "
+        "settings, and the best of ten evaluations, on as many development rows as training rows; the model before tuning is "
+        "among them for fine-tuning, BBT and GRPO, and is not for zorl. Figures are of at most "
         f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
         "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
         "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning. Where a method "

@@ -169,8 +169,9 @@ def report(result: dict[str, Any]) -> str:
         "",
         "## On paper: 8 to 1024 GPUs",
         "",
-        f"Not measured. Assumed: {assumed}. An all-gather is modelled as a ring with one message per other GPU, and a step "
-        "needs six.",
+        f"Not measured. Assumed: {assumed}. A step with a reward of single answers needs six collective operations, each "
+        "modelled as a ring with one message per other GPU. (A reward of a whole set, such as F1, is asked for several drawn "
+        "sets at every point, and each answer is sent to all.)",
         "",
         "| GPUs | rows per step | forwards, s | update, s | exchange, s | rewards, s | efficiency |",
         "|---|---|---|---|---|---|---|",

@@ -1,8 +1,8 @@
 """A bias for each label, fitted to the training rows without tuning the model.
 
-Label words are badly calibrated: one of them is likelier whatever the text says (Zhao et al. 2021), and the first hundred steps
-of tuning mostly correct that. Fitting a bias costs one evaluation of the training rows and some arithmetic. So tuning starts
-from it, and it is the baseline that tuning has to beat.
+Label words are badly calibrated: one of them is likelier whatever the text says (Zhao et al. 2021), and much of what tuning
+gains at first is a correction of that. Fitting a bias costs one evaluation of the training rows and some arithmetic. So
+tuning starts from it, and it is the baseline that tuning has to beat.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The size ε of a perturbation, fixed or adapted so that probes are informative.
 
-Accuracy and F1 are flat at small scales: at the published ε = 1e-3 half of all probes on SST-2 find the same score on
+Accuracy and F1 are flat at small scales: at the published ε = 1e-3 most probes on SST-2 in batches of 16 find the same score on
 both sides, and a classifier that has collapsed onto one class never finds another (a zero-signal trap). The automatic
 ε widens after a tie and narrows after an informative probe. It is a pure function of the log.
 """

@@ -1,4 +1,4 @@
-"""The forward gradient (Baydin et al. 2022; MeZO, Appendix B.5): z·∇L itself, by forward-mode differentiation.
+"""The forward gradient (Baydin et al. 2022; MeZO, section 2.2 and Appendix D): z·∇L itself, by forward-mode differentiation.
 
 Dual numbers, which carry a derivative, go through one forward and give L and z·∇L: what SPSA estimates by a difference, without
 ε and its error. It needs a loss that torch can differentiate, and it holds z and a derivative beside every

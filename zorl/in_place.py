@@ -1,9 +1,10 @@
 """Evaluating a closure that zorl cannot see into: θ is written, and restored exactly.
 
-In floating point θ + ε − ε is not θ unless the additions are exact. So float32 tensors are snapped once to a grid of
-multiples of a power of two, fine enough to change no weight by more than a rounding error (2⁻²³ of the tensor's largest).
-ε and the coefficients are kept to multiples of it, so that every sum is exact. Half precision has no bits to spare for
-that, and directions that are not ±1 fit no grid: these tensors are copied, which takes their memory once more.
+In floating point θ + ε − ε is not θ unless the additions are exact. So float32 tensors are snapped to a grid of multiples of
+a power of two, fine enough to change no weight by more than 2⁻²³ of the range, which is the tensor's largest value plus twice
+the farthest ε. A tensor that outgrows its grid gets a coarser one. ε and the coefficients are kept to multiples of it, so that
+every sum is exact. Half precision has no bits to spare for that, and directions that are not ±1 fit no grid: these tensors are
+copied, which takes their memory once more.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Normalized:
 class Averaged:
     """c = −lr·(1−β₁)·g / m: a step's contribution to a moving average of gradients, which `zorl.moments` computes.
 
-    Each gradient thus keeps the learning rate of the step in which it was measured (Sutskever et al. 2013, eq. 3–4).
+    Each gradient thus keeps the learning rate of the step in which it was measured (Sutskever et al. 2013, eq. 1–2).
 
     Args:
         beta1: decay of the average, per step.

@@ -1,6 +1,6 @@
 """The problem that every method is given, and what a method returns.
 
-The unit of cost is one forward of a batch, as for MeZO: a step of MeZO takes two. A backward pass counts as two forwards,
+The unit of cost is one forward of a batch, as for MeZO: a step of SPSA takes two. A backward pass counts as two forwards,
 because it computes two matrix products where a forward computes one. Generating a batch counts as one forward, whatever the
 length of its texts. Scoring the development rows is not part of learning: its cost is reported separately.
 """

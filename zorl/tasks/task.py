@@ -52,7 +52,7 @@ class Task:
     label_column: str = "label"
 
     def prompt(self, masked: bool) -> Prompt:
-        """The paper's prompt for masked models, or for autoregressive ones.
+        """The prompt for masked models, or for autoregressive ones: the paper's where it has one (see `docs/tasks.md`).
 
         Raises:
             ValueError: a prompt for masked models is asked for, and the task has none.
