@@ -36,9 +36,9 @@ def test_a_saved_model_loads_as_any_other(make: Callable[..., MeZOTrainer], tmp_
     trainer = make(kind=kind)
     tuned(trainer)
     trainer.save_model()
-    loaded = loader.from_pretrained(tmp_path / "out")
+    loaded = loader.from_pretrained(tmp_path / "out").to(trainer.model.device)
     assert ParameterSet(loaded.named_parameters()).sha256() == weights(trainer)
-    text = AutoTokenizer.from_pretrained(tmp_path / "out")("the film was great", return_tensors="pt")
+    text = AutoTokenizer.from_pretrained(tmp_path / "out")("the film was great", return_tensors="pt").to(loaded.device)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**text).logits, trainer.model.eval()(**text).logits)
     settings = RunFolder(tmp_path / "out").read_settings()

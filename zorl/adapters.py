@@ -192,6 +192,8 @@ def add_prefix(model: Any, tokens: int, seed: int) -> Any:
             f"peft's prefix for {type(model).__name__} has shape {tuple(encoder.embedding.weight.shape)}, the model's keys and "
             f"values {tuple(start.shape)}: its layers differ, so tune another way, such as tune='lora'"
         )
+    if is_offloaded(encoder.embedding.weight):  # peft has put it where it takes the model to be
+        encoder.to_empty(device=start.device)
     encoder.load_prompt_embeddings(start)
     return adapted
 
@@ -210,7 +212,8 @@ def _activations(model: Any, ids: Tensor) -> Tensor:
     finally:
         model.train(was_training)
     cached: Any = cache.layers
-    layers = [tensor for layer in cached for tensor in (layer.keys, layer.values)]
+    # A model may be spread over several devices.
+    layers = [tensor.to(ids.device) for layer in cached for tensor in (layer.keys, layer.values)]
     if not layers or len({tensor.shape for tensor in layers}) > 1:
         found = "no keys and values" if not layers else "layers that differ in their keys and values"
         raise ValueError(

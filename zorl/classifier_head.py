@@ -138,7 +138,7 @@ class ClassifierHead(Choosing):
                 parts = [self._forward(inputs, copies) for inputs in batches]
                 logits = torch.cat([part for part, _ in parts], dim=1)[:, back]
                 known = [part for _, part in parts if part is not None]
-                states = torch.cat(known, dim=1)[:, back] if known else [None] * copies
+                states = torch.cat(known, dim=1)[:, back.to(known[0].device)] if known else [None] * copies
                 return list(zip(logits, states, strict=True))
 
             return forward
@@ -165,7 +165,8 @@ class ClassifierHead(Choosing):
                 raise ValueError(
                     "a soft prompt hides from the model where a text ends, so it would read padding: tune LoRA or a prefix"
                 )
-            states = states[torch.arange(len(states), device=states.device), self._last(repeated["input_ids"])]
+            last = self._last(repeated["input_ids"]).to(states.device)  # the head may be on another device
+            states = states[torch.arange(len(states), device=states.device), last]
         return logits.view(copies, -1, logits.shape[-1]), None if states is None else states.view(
             copies, -1, states.shape[-1]
         )

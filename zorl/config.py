@@ -301,6 +301,8 @@ class MeZOConfig(TrainingArguments):
             raise ValueError(f"stop must be a text, got {self.stop!r}")
         self.stop = self.stop or None
         super().__post_init__()
+        # `accelerate launch` may ask for fp16, whose scaler, which only a GPU gets, refuses a step without gradients.
+        self.mixed_precision = "no"
         for name in ("early_stopping_patience", "stop_below_gain"):
             if getattr(self, name) is not None and self.eval_strategy == "no":
                 raise ValueError(

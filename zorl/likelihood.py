@@ -102,7 +102,7 @@ class Likelihood:
                 if not states:
                     return [(of_copy, None) for of_copy in scores]
                 # From length buckets back to the order of the rows.
-                back = torch.cat([batch.rows for batch in batches]).argsort()
+                back = torch.cat([batch.rows for batch in batches]).argsort().to(states[0].device)  # the head's device
                 return list(zip(scores, torch.cat(states, dim=1)[:, back], strict=True))
 
             return forward

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zorl.classifier_head import ClassifierHead
+from zorl.offload import can_be_written, stored
 
 STRENGTHS = tuple(10.0**i for i in range(-4, 3))  # C, for states of unit variance
 FOLDS = 5
@@ -55,10 +56,12 @@ def probe(policy: ClassifierHead, rows: Sequence[Mapping[str, Any]], labels: Seq
     if not states.isfinite().all():
         raise FloatingPointError("the model's last states are NaN or infinite: its weights are out of range")
     truth = np.array([names.index(label) for label in labels])
+    if not can_be_written(head, "weight"):
+        raise ValueError("the classifier's head is offloaded to disk, where it is only read; set calibration='none'")
     weight, bias, strength = fit(states.double().numpy(), truth, intercept=head.bias is not None)
-    head.weight.copy_(torch.from_numpy(weight))
+    stored(head, "weight").copy_(torch.from_numpy(weight))  # a head that is offloaded is a shell
     if head.bias is not None:
-        head.bias.copy_(torch.from_numpy(bias))
+        stored(head, "bias").copy_(torch.from_numpy(bias))
     return strength
 
 
@@ -100,7 +103,7 @@ def fit(
 
 def _makes(scores: Tensor, states: Tensor, head: torch.nn.Linear) -> bool:
     """Whether the layer gives these scores for these states, up to rounding."""
-    logits = states @ head.weight.float().cpu().T
+    logits = states @ stored(head, "weight").float().cpu().T
     if head.bias is not None:
-        logits = logits + head.bias.float().cpu()
+        logits = logits + stored(head, "bias").float().cpu()
     return torch.allclose(logits.log_softmax(dim=1), scores, rtol=0.0, atol=0.02 * max(1.0, float(logits.abs().max())))

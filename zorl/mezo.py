@@ -164,7 +164,8 @@ class MeZO(torch.optim.Optimizer):
         self._writes = writes
         if self._path is not None:
             # Resuming or replaying on other base weights would reproduce neither run.
-            self._header.setdefault("base_sha256", self.parameters.sha256())
+            if "base_sha256" not in self._header:  # hashing takes a copy of all weights from the device
+                self._header["base_sha256"] = self.parameters.sha256()
             if self._path.exists():
                 self._resume(self._path)
 

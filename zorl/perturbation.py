@@ -101,7 +101,8 @@ class Scratch:
     """Evaluates a model module by module through a scratch buffer. θ keeps its bits, whatever happens.
 
     The hooks are on a replica: a copy of the module tree that shares all tensors with the model. So the model itself is
-    neither hooked nor switched to eval mode, and other threads may read or run it meanwhile.
+    neither hooked nor switched to eval mode, and other threads may read or run it meanwhile. Move the model to its device
+    before: a buffer that is replaced in the model later is not replaced here.
 
     Args:
         model: any module; frozen parameters are used as they are.
@@ -221,7 +222,7 @@ class Scratch:
     def _enter_embedding(self, module: Any, slot: _Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An embedding perturbs the rows that are looked up, not its whole table."""
         indices = args[0] if args else kwargs["input"]
-        flat = indices.reshape(-1)
+        flat = indices.reshape(-1).to(slot.parameter.device)  # accelerate moves a module's inputs only after this
         (view,) = self._allocate([((flat.numel(), slot.parameter.shape[1]), slot.parameter)])
         self._perturb(slot.name, slot.parameter, view, flat)
         self._replace(module, slot.attribute, view)

@@ -56,7 +56,9 @@ class SharedPrefix:
         """The inputs of the second forward, which consume the cache; the positions to read, `(copies·S, K)`; and prompt_of."""
         starts = torch.arange(copies, device=self.prompt_of.device) * len(self.prefixes)
         prompt_of = (starts[:, None] + self.prompt_of).reshape(-1)  # (copies·S,)
-        cache.batch_select_indices(prompt_of)
+        layers: Any = cache.layers
+        for layer in layers:  # each is on the device of its own layer of the model
+            layer.batch_select_indices(prompt_of.to(layer.keys.device))
         n, k = len(prompt_of), self.suffixes.shape[1]
         steps = torch.arange(k, device=prompt_of.device).expand(n, -1)
         inputs = {

@@ -32,7 +32,8 @@ class Twin:
     """Evaluates a model at P points in one forward of a batch that is stacked P times.
 
     The stack lies one point after the other along the first dimension of every activation. The replica shares all tensors
-    with the model, which may meanwhile answer others, and whose weights may be write-protected.
+    with the model, which may meanwhile answer others, and whose weights may be write-protected. Move the model to its device
+    before, as for `Scratch`.
 
     Args:
         model: any module that uses its tuned parameters as language models use theirs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -77,22 +78,14 @@ def perturb(
     """
     if copied_unmoved(theta, offset, out, rows):
         return
-    if rows is not None:
-        width = theta[0].numel()
-        index = (rows[:, None] * width + torch.arange(width, device=theta.device)).reshape(-1)
-        source = theta.detach()[rows].reshape(-1)
-    else:
-        index = torch.arange(theta.numel(), device=theta.device)
-        source = theta.detach().reshape(-1)
-    flat, size = out.view(-1), _block(theta)
+    flat, source, size = out.view(-1), theta.detach().reshape(-1), _block(theta)
     for start in range(0, flat.numel(), size):
-        block = slice(start, start + size)
-        if offset == 0.0:
-            flat[block] = source[block]
-        else:
-            flat[block] = (
-                source[block].float() + sample(index[block], key, distribution, matrix_width(theta.shape)) * offset
-            )
+        block = flat[start : start + size]
+        index = torch.arange(start, start + block.numel(), device=theta.device)
+        if rows is not None:
+            width = theta[0].numel()
+            index = rows[index // width] * width + index % width
+        block.copy_(source[index].float() + sample(index, key, distribution, matrix_width(theta.shape)) * offset)
 
 
 def copied_unmoved(theta: Tensor, offset: float, out: Tensor, rows: Tensor | None) -> bool:
@@ -139,8 +132,14 @@ def sample(index: Tensor, key: Key, distribution: Distribution, width: int = 0) 
     if distribution != "gaussian":  # one bit per element, 32 elements per hash
         return ((_hash(index >> 5, key.z0, key.z1) >> (index & 31)) & 1).float() * 2 - 1
     word = _hash(index >> 1, key.z0, key.z1) >> ((index & 1) * 16)  # 16 bits per element: sign and quantile
-    magnitude = half_normal_table().to(index.device)[word & 0x7FFF]
+    magnitude = _table(index.device)[word & 0x7FFF]
     return torch.where((word >> 15) & 1 == 1, magnitude, -magnitude)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    """Copied to a device once: a copy waits for all that the device has been asked to do."""
+    return half_normal_table().to(device)
 
 
 def factors(index: Tensor, key: Key, r: int, *, columns: bool) -> Tensor:
