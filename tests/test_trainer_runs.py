@@ -298,8 +298,8 @@ from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.rewards import f1
 import json
 base, folder, rows, resume = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3])), sys.argv[4] == "resume"
-config = MeZOConfig(output_dir=folder, max_steps=400, per_device_train_batch_size=8, disable_tqdm=True, n_spsa="1-2/200",
-                    eval_strategy="steps", eval_steps=50, save_strategy="steps", save_steps=50, load_best_model_at_end=True)
+config = MeZOConfig(output_dir=folder, max_steps=160, per_device_train_batch_size=8, disable_tqdm=True, n_spsa="1-2/80",
+                    eval_strategy="steps", eval_steps=20, save_strategy="steps", save_steps=20, load_best_model_at_end=True)
 trainer = MeZOTrainer(base, f1(), args=config, train_dataset=rows, eval_dataset=rows[:12],
                       prompt=Prompt("{text} It was {mask}.", {"bad": "terrible", "good": "great"}))
 print("ready", flush=True)
