@@ -73,28 +73,28 @@ def run(argv: Sequence[str]) -> str:
         OSError: a file could not be read or written. The remaining cells would meet the same disk, so none of them runs.
         KeyboardInterrupt: with a sentence on how to continue. The tables hold the finished cells.
     """
-    given = parse(COMPARE, argv)
-    arguments = build(CompareArguments, given)
+    arguments = build(CompareArguments, parse(COMPARE, argv))
     task = load_task(arguments.task)
     check_source(arguments, task)
     check_model_folder(str(arguments.model))
     methods = _chosen(arguments)
-    given["stop"] = stop_of(arguments.stop, task)
+    arguments.stop = stop_of(arguments.stop, task)
+    arguments.published_rates = arguments.published_rates or list(PUBLISHED_RATES)
     prompt = make_prompt(arguments, task=task)
     metrics = arguments.metrics or ([task.metric] if task is not None else [])
     metrics = metrics or (["accuracy", "f1"] if prompt.labels else ["squad_f1", "exact_match"])
     if prompt.labels and not arguments.metrics:
         metrics = list(dict.fromkeys([*metrics, "accuracy", "f1"]))
+    arguments.metrics = metrics
     names = [RewardFunctions(load_reward(metric)).names[0] for metric in metrics]
     folder = Path(arguments.output_dir)
-    same = json.loads(json.dumps({name: given.get(name) for name in SAME}))
+    same = json.loads(json.dumps({name: getattr(arguments, name) for name in SAME}))
     _check_same(folder, same)
     todo = [(seed, name) for seed in arguments.seeds for name in methods if not _cell(folder, name, seed).exists()]
     say(
         f"{len(todo)} of {len(methods) * len(arguments.seeds)} cells to run: {len(methods)} methods, {len(arguments.seeds)} "
         f"seeds, at most {arguments.budget} forward passes of {arguments.batch_size} rows each"
     )
-    rates = arguments.published_rates or PUBLISHED_RATES
     failed: list[dict[str, Any]] = []
     try:
         with tqdm(total=len(todo), unit="cell") as bar:
@@ -105,13 +105,13 @@ def run(argv: Sequence[str]) -> str:
                     batch_size=arguments.batch_size, budget=arguments.budget, seed=seed,
                     reward=load_reward(metrics[0], column=label_column),
                     max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
-                    stop=given["stop"] or None,
+                    stop=arguments.stop or None,
                 )  # fmt: skip
                 _claim(folder, same)
                 for name in [name for at, name in todo if at == seed]:
                     bar.set_postfix_str(f"{METHODS[name].title}, seed {seed}")
                     try:
-                        _run_cell(folder, name, problem, rows.test, metrics, rates)
+                        _run_cell(folder, name, problem, rows.test, metrics, arguments.published_rates)
                     except OSError:  # a full disk, or a model that cannot be read: it would stop the other cells, too
                         raise
                     except Exception as error:

@@ -333,6 +333,14 @@ def test_the_learning_rates_of_the_published_recipe_can_be_given(
     assert all(f"{rate:.0e}".replace("e-0", "e-") in COMPARE.help() for rate in PUBLISHED_RATES)
 
 
+def test_a_default_may_be_spelt_out_in_a_folder_that_was_begun_without_it(files: Path, tmp_path: Path):
+    command = words(files, tmp_path, "--methods", "zero_shot", "--seeds", "1")
+    assert main(command) == 0
+    spelt_out = ["--test_rows", "1000", "--max_completion_length", "64", "--published_rates", "1e-5", "1e-4", "1e-3"]
+    assert main([*command, *spelt_out]) == 0
+    assert main([*command, "--test_rows", "999"]) == 2
+
+
 def test_a_damaged_file_is_named_with_what_to_do(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     command = words(files, out, "--methods", "zero_shot", "--seeds", "1")
