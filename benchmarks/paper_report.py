@@ -19,7 +19,8 @@ from zorl.apps import compare_report
 from zorl.apps.compare_methods import PUBLISHED_RATES
 
 AGAINST = {"zero_shot": "zero-shot", "threshold": "threshold", "in_context": "in-context", "linear_probing": "linear probing",
-           "label_head": "label head alone", "fine_tuning": "fine-tuning"}  # fmt: skip
+           "label_head": "label head alone", "mezo_published": "published MeZO (cross entropy)",
+           "fine_tuning": "fine-tuning"}  # fmt: skip
 
 
 def cells_of(name: str) -> list[dict[str, Any]]:
