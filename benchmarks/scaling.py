@@ -125,9 +125,9 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Several processes",
         "",
-        "    accelerate launch --multi_gpu --num_processes 8 --no_python zorl train …    # a GPU each",
+        "    accelerate launch --multi_gpu --num_processes 8 --no_python zorl train …    # a GPU each, NCCL",
         "    torchrun --nproc_per_node 8 --no_python zorl train …                        # the same",
-        "    torchrun --nproc_per_node 2 --no_python zorl train --use_cpu …              # on CPUs",
+        "    torchrun --nproc_per_node 2 --no_python zorl train --use_cpu …              # on CPUs, gloo",
         "",
         "(Without `--multi_gpu`, `accelerate launch` starts one process, whatever `--num_processes` says; with it, it starts "
         "several, on CPUs too.)",
@@ -144,9 +144,7 @@ def report(result: dict[str, Any]) -> str:
         "and every `--check_weights_steps` steps. When a process dies the others end with a message, and the same command "
         "continues from the trajectory, with any number of processes as long as a step has the same number of rows (half the "
         "processes: twice `--per_device_train_batch_size`). Where people judge, a step may wait for them as long as it takes: "
-        "the first process tells the others every minute that it is still at work. Messages go through gloo, from CPU to "
-        "CPU, whatever the processes compute on. Between machines, `GLOO_SOCKET_IFNAME` names the network interface that it "
-        "should use. Forward gradients run in one process only. "
+        "the first process tells the others every minute that it is still at work. Forward gradients run in one process only. "
         "A script of your own calls `zorl.processes.leave()` when it is done.",
         "",
         "## Measured",

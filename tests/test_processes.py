@@ -143,8 +143,8 @@ from torch import distributed
 from zorl import processes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # test runners may start their processes without
-distributed.init_process_group("gloo")
-processes.TIMEOUT, processes.PULSE, mine = timedelta(seconds=2), 0.3, processes.index()
+distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+processes.PULSE, mine = 0.3, processes.index()
 found = {"answer": processes.first(lambda: time.sleep(5) or "at last")}
 found["again"] = processes.first(lambda: "at once")
 if mine == 1:

@@ -2,8 +2,8 @@
 
 An update of θ is a few numbers and a seed, so processes only exchange each row's scores, the tokens of its answers, or a
 reward. The number of bytes depends on the batch, never on the model's size. Every process holds all of θ, sees the whole batch
-and makes every update itself; weights are never sent. `accelerate launch` and `torchrun` start the processes. Gloo carries the
-bytes, between GPUs as well: they come from the CPU and end there, and unlike NCCL, gloo raises an error when a process is gone.
+and makes every update itself; weights are never sent. `torch.distributed` carries the bytes, with gloo between CPUs and NCCL
+between GPUs; `accelerate launch` and `torchrun` start the processes.
 
 In a single process everything here is a plain call. Tensors are sent as safetensors and values as JSON: what another process
 sends is data, never code.
@@ -17,7 +17,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +26,11 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the longest that a process waits for the others without a sign of life
-PULSE = 60.0  # seconds between the first process's signs of life
+PULSE = 60.0  # seconds between the first process's signs of life, well within any backend's timeout
 _STILL_AT_WORK = -1  # in place of a length
 
 exchanged_bytes = 0  # sent by this process to the others so far
 _alone = 0  # positive inside work that one process does for all
-_groups: tuple[Any, Any] | None = None  # that of all processes as it was set up, and ours
 
 
 class ProcessError(ConnectionError):
@@ -100,8 +97,6 @@ def first(work: Callable[[], Any]) -> Any:
         return work()
     failure: Exception | None = None
     payload = b""
-    with _lost_contact():
-        _group()  # all processes make it together, and so before the first one goes to work
     if index() == 0:
         _alone += 1
         try:
@@ -164,38 +159,39 @@ def _meet() -> None:
     """Waits until all processes are here."""
     if count() > 1:
         with _lost_contact():
-            dist.barrier(group=_group())
+            dist.barrier()
 
 
 def _gather(payload: bytes) -> list[bytes]:
     """The bytes of each process, in order."""
     global exchanged_bytes
-    total = count()
+    total, device = count(), _device()
     with _lost_contact():
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(total)]
-        dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64), group=_group())
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(total)]
+        dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64, device=device))
         lengths = [int(size) for size in sizes]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
         padded[: len(payload)] = _bytes(payload)
         parts = [torch.empty_like(padded) for _ in range(total)]
-        dist.all_gather(parts, padded, group=_group())
+        dist.all_gather(parts, padded)
     exchanged_bytes += 8 + len(padded)
-    return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+    return [part[:length].cpu().numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
 
 def _broadcast(payload: bytes) -> bytes:
     """The first process's bytes."""
     global exchanged_bytes
+    device = _device()
     with _lost_contact():
-        size = torch.tensor([len(payload)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=_group())
+        size = torch.tensor([len(payload)], dtype=torch.int64, device=device)
+        dist.broadcast(size, src=0)
         while int(size) == _STILL_AT_WORK:
-            dist.broadcast(size, src=0, group=_group())
-        data = _bytes(payload) if index() == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=_group())
+            dist.broadcast(size, src=0)
+        data = _bytes(payload).to(device) if index() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.broadcast(data, src=0)
     if index() == 0:
         exchanged_bytes += 8 + len(payload)
-    return data.numpy().tobytes()
+    return data.cpu().numpy().tobytes()
 
 
 @contextmanager
@@ -205,14 +201,14 @@ def _pulse() -> Iterator[None]:
     Raises:
         ProcessError: they are gone. The block is interrupted as by Ctrl-C; if it ignores that, the error is raised at its end.
     """
-    done, lost = threading.Event(), list[ProcessError]()
+    done, lost, device = threading.Event(), list[ProcessError](), _device()
 
     def beat() -> None:
         global exchanged_bytes
         while not done.wait(PULSE):
             try:
                 with _lost_contact():
-                    dist.broadcast(torch.tensor([_STILL_AT_WORK], dtype=torch.int64), src=0, group=_group())
+                    dist.broadcast(torch.tensor([_STILL_AT_WORK], dtype=torch.int64, device=device), src=0)
                 exchanged_bytes += 8
             except ProcessError as error:
                 lost.append(error)
@@ -234,12 +230,9 @@ def _pulse() -> Iterator[None]:
         raise lost[0]
 
 
-def _group() -> Any:
-    """All processes, in a group of our own: whatever backend the default group has, and whatever else is sent in it."""
-    global _groups
-    if _groups is None or _groups[0] is not dist.group.WORLD:
-        _groups = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=TIMEOUT))
-    return _groups[1]
+def _device() -> torch.device:
+    """The device on which the backend expects the bytes."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @contextmanager
