@@ -11,7 +11,7 @@ from typing import Any
 from zorl.whole_files import write_json
 
 METHODS = ("replay", "direct")
-# Defaults that depend on the method: close to those that did best in `docs/human_efficiency.md`.
+# Defaults that depend on the method. They are close to the values that did best in `docs/human_efficiency.md`.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "replay": {"learning_rate": 0.4, "epsilon": "0.1", "directions": 32, "prompts_per_step": 8},
     "direct": {"learning_rate": 0.12, "epsilon": "0.5", "directions": 1, "prompts_per_step": 4},
