@@ -33,7 +33,7 @@ def probe(policy: ClassifierHead, rows: Sequence[Mapping[str, Any]], labels: Seq
         labels: the rows' labels, each one of the policy's.
 
     Raises:
-        ValueError: a class has no row.
+        ValueError: the head is offloaded to disk; or a class has no row.
         TypeError: the model's logits do not come out of a linear layer.
         FloatingPointError: a state is NaN or infinite.
 
