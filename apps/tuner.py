@@ -212,6 +212,8 @@ class Tuner:
         """Carries out the requests. Returns True if the run goes back to an earlier step."""
         for number, kind, payload in self.store.pending_requests():
             back = False
+            if not self.paused:  # else the page goes on saying so
+                self.store.set_tuner("answering", "a request of the page")
             try:
                 if kind == "try":
                     result = self._try(str(payload["prompt"]))

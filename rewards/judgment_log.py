@@ -35,6 +35,7 @@ from zorl.rewards.judgment_tables import (
 )
 
 _NEVER_RAN = {"state": "stopped", "message": "", "time": 0.0}
+_SILENT = 30.0  # seconds after which a tuner that waits, and says so every second, must be gone
 
 
 class Readings:
@@ -85,13 +86,13 @@ class Readings:
                 verdicts=_count(connection, select(func.count()).where(opinions)),
                 raters=_count(connection, select(func.count()).select_from(raters).where(answered)),
                 can_undo=bool(rater and connection.scalar(_can_undo(rater))),
-                tuner=_tuner(connection),
+                tuner=_tuner(connection, self._database.clock()),
             )
 
     def tuner(self) -> dict[str, Any]:
-        """What the tuner last reported: state, message and time."""
+        """What the tuner last reported: state, message and time. The state is "silent" if it was waiting and is gone."""
         with self._database.reading() as connection:
-            return _tuner(connection)
+            return _tuner(connection, self._database.clock())
 
     def steps(self) -> list[StoredStep]:
         """The steps in force, in order."""
@@ -266,9 +267,15 @@ def _unflipped(choice: str, flipped: bool) -> Choice:
     return Choice(choice).flipped if flipped else Choice(choice)
 
 
-def _tuner(connection: Connection) -> dict[str, Any]:
-    said = connection.scalar(select(meta.c.value).where(meta.c.name == "tuner"))
-    return dict(_NEVER_RAN) if said is None else dict(json.loads(said))
+def _tuner(connection: Connection, now: float) -> dict[str, Any]:
+    value = connection.scalar(select(meta.c.value).where(meta.c.name == "tuner"))
+    said: dict[str, Any] = dict(_NEVER_RAN) if value is None else json.loads(value)
+    silence = now - said["time"]
+    if said["state"] != "waiting" or silence <= _SILENT:
+        return said
+    since = f"{silence / 60:.0f} min" if silence >= 60 else f"{silence:.0f} s"
+    message = f"It has not looked for verdicts for {since}. They are kept, and count as soon as it is started again."
+    return said | {"state": "silent", "message": message}
 
 
 def _count(connection: Connection, query: Select[Any]) -> int:

@@ -231,7 +231,10 @@ class TunersSide(Readings):
             connection.execute(update(steps).where(steps.c.id == row.id).values(figures=json.dumps(merged)))
 
     def set_tuner(self, state: str, message: str = "") -> None:
-        """Reports what the tuner is doing, for the page. The same report within a second is not written again."""
+        """Reports what the tuner is doing, for the page. The same report within a second is not written again.
+
+        One that waits repeats it about once a second, or else it is taken to be gone (see `tuner`).
+        """
         now, before = self._database.clock(), self.tuner()
         if (before["state"], before["message"]) == (state, message) and 0 <= now - before["time"] < 1:
             return

@@ -297,6 +297,22 @@ def test_progress_counts_what_the_next_step_takes(open_store: Open, clock: Clock
     assert store.tuner() == {"state": "generating", "message": "", "time": 1001.5}
 
 
+def test_a_tuner_that_stops_looking_for_verdicts_is_silent(open_store: Open, clock: Clock) -> None:
+    store = open_store()
+    store.set_tuner("waiting", "for verdicts")
+    for seconds, silence in ((30.0, None), (31.0, "31 s"), (240.0, "4 min")):
+        clock.now = 1000.0 + seconds
+        for told in (store.tuner(), store.progress().tuner):
+            assert told["state"] == ("silent" if silence else "waiting")
+            assert told["time"] == 1000.0
+            assert not silence or f"has not looked for verdicts for {silence}. They are kept" in told["message"]
+    store.set_tuner("waiting", "for verdicts")
+    assert store.tuner() == {"state": "waiting", "message": "for verdicts", "time": 1240.0}
+    store.set_tuner("computing")  # may take any time
+    clock.now += 3600.0
+    assert store.tuner()["state"] == "computing"
+
+
 def test_progress_tells_skips_verdicts_in_other_hands_and_what_can_be_undone(open_store: Open, clock: Clock) -> None:
     store = open_store(repeat_share=0, comparison_share=0)
     probe = store.add_probe(new_pairs(2), key="a")

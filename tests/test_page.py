@@ -141,6 +141,15 @@ def test_without_a_trainer_the_page_says_how_to_start_one() -> None:
     assert "of 8 verdicts for the next step" in status_html(_progress(votes_needed=8), steps=False)
 
 
+def test_a_trainer_that_is_gone_is_not_waited_for() -> None:
+    gone = _progress("silent", "It has not looked for verdicts for 4 min.")
+    assert "<h2>The trainer does not answer.</h2><p>It has not looked for verdicts for 4 min.</p>" in pair_html(
+        None, gone
+    )
+    assert "z-is-silent" in status_html(gone)
+    assert "Model: not answering" in status_html(gone)
+
+
 @pytest.mark.parametrize(
     ("wished", "done", "said"),
     [

@@ -16,7 +16,6 @@ from zorl.rewards.judgment_records import Progress, Showing
 
 SECONDS = 1.0  # between two updates from the store while nobody clicks
 WAITING = "The model is writing the next pairs…"
-UNCONNECTED = "No trainer is connected yet."
 # Label, id and verdict. The keys are in keys.js; page.css prints them on the buttons.
 BUTTONS = (
     ("A is better", "vote-a", Choice.FIRST),
@@ -29,13 +28,16 @@ STATES = {
     "starting": "loading the model",
     "generating": "writing pairs",
     "computing": "computing a step",
+    "answering": "answering a request",
     "waiting": "waiting for verdicts",
     "unconnected": "no trainer connected",
+    "silent": "not answering",
     "paused": "paused",
     "stopped": "stopped",
     "failed": "failed",
 }
-DOWN = ("failed", "stopped", "paused", "unconnected")  # states in which no new pair will appear by itself
+DOWN = ("failed", "stopped", "paused", "unconnected", "silent")  # states in which no new pair will appear by itself
+HEADINGS = {"unconnected": "No trainer is connected yet.", "silent": "The trainer does not answer."}
 
 
 def pair_html(showing: Showing | None, progress: Progress) -> str:
@@ -46,7 +48,7 @@ def pair_html(showing: Showing | None, progress: Progress) -> str:
         more = text(said or "They will appear here as soon as they are ready.")
         return (
             f'<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span>'
-            f"<h2>{UNCONNECTED if state == 'unconnected' else WAITING}</h2><p>{more}</p></div>"
+            f"<h2>{HEADINGS.get(str(state), WAITING)}</h2><p>{more}</p></div>"
         )
     return (
         f'<article class="z-pair" data-showing="{showing.id}"><section class="z-prompt" aria-label="Prompt">'

@@ -33,6 +33,6 @@ class Requests:
     def waiting(self, otherwise: str) -> str:
         """What to tell somebody who waits: `otherwise`, unless the tuner is down."""
         tuner = self.store.tuner()
-        if tuner.get("state") in ("failed", "stopped"):
+        if tuner.get("state") in ("failed", "stopped", "silent"):
             return f"The model is not running at the moment: {tuner.get('message') or tuner['state']}"
         return otherwise
