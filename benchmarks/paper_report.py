@@ -52,8 +52,8 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
         f"{', '.join(f'{rate:g}' for rate in PUBLISHED_RATES)}, chosen for small models by what "
         "[efficiency.md](efficiency.md) found; the paper's own grids are 1e-07, 1e-06, 1e-05 for RoBERTa-large and 1e-07, "
         "1e-06 for OPT. Momentum, which has no default learning rate, runs at 1e-4, untuned. "
-        "“Linear probe, then MeZO” tunes a sequence-classification model, whose head reads the first token, through a pooler that "
-        "this model has no weights for, of the text without a prompt; the other probes read the mask. "
+        "“Linear probe, then MeZO” tunes a sequence-classification model, whose head reads the first token, through a pooler "
+        "that this model has no weights for, of the text without a prompt; the other probes read the mask. "
         f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
         "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
         "",

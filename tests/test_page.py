@@ -38,7 +38,7 @@ from zorl.apps.page.charts import Point, chart_html
 from zorl.apps.page.desk import Desk
 from zorl.apps.page.difference import difference
 from zorl.apps.page.figures import decided_share, win_rate
-from zorl.apps.page.judge_tab import guidelines_html, pair_html, status_html
+from zorl.apps.page.judge_tab import DOWN, guidelines_html, pair_html, status_html
 from zorl.apps.page.markup import answers_html, prompt_html
 from zorl.apps.page.progress_tab import Charts, refusal
 from zorl.apps.page.security import is_foreign, is_local, read_users, sign_in
@@ -148,6 +148,14 @@ def test_a_trainer_that_is_gone_is_not_waited_for() -> None:
     )
     assert "z-is-silent" in status_html(gone)
     assert "Model: not answering" in status_html(gone)
+
+
+def test_what_is_down_is_not_said_to_be_writing() -> None:
+    for state in DOWN:
+        waiting = pair_html(None, _progress(state, "because"))
+        assert f"<h2>{DOWN[state]}</h2><p>because</p>" in waiting
+        assert "z-pulse" not in waiting
+    assert "z-pulse" in pair_html(None, _progress("generating"))
 
 
 @pytest.mark.parametrize(

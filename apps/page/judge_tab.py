@@ -36,19 +36,25 @@ STATES = {
     "stopped": "stopped",
     "failed": "failed",
 }
-DOWN = ("failed", "stopped", "paused", "unconnected", "silent")  # states in which no new pair will appear by itself
-HEADINGS = {"unconnected": "No trainer is connected yet.", "silent": "The trainer does not answer."}
+# States in which no new pair will appear by itself, and what the page says in its place.
+DOWN = {
+    "failed": "The model has stopped.",
+    "stopped": "The model is not running.",
+    "paused": "Tuning is paused.",
+    "unconnected": "No trainer is connected yet.",
+    "silent": "The trainer does not answer.",
+}
 
 
 def pair_html(showing: Showing | None, progress: Progress) -> str:
     """The pair in front of a rater. `data-showing` tells keys.js which pair is on the screen."""
     if showing is None:
-        state = progress.tuner.get("state")
-        said = progress.tuner.get("message") if state in DOWN else ""
-        more = text(said or "They will appear here as soon as they are ready.")
+        state, said = str(progress.tuner.get("state")), str(progress.tuner.get("message", ""))
+        if state in DOWN:
+            return f'<div class="z-pair z-waiting"><h2>{DOWN[state]}</h2><p>{text(said)}</p></div>'
         return (
-            f'<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span>'
-            f"<h2>{HEADINGS.get(str(state), WAITING)}</h2><p>{more}</p></div>"
+            '<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span>'
+            f"<h2>{WAITING}</h2><p>They will appear here as soon as they are ready.</p></div>"
         )
     return (
         f'<article class="z-pair" data-showing="{showing.id}"><section class="z-prompt" aria-label="Prompt">'
