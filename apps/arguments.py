@@ -204,7 +204,8 @@ class CompareArguments(InputArguments):
     methods: list[str] | None = field(
         default=None,
         metadata=_several(
-            "Methods to compare; see above. Default: zero_shot threshold in_context linear_probing mezo_cross_entropy mezo."
+            "Methods to compare; see above. Default: majority zero_shot threshold in_context linear_probing mezo_cross_entropy "
+            "mezo."
         ),
     )
     metrics: list[str] | None = field(

@@ -258,14 +258,14 @@ runs: fine-tuning and GRPO spend the budget on each rate, published MeZO a quart
 table counts the forward passes of all these runs. Finished cells are kept: the same command continues where it was stopped, and
 a command with more --methods or --seeds adds to the table.
 
-Without a gradient: zero_shot, threshold (one fitted bias per label), in_context (up to 32 demonstrations), label_head (where mezo
-starts), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric), mezo_f1, mezo_cross_entropy, mezo_lora,
-mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_two_sided (SPSA), mezo_n_spsa (SPSA with 1 to 8 directions
-per step), mezo_variance and mezo_expectation (SPSA with blocks scaled by the norms of parameters, or of gradients that cost two
-forward passes per parameter tensor to estimate), mezo_forward_gradient (on cross entropy; a slope counts as three forward
-passes), lp_mezo (a linear probe first), and the paper's own recipe with the best of the learning rates 1e-5, 1e-4 and 1e-3
-(--published_rates): mezo_published, mezo_published_metric. With backpropagation: fine_tuning (Adam),
-fine_tuning_sgd, grpo (TRL's).""",
+Without a gradient: majority (always the commonest label), zero_shot, threshold (one fitted bias per label), in_context (up to 32
+demonstrations), label_head (where mezo starts), linear_probing, bbt (CMA-ES on a soft prompt). MeZO: mezo (on the metric),
+mezo_f1, mezo_cross_entropy, mezo_lora, mezo_prefix, mezo_head, mezo_momentum, mezo_adam, mezo_one_point, mezo_two_sided (SPSA),
+mezo_n_spsa (SPSA with 1 to 8 directions per step), mezo_variance and mezo_expectation (SPSA with blocks scaled by the norms of
+parameters, or of gradients that cost two forward passes per parameter tensor to estimate), mezo_forward_gradient (on cross
+entropy; a slope counts as three forward passes), lp_mezo (a linear probe first), and the paper's own recipe with the best of the
+learning rates 1e-5, 1e-4 and 1e-3 (--published_rates): mezo_published, mezo_published_metric. With backpropagation: fine_tuning
+(Adam), fine_tuning_sgd, grpo (TRL's).""",
     types=lambda: (CompareArguments,),
     sections={
         "Model and data": f"{_DATA} label_column k_shot sample eval_dataset test_dataset test_split test_rows",

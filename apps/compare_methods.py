@@ -15,7 +15,7 @@ from transformers import PrinterCallback
 
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.apps.elapsed import Elapsed
-from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
+from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, majority, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem
 from zorl.config import DIRECTIONS
 from zorl.probe import CENTRE
@@ -230,6 +230,7 @@ def baseline(fit: Callable[..., Fitted], **settings: Any) -> Callable[[Problem, 
 
 
 METHODS: dict[str, Method] = {
+    "majority": Method("always the commonest label", baseline(majority.fit)),
     "zero_shot": Method("zero-shot", baseline(zero_shot.fit)),
     "threshold": Method("one fitted threshold per label", baseline(threshold.fit)),
     "in_context": Method(f"in-context, up to {in_context.DEMONSTRATIONS} demonstrations", baseline(in_context.fit)),
@@ -271,4 +272,4 @@ METHODS: dict[str, Method] = {
     "grpo": Method("GRPO (TRL)", baseline(grpo.fit)),
 }
 # The default of --methods: baselines that cost no more than MeZO, and MeZO on cross entropy and on the metric.
-STANDARD = ("zero_shot", "threshold", "in_context", "linear_probing", "mezo_cross_entropy", "mezo")
+STANDARD = ("majority", "zero_shot", "threshold", "in_context", "linear_probing", "mezo_cross_entropy", "mezo")

@@ -37,14 +37,14 @@ WORK = ROOT / "build" / "paper"
 SEEDS = (13, 21, 42)
 BATCH, BUDGET, TEST_ROWS = 16, 300, 300
 MAIN = (
-    "zero_shot", "threshold", "label_head", "linear_probing", "mezo_published", "mezo_cross_entropy", "mezo", "mezo_f1",
-    "lp_mezo", "fine_tuning", "in_context",
+    "majority", "zero_shot", "threshold", "label_head", "linear_probing", "mezo_published", "mezo_cross_entropy", "mezo",
+    "mezo_f1", "lp_mezo", "fine_tuning", "in_context",
 )  # fmt: skip
 REST = (
     "mezo_published_metric", "mezo_lora", "mezo_prefix", "mezo_head", "mezo_momentum", "mezo_adam", "mezo_one_point",
     "mezo_two_sided", "bbt", "fine_tuning_sgd", "grpo",
 )  # fmt: skip
-CHEAP = ("zero_shot", "threshold", "label_head", "linear_probing", "in_context")
+CHEAP = ("majority", "zero_shot", "threshold", "label_head", "linear_probing", "in_context")
 
 
 @dataclass(frozen=True)

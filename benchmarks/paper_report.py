@@ -18,9 +18,16 @@ from paper import BATCH, BUDGET, CELLS, MAIN, REST, ROOT, SEEDS, SETTINGS, TEST_
 from zorl.apps import compare_report
 from zorl.apps.compare_methods import PUBLISHED_RATES
 
-AGAINST = {"zero_shot": "zero-shot", "threshold": "threshold", "in_context": "in-context", "linear_probing": "linear probing",
-           "label_head": "label head alone", "mezo_published": "published MeZO (cross entropy)",
-           "fine_tuning": "fine-tuning"}  # fmt: skip
+AGAINST = {
+    "majority": "commonest label",
+    "zero_shot": "zero-shot",
+    "threshold": "threshold",
+    "in_context": "in-context",
+    "linear_probing": "linear probing",
+    "label_head": "label head alone",
+    "mezo_published": "published MeZO (cross entropy)",
+    "fine_tuning": "fine-tuning",
+}
 
 
 def cells_of(name: str) -> list[dict[str, Any]]:

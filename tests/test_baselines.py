@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from zorl import Prompt
-from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, threshold, zero_shot
+from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, majority, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, answers_of, progress, target_text
 from zorl.baselines.selection import LOOKS, look_at
 from zorl.encoding import longest_input
@@ -32,6 +32,7 @@ pytestmark = [
 LABELS = Prompt("{text} it was {mask} .", {"bad": "terrible", "good": "great"})
 TEXT = Prompt("question: was it {text} ? answer:")
 ON_LABELS: dict[str, Callable[..., Fitted]] = {
+    "majority": majority.fit,
     "zero_shot": zero_shot.fit,
     "threshold": threshold.fit,
     "in_context": in_context.fit,
@@ -157,6 +158,15 @@ def test_what_the_sentence_says_is_learnt(kind, method, labels) -> None:
     assert fitted.chosen.get("learning_rate", 1.0) > 1e-6
 
 
+def test_the_commonest_label_is_that_of_the_training_rows_and_the_first_among_equals(labels) -> None:
+    problem = labels()
+    one_each = [next(row for row in problem.train if row["label"] == label) for label in ("good", "bad")]
+    for train, label in ((problem.train, "good"), (one_each, "bad")):
+        fitted = majority.fit(replace(problem, train=train))
+        assert {answer.completion for answer in fitted.answers(TEST)} == {label}
+        assert (fitted.forwards, fitted.chosen) == (0, {"label": label})
+
+
 def test_a_threshold_is_at_least_as_good_as_the_more_frequent_label(labels) -> None:
     problem = labels()
     assert problem.score(TEST, zero_shot.fit(problem).answers(TEST)) < 0.5
@@ -280,7 +290,7 @@ def test_long_demonstrations_are_cut_until_as_many_fit_as_there_are_labels(label
 # --- refusals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [threshold.fit, linear_probing.fit])
+@pytest.mark.parametrize("method", [majority.fit, threshold.fit, linear_probing.fit])
 def test_what_needs_labels_refuses_a_prompt_without(method, text) -> None:
     with pytest.raises(NotApplicable, match="needs a prompt with label words, and 'question: was it"):
         method(text())
