@@ -166,8 +166,8 @@ def report() -> str:
         f"{runs} runs, {runs * FORWARDS} forwards, against {BUDGET}. {''.join(f'{sentence} ' for sentence in partly)}"
         "Where the best and the worst of a grid are within noise of each other, "
         "no setting learned anything. The rule by which a diagnosis chooses was settled with these runs in view, but for "
-        "those of the masked model on accuracy, which were made afterwards. These are a test of it; the others show only that it can "
-        "do what it should.",
+        "those of the masked model on accuracy, which were made afterwards. Those are a test of the rule; "
+        "the others show only that it can do what it should.",
         "",
         "What the diagnoses found where tuning starts, with 95% intervals:",
         "",
