@@ -7,6 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,12 @@ class HumanJudge:
         self.store.set_tuner("generating", "writing the next pairs")
         return [majority(votes[row]) for row in range(len(pairs))]
 
+    def rest(self) -> None:
+        """Tells the page that no run asks any more. A store that does not answer cannot be told."""
+        if self._asked:
+            with suppress(ConnectionError):
+                self.store.set_tuner("stopped", "The run that asks has ended. Verdicts are kept for when it goes on.")
+
     def _wait(self, probe: int) -> list[Vote]:
         """The votes on a probe, once there are enough."""
         while self.store.probe(probe).state not in ("withdrawn", "expired"):
@@ -80,6 +87,7 @@ class HumanJudge:
             # Again and again: a page that starts later says that no trainer is connected.
             self.store.set_tuner("waiting", "for verdicts")
             time.sleep(self.poll_seconds)
+        self._asked = False  # the page is the other run's now
         raise ValueError("the pairs that this run asks about were withdrawn: another run asks in the same store")
 
     def _withdraw_all_but(self, probe: int) -> None:

@@ -158,6 +158,29 @@ def test_conversations_are_stored_as_json(store: JudgmentStore) -> None:
     assert raters.seen[0][0] == '[{"role": "user", "content": "Grüße?"}]'
 
 
+def test_a_judge_that_rests_says_so_unless_the_store_is_another_run_s(
+    store: JudgmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.set_tuner("unconnected", "start one")
+    judge = HumanJudge(store, 0.01)
+    judge.rest()
+    assert store.tuner()["state"] == "unconnected", "it has not asked anything"
+    with Raters(store, ann=shorter):
+        ask(judge)
+    judge.rest()
+    assert store.tuner()["state"] == "stopped"
+
+    def withdrawn(_: float) -> None:
+        store.withdraw(store.open_probes()[0].id)
+
+    monkeypatch.setattr("zorl.rewards.human.time.sleep", withdrawn)
+    with pytest.raises(ValueError, match="another run asks in the same store"):
+        ask(judge, "2")
+    store.set_tuner("generating", "the other's")
+    judge.rest()
+    assert store.tuner()["state"] == "generating"
+
+
 def test_a_judge_opens_a_store_by_its_path(tmp_path: Path) -> None:
     judge = HumanJudge(tmp_path / "judgments.sqlite")
     assert judge.store.settings.votes_per_pair == 1
@@ -190,6 +213,7 @@ def test_a_trainer_follows_people_and_resumes_with_their_verdicts(
     with Raters(store, ann=shorter) as raters:
         first = trainer(2, HumanJudge(store, 0.01))
         first.train()
+        assert (store.tuner()["state"], store.tuner()["message"][:18]) == ("stopped", "The run that asks ")
         resumed = trainer(4, HumanJudge(store, 0.01))
         resumed.train(resume_from_checkpoint=True)
     assert raters.seen

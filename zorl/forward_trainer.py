@@ -91,6 +91,9 @@ class ForwardTrainer(Trainer):
         """
         raise NotImplementedError
 
+    def _end(self) -> None:
+        """Called when training has ended, however it has."""
+
     def train(
         self,
         resume_from_checkpoint: str | Path | bool | None = None,
@@ -152,6 +155,7 @@ class ForwardTrainer(Trainer):
             self.progress.close()
             if self.mezo is not None:
                 self.mezo.close()
+            self._end()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The MeZO optimizer. Where the run's trajectory exists, this replays it onto the model."""

@@ -21,6 +21,8 @@ class Judge(Protocol):
 
     It is called with keywords: prompts, the two completions of each, `request_id` (a text that identifies the run and step,
     so that a judge that is asked again after a restart recognises the question), and the columns of the data set.
+
+    If it has a method `rest()`, this is called when a run ends, however it ends.
     """
 
     def __call__(

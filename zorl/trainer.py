@@ -158,6 +158,11 @@ class MeZOTrainer(ForwardTrainer):
             self.starting_point.forwards = header["calibration_forwards"]
         self.starting_point.forget()
 
+    def _end(self) -> None:
+        rest = getattr(self.goal.judge, "rest", None)
+        if rest is not None:
+            rest()
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gathers the rows of accumulated minibatches, then asks one probe about all of them and tells."""
         assert self.mezo is not None
