@@ -9,12 +9,12 @@ from zorl.prompts import Answer
 
 
 def fit(problem: Problem, report: Report | None = None) -> Fitted:
-    """Counts the labels; the first of the prompt's labels wins among equals.
+    """Counts the labels, without a forward pass; the first of the prompt's labels wins among equals.
 
     Raises:
         NotApplicable: the prompt has no label words.
     """
-    policy = problem.label_policy(*problem.load(), "a commonest label")
+    policy = problem.label_policy(*problem.load(), "the commonest label")
     counts = Counter(str(row[problem.label_column]) for row in problem.train)
     commonest = max(policy.label_names, key=lambda label: counts[label])
     place = policy.label_names.index(commonest)
