@@ -33,6 +33,7 @@ from zorl.rewards.judgment_tables import (
     showings,
     steps,
 )
+from zorl.wording import lasting
 
 _NEVER_RAN = {"state": "stopped", "message": "", "time": 0.0}
 _SILENT = 30.0  # seconds after which a tuner that waits, and says so every second, must be gone
@@ -90,7 +91,10 @@ class Readings:
             )
 
     def tuner(self) -> dict[str, Any]:
-        """What the tuner last reported: state, message and time. The state is "silent" if it was waiting and is gone."""
+        """What the tuner last reported: its state, a message, the time, and its `age`, the seconds since then.
+
+        The state is "silent" if it was waiting and is gone.
+        """
         with self._database.reading() as connection:
             return _tuner(connection, self._database.clock())
 
@@ -270,12 +274,11 @@ def _unflipped(choice: str, flipped: bool) -> Choice:
 def _tuner(connection: Connection, now: float) -> dict[str, Any]:
     value = connection.scalar(select(meta.c.value).where(meta.c.name == "tuner"))
     said: dict[str, Any] = dict(_NEVER_RAN) if value is None else json.loads(value)
-    silence = now - said["time"]
-    if said["state"] != "waiting" or silence <= _SILENT:
+    said["age"] = now - said["time"]
+    if said["state"] != "waiting" or said["age"] <= _SILENT:
         return said
-    since = f"{silence / 60:.0f} min" if silence >= 60 else f"{silence:.0f} s"
-    message = f"It has not looked for verdicts for {since}. They are kept, and count as soon as it is started again."
-    return said | {"state": "silent", "message": message}
+    gone = f"It has not looked for verdicts for {lasting(said['age'])}."
+    return said | {"state": "silent", "message": f"{gone} They are kept, and count as soon as it is started again."}
 
 
 def _count(connection: Connection, query: Select[Any]) -> int:

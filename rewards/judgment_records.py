@@ -117,7 +117,7 @@ class Progress:
         verdicts: verdicts that everybody has given so far, repeats and comparisons included, skips excluded.
         raters: the number of people who have judged or skipped a pair.
         can_undo: whether this rater's latest verdict can be undone.
-        tuner: the tuner's state, message and time (see `Readings.tuner`).
+        tuner: what the tuner last reported (see `Readings.tuner`).
     """
 
     steps: int

@@ -187,7 +187,8 @@ def twin_or_scratch(model: nn.Module, parameters: ParameterSet, distribution: Di
             return [None] * copies
 
         twin.evaluate_all(points, forward)
-    # A StackingError, which is a ValueError; shapes that do not fit once they are stacked; or a model that takes other inputs.
+    # A StackingError, which is a ValueError; shapes that do not fit once they are stacked; a model that takes other inputs; or no
+    # memory even for this, and a Scratch needs less.
     except (ValueError, TypeError, RuntimeError):
         return Scratch(model, parameters, distribution)
     return twin

@@ -13,8 +13,10 @@ from zorl.apps.page.desk import Desk, Turn, new_name
 from zorl.apps.page.markup import answers_html, notice_html, prompt_html, text
 from zorl.probe import Choice
 from zorl.rewards.judgment_records import Progress, Showing
+from zorl.wording import lasting
 
 SECONDS = 1.0  # between two updates from the store while nobody clicks
+LONG = 120.0  # seconds without a report of a trainer at work, after which the page says for how long
 WAITING = "The model is writing the next pairs…"
 # Label, id and verdict. The keys are in keys.js; page.css prints them on the buttons.
 BUTTONS = (
@@ -52,9 +54,13 @@ def pair_html(showing: Showing | None, progress: Progress) -> str:
         state, said = str(progress.tuner.get("state")), str(progress.tuner.get("message", ""))
         if state in DOWN:
             return f'<div class="z-pair z-waiting"><h2>{DOWN[state]}</h2><p>{text(said)}</p></div>'
+        ready = "They will appear here as soon as they are ready."
+        # While it writes it does not report; only a person can tell whether this is long for this model on its machine.
+        if (age := float(progress.tuner.get("age", 0))) >= LONG:
+            ready += f" The trainer last reported {lasting(age)} ago; if that is unusual, see whether it still runs."
         return (
             '<div class="z-pair z-waiting"><span class="z-pulse" aria-hidden="true"></span>'
-            f"<h2>{WAITING}</h2><p>They will appear here as soon as they are ready.</p></div>"
+            f"<h2>{WAITING}</h2><p>{ready}</p></div>"
         )
     return (
         f'<article class="z-pair" data-showing="{showing.id}"><section class="z-prompt" aria-label="Prompt">'

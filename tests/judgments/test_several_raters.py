@@ -66,15 +66,15 @@ def test_progress_counts_what_the_next_step_takes(open_store: Open, clock: Clock
     assert (progress.votes_needed, progress.votes_given, progress.open_pairs) == (6, 3, 4)
     assert store.progress(bob).open_pairs == 8
     assert (progress.verdicts, progress.raters, progress.steps) == (4, 1, 0)
-    assert progress.tuner == {"state": "stopped", "message": "", "time": 0.0}
+    assert progress.tuner == {"state": "stopped", "message": "", "time": 0.0, "age": 1000.0}
     store.set_tuner("waiting", "for you")
-    assert store.tuner() == {"state": "waiting", "message": "for you", "time": 1000.0}
+    assert store.tuner() == {"state": "waiting", "message": "for you", "time": 1000.0, "age": 0.0}
     for seconds, told in ((0.5, 1000.0), (1.5, 1001.5)):
         clock.now = 1000.0 + seconds
         store.set_tuner("waiting", "for you")
         assert store.tuner()["time"] == told
     store.set_tuner("generating")
-    assert store.tuner() == {"state": "generating", "message": "", "time": 1001.5}
+    assert store.tuner() == {"state": "generating", "message": "", "time": 1001.5, "age": 0.0}
 
 
 def test_a_tuner_that_stops_looking_for_verdicts_is_silent(open_store: Open, clock: Clock) -> None:
@@ -87,10 +87,10 @@ def test_a_tuner_that_stops_looking_for_verdicts_is_silent(open_store: Open, clo
             assert told["time"] == 1000.0
             assert not silence or f"has not looked for verdicts for {silence}. They are kept" in told["message"]
     store.set_tuner("waiting", "for verdicts")
-    assert store.tuner() == {"state": "waiting", "message": "for verdicts", "time": 1240.0}
+    assert store.tuner() == {"state": "waiting", "message": "for verdicts", "time": 1240.0, "age": 0.0}
     store.set_tuner("computing")  # may take any time
     clock.now += 3600.0
-    assert store.tuner()["state"] == "computing"
+    assert (store.tuner()["state"], store.tuner()["age"]) == ("computing", 3600.0)
 
 
 def test_progress_tells_skips_verdicts_in_other_hands_and_what_can_be_undone(open_store: Open, clock: Clock) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from judging_pages import HOSTILE, progress
 
 from zorl.apps.page.difference import difference
-from zorl.apps.page.judge_tab import DOWN, guidelines_html, pair_html, status_html
+from zorl.apps.page.judge_tab import DOWN, WAITING, guidelines_html, pair_html, status_html
 from zorl.apps.page.markup import answers_html, prompt_html
 from zorl.apps.page.progress_tab import refusal
 from zorl.rewards.judgment_store import Showing
@@ -113,6 +113,15 @@ def test_a_trainer_that_is_gone_is_not_waited_for() -> None:
     )
     assert "z-is-silent" in status_html(gone)
     assert "Model: not answering" in status_html(gone)
+
+
+@pytest.mark.parametrize(("age", "said"), [(119.0, None), (125.0, "2 min ago"), (7300.0, "2 h ago")])
+def test_a_trainer_that_has_long_been_at_work_may_be_gone(age: float, said: str | None) -> None:
+    busy = progress("generating")
+    busy.tuner["age"] = age
+    shown = pair_html(None, busy)
+    assert WAITING in shown
+    assert said in shown if said else "ago" not in shown
 
 
 def test_what_is_down_is_not_said_to_be_writing() -> None:
