@@ -232,6 +232,11 @@ class CompareArguments(InputArguments):
         ),
     )
     batch_size: int = _flag("Rows per batch.", 32)
+    jobs: int = _flag(
+        "Cells that run at once, in processes of their own, which share the cores and are spread over the GPUs. Each holds a "
+        "model, and their seconds are no longer those of a machine that does nothing else.",
+        1,
+    )
     max_length: int | None = _flag("Maximum tokens per prompt; longer texts are cut. Default: the model's limit.")
     max_completion_length: int = _flag("Maximum tokens to generate.", 64)
     stop: str | None = _flag(

@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             text = _run(words)
@@ -78,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zorl: error: {said}{hint}", file=sys.stderr)
         return 2
     return 0
+
+
+def hush() -> None:
+    """Keeps libraries from saying what nobody who runs a command can use. Before they are loaded."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -270,7 +270,7 @@ learning rates 1e-5, 1e-4 and 1e-3 (--published_rates): mezo_published, mezo_pub
     sections={
         "Model and data": f"{_DATA} label_column k_shot sample eval_dataset test_dataset test_split test_rows",
         "Prompt": _QUESTION,
-        "What to compare": "methods metrics seeds budget batch_size published_rates",
+        "What to compare": "methods metrics seeds budget batch_size published_rates jobs",
         "Output": "output_dir json",
         "Memory and text": "max_length max_completion_length stop",
     },

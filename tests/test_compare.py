@@ -6,11 +6,16 @@ import csv
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoModelForMaskedLM
 
@@ -19,7 +24,7 @@ from zorl.apps.arguments import CompareArguments
 from zorl.apps.cli import main
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
-from zorl.apps.compare import _draw
+from zorl.apps.compare_cells import _draw
 from zorl.apps.compare_methods import METHODS, PUBLISHED_RATES, STANDARD, _calibration_rows
 from zorl.apps.compare_report import markdown, summary, text
 from zorl.apps.inputs import load_task, make_prompt
@@ -30,6 +35,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = {"0": ("bad", "terrible"), "1": ("good", "great")}
 QUESTION = ["--prompt", "{text} it was {mask} .", "--label_words", "0=terrible", "1=great"]
 REWARDS = '''
+import os
+import signal
+import time
 from pathlib import Path
 
 def right(completions, label, **columns):
@@ -44,6 +52,19 @@ def failing(completions, label, **columns):
     """Fails outside of the 30 test rows, as long as the file `fail` is there."""
     if len(completions) != 30 and Path(__file__).with_name("fail").exists():
         raise ZeroDivisionError("nothing to divide by")
+    return right(completions, label)
+
+def gpu(completions, **columns):
+    return [float(os.environ["CUDA_VISIBLE_DEVICES"][:1]) for _ in completions]
+
+def slow(completions, label, **columns):
+    time.sleep(0.5)
+    return right(completions, label)
+
+def killed(completions, label, **columns):
+    """Kills its process outside of the 30 test rows, as long as the file `fail` is there."""
+    if len(completions) != 30 and Path(__file__).with_name("fail").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
     return right(completions, label)
 
 def inapplicable(completions, **columns):
@@ -199,6 +220,83 @@ def test_a_cell_that_was_cut_short_goes_on_and_ends_the_same(
     }
 
 
+def test_cells_in_processes_are_those_that_run_in_turn(
+    files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")  # there are none here; a reward sees what its process was given
+    rewards = files / "rewards.py"
+    more = ["--methods", "zero_shot", "mezo", "--seeds", "1", "2", "--metrics", f"{rewards}:failing", f"{rewards}:gpu"]
+    assert main(words(files, tmp_path / "turn", *more)) == 0
+    (files / "fail").touch()
+    capfd.readouterr()
+    assert main(words(files, tmp_path / "processes", *more, "--jobs", "2")) == 2
+    said = capfd.readouterr()
+    assert "failed: mezo with seed 1, mezo with seed 2; the same command" in " ".join(said.err.split())
+    assert "nothing to divide by" in said.err
+    assert "Traceback" not in said.err
+    assert set(cells(tmp_path / "processes")) == {"zero_shot-1", "zero_shot-2"}
+    assert "| zero-shot |" in (tmp_path / "processes" / "table.md").read_text(encoding="utf-8")
+    (files / "fail").unlink()
+    assert main(words(files, tmp_path / "processes", *more, "--jobs", "2")) == 0
+    expected, found = cells(tmp_path / "turn"), cells(tmp_path / "processes")
+    assert set(found) == set(expected) == {f"{name}-{seed}" for name in ("zero_shot", "mezo") for seed in (1, 2)}
+    measured = ("seconds", "peak_memory_mb", "gpu")
+    for name, cell in found.items():
+        assert {k: v for k, v in cell.items() if k not in measured} == {
+            k: v for k, v in expected[name].items() if k not in measured
+        }
+        assert cell["gpu"] in (3.0, 5.0)
+    assert {found["mezo-1"]["gpu"], found["mezo-2"]["gpu"]} == {3.0, 5.0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_started_it(files: Path, tmp_path: Path, number: int):
+    command = words(files, tmp_path, "--methods", "mezo", "mezo_lora", "--seeds", "1", "2", "--jobs", "2")
+    slow = ["--metrics", f"{files / 'rewards.py'}:slow"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "zorl.apps.cli", *command, *slow], stderr=subprocess.PIPE, text=True
+    )
+    first = psutil.Process(started.pid)
+    begun = tmp_path / "runs"
+    deadline = time.monotonic() + 120
+    while len(list(begun.glob("*/run.lock"))) < 2:
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.05)
+    others = first.children(recursive=True)
+    started.send_signal(number)
+    said = started.communicate(timeout=60)[1]
+    _, alive = psutil.wait_procs(others, timeout=60)
+    assert not alive
+    assert started.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    if number == signal.SIGINT:
+        assert "finished cells are kept, and the same command continues" in said
+        assert "Traceback" not in said
+
+
+def test_a_process_that_is_killed_is_told_and_what_is_done_is_kept(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = [
+        "--methods",
+        "zero_shot",
+        "mezo",
+        "--seeds",
+        "1",
+        "--metrics",
+        f"{files / 'rewards.py'}:killed",
+        "--jobs",
+        "2",
+    ]
+    (files / "fail").touch()
+    assert main(words(files, tmp_path, *more)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was killed, as systems do when memory runs out (--jobs 2)" in said
+    (files / "fail").unlink()
+    assert main(words(files, tmp_path, *more)) == 0
+    assert set(cells(tmp_path)) == {"zero_shot-1", "mezo-1"}
+
+
 def test_a_cell_that_fails_is_named_and_tried_again_and_the_others_run(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -283,6 +381,7 @@ def test_options_of_each_row(files: Path, tmp_path: Path):
         (["--prompt", "{txt} it was {mask} ."], "txt"),
         (["--seeds", "-1"], "--seeds must be at least 0 and below 2**32, got -1"),
         (["--published_rates", "1e-4", "-1"], "--published_rates must be positive, got -1.0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--max_length", "0"], "--max_length must be at least 1, got 0"),
     ],
 )

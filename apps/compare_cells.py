@@ -1,0 +1,192 @@
+"""The cells of a comparison: a method and a seed each."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zorl.apps.arguments import CompareArguments
+from zorl.apps.command_line import build, parse
+from zorl.apps.commands import COMPARE
+from zorl.apps.compare_methods import METHODS, PUBLISHED_RATES, Method
+from zorl.apps.elapsed import elapsed
+from zorl.apps.inputs import (
+    check_model_folder,
+    check_source,
+    draw,
+    label_of,
+    load,
+    load_task,
+    make_prompt,
+    number,
+    say,
+    source_of,
+    stop_of,
+)
+from zorl.apps.memory import peak_memory
+from zorl.baselines.problem import NotApplicable, Problem
+from zorl.data import hold_out
+from zorl.prompts import Prompt
+from zorl.reward_functions import RewardFunctions
+from zorl.rewards import load_reward
+from zorl.tasks import Task
+from zorl.whole_files import write_json
+
+
+class Cell(NamedTuple):
+    """One run of one method."""
+
+    seed: int
+    method: str
+
+
+class Rows(NamedTuple):
+    """The rows that one seed draws."""
+
+    train: list[dict[str, Any]]
+    dev: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+
+
+class Comparison:
+    """What the cells of a call of `zorl compare` have in common, and the rows of the latest seed.
+
+    Args:
+        argv: the call's arguments.
+
+    Attributes:
+        arguments: with the defaults that depend on the task or the prompt.
+        metrics: the names of the rewards that are reported; methods maximise the first.
+        folder: where cells and tables are kept.
+
+    Raises:
+        ValueError: an argument or the data does not fit.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.arguments = arguments = build(CompareArguments, parse(COMPARE, argv))
+        self.task = load_task(arguments.task)
+        check_source(arguments, self.task)
+        check_model_folder(str(arguments.model))
+        arguments.stop = stop_of(arguments.stop, self.task)
+        arguments.published_rates = arguments.published_rates or list(PUBLISHED_RATES)
+        self.prompt = make_prompt(arguments, task=self.task)
+        arguments.metrics = arguments.metrics or _default_metrics(self.prompt, self.task)
+        self.metrics = [RewardFunctions(load_reward(metric)).names[0] for metric in arguments.metrics]
+        self.folder = Path(arguments.output_dir)
+        self._drawn: tuple[Problem, list[dict[str, Any]]] | None = None
+
+    def problem(self, seed: int) -> tuple[Problem, list[dict[str, Any]]]:
+        """What the methods are given with a seed, and the rows to report on.
+
+        Raises:
+            ValueError: the data does not fit.
+        """
+        if self._drawn is None or self._drawn[0].seed != seed:
+            arguments = self.arguments
+            rows, label_column = _draw(arguments, self.prompt, self.task, seed)
+            problem = Problem(
+                model=str(arguments.model), prompt=self.prompt, train=rows.train, dev=rows.dev, label_column=label_column,
+                batch_size=arguments.batch_size, budget=arguments.budget, seed=seed,
+                reward=load_reward(arguments.metrics[0], column=label_column),
+                max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
+                stop=arguments.stop or None,
+            )  # fmt: skip
+            self._drawn = problem, rows.test
+        return self._drawn
+
+    def path(self, cell: Cell) -> Path:
+        """Where a cell's results are, once it has run."""
+        return self.folder / "cells" / f"{cell.method}-{cell.seed}.json"
+
+    def run(self, cell: Cell) -> str | None:
+        """Runs a cell and writes its results. Returns why it failed, if it did.
+
+        Raises:
+            ValueError: the data does not fit.
+            OSError: a file could not be read or written, which would stop the other cells, too.
+        """
+        problem, test = self.problem(cell.seed)
+        method, work = METHODS[cell.method], self.folder / "runs" / f"{cell.method}-{cell.seed}"
+        try:
+            results = self._results(method, problem, test, work)
+        except OSError:
+            raise
+        except Exception as error:
+            if os.environ.get("ZORL_TRACEBACK"):
+                raise
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        path = self.path(cell)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"method": cell.method, "title": method.title, "seed": cell.seed, **results})
+        shutil.rmtree(work, ignore_errors=True)
+        return None
+
+    def _results(self, method: Method, problem: Problem, test: list[dict[str, Any]], work: Path) -> dict[str, Any]:
+        fit = partial(method.fit, rates=self.arguments.published_rates) if method.takes_rates else method.fit
+        before = elapsed(work)  # of a run that continues
+        start = time.perf_counter()
+        try:
+            with peak_memory(problem.device) as peak:
+                fitted = fit(problem, work)
+                learning = before + time.perf_counter() - start
+                answers = fitted.answers(test)
+        except NotApplicable as error:
+            return {"not_applicable": str(error)}
+        rewards = [load_reward(metric, column=problem.label_column) for metric in self.arguments.metrics or ()]
+        scores = [replace(problem, reward=reward).score(test, answers) for reward in rewards]
+        return {
+            **{name: number(round(score, 6)) for name, score in zip(self.metrics, scores, strict=True)},
+            "forwards": fitted.forwards, "seconds": round(learning, 1),
+            "peak_memory_mb": None if peak.megabytes is None else round(peak.megabytes), "chosen": fitted.chosen,
+            "train_rows": len(problem.train), "test_rows": len(test),
+        }  # fmt: skip
+
+
+def _default_metrics(prompt: Prompt, task: Task | None) -> list[str]:
+    if not prompt.labels:
+        return ["squad_f1", "exact_match"] if task is None else [task.metric]
+    return list(dict.fromkeys([*([] if task is None else [task.metric]), "accuracy", "f1"]))
+
+
+def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: int) -> tuple[Rows, str]:
+    """The rows of a seed, and the name of the label column."""
+    wished, source = arguments.label_column, source_of(arguments, task)
+    train = load(arguments, prompt, wished, task=task)
+    label_column = label_of(train, prompt, source, needed=True) or "label"
+    classes = label_column if prompt.labels else None
+    train_rows = train.dataset
+    if _tests_on_other_rows(arguments, task):
+        split = arguments.test_split or (None if task is None else "test")
+        tested = load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=split).dataset
+    else:
+        train_rows, tested = hold_out(train_rows, classes)
+        say(f"no --test_dataset: {len(tested)} of {len(train.dataset)} rows are held out to report on")
+    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
+    if arguments.eval_dataset is not None:
+        split = None if task is None else "validation"
+        dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, split=split).dataset
+        learnt = train_rows if shots is None else shots.train
+    else:
+        learnt, dev = shots or hold_out(train_rows, classes)
+    rows = tested.to_list()
+    if len(rows) > arguments.test_rows:
+        rows = random.Random(0).sample(rows, arguments.test_rows)  # the same rows for all seeds
+    return Rows(learnt.to_list(), dev.to_list(), rows), label_column
+
+
+def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool:
+    """Whether the rows to report on come from another file or split than those to learn from. A file has only one split."""
+    if arguments.test_dataset is not None and arguments.test_dataset != arguments.dataset:
+        return True
+    learnt = arguments.dataset_split or "train"
+    tested = arguments.test_split or ("test" if task is not None else learnt)
+    a_file = task is not None and arguments.dataset is not None and Path(arguments.dataset).is_file()
+    return tested != learnt and not a_file
