@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> str:
     return result
 
 
-def _in_turn(comparison: Comparison, cells: Sequence[Cell], bar: tqdm[Any]) -> Iterator[tuple[Cell, str | None]]:
+def _in_turn(comparison: Comparison, cells: Sequence[Cell], bar: tqdm[Any]) -> Generator[tuple[Cell, str | None]]:
     """Runs the cells, and yields each with the reason why it failed, if it did. The bar names the one that runs."""
     for cell in cells:
         bar.set_postfix_str(f"{METHODS[cell.method].title}, seed {cell.seed}")

@@ -78,8 +78,8 @@ class Comparison:
         arguments.stop = stop_of(arguments.stop, self.task)
         arguments.published_rates = arguments.published_rates or list(PUBLISHED_RATES)
         self.prompt = make_prompt(arguments, task=self.task)
-        arguments.metrics = arguments.metrics or _default_metrics(self.prompt, self.task)
-        self.metrics = [RewardFunctions(load_reward(metric)).names[0] for metric in arguments.metrics]
+        self._rewards = arguments.metrics = arguments.metrics or _default_metrics(self.prompt, self.task)
+        self.metrics = [RewardFunctions(load_reward(reward)).names[0] for reward in self._rewards]
         self.folder = Path(arguments.output_dir)
         self._drawn: tuple[Problem, list[dict[str, Any]]] | None = None
 
@@ -95,7 +95,7 @@ class Comparison:
             problem = Problem(
                 model=str(arguments.model), prompt=self.prompt, train=rows.train, dev=rows.dev, label_column=label_column,
                 batch_size=arguments.batch_size, budget=arguments.budget, seed=seed,
-                reward=load_reward(arguments.metrics[0], column=label_column),
+                reward=load_reward(self._rewards[0], column=label_column),
                 max_length=arguments.max_length, max_completion_length=arguments.max_completion_length,
                 stop=arguments.stop or None,
             )  # fmt: skip
@@ -140,8 +140,8 @@ class Comparison:
                 answers = fitted.answers(test)
         except NotApplicable as error:
             return {"not_applicable": str(error)}
-        rewards = [load_reward(metric, column=problem.label_column) for metric in self.arguments.metrics or ()]
-        scores = [replace(problem, reward=reward).score(test, answers) for reward in rewards]
+        judged = [replace(problem, reward=load_reward(r, column=problem.label_column)) for r in self._rewards]
+        scores = [one.score(test, answers) for one in judged]
         return {
             **{name: number(round(score, 6)) for name, score in zip(self.metrics, scores, strict=True)},
             "forwards": fitted.forwards, "seconds": round(learning, 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
@@ -23,7 +23,7 @@ _GPUS = "CUDA_VISIBLE_DEVICES"
 _comparison: Comparison  # of such a process
 
 
-def in_processes(argv: Sequence[str], cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str | None]]:
+def in_processes(argv: Sequence[str], cells: Sequence[Cell], jobs: int) -> Generator[tuple[Cell, str | None]]:
     """Runs the cells, at most `jobs` at once, and yields each with the reason why it failed, if it did.
 
     Cells that are running when the iterator is closed are cut short; a later call continues them.

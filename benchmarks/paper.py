@@ -7,29 +7,21 @@
 
 `--masked` is a small masked language model, `--causal` a small causal one. FOLDER holds sst2/ (train.tsv, test.tsv), trec/
 (TREC.train.all, TREC.test.all), lmbff_kshot/ (the k-shot splits of LM-BFF), superglue_fewglue/ (FewGLUE and SuperGLUE's
-validation splits) and xquad_en/. A job is a call of `zorl compare`; the cells are kept in benchmarks/results/paper/.
+validation splits) and xquad_en/. Each setting is a call of `zorl compare`; the cells are kept in benchmarks/results/paper/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
-from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 from common import machine
-from tqdm import tqdm
 
-from zorl.apps import compare
+from zorl.apps.cli import hush
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "results" / "paper"
@@ -99,73 +91,39 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class Job(NamedTuple):
-    """A call of `zorl compare`."""
+def run(name: str, options: argparse.Namespace) -> None:
+    """Runs the cells of a setting that are missing, those first that were cut short.
 
-    name: str
-    seed: int
-    methods: tuple[str, ...]
+    Raises:
+        ValueError: some failed; the others are kept.
+    """
+    from zorl.apps import (
+        compare,
+    )  # not above, where the processes that it starts would load torch before they are prepared
 
-
-def missing(options: argparse.Namespace) -> list[Job]:
-    """One method per job, the cheap ones together. All jobs of a seed come before those of the next."""
-    jobs = []
-    for seed in options.seeds:
-        for name in options.only:
-            todo = [method for method in options.methods if not (CELLS / name / f"{method}-{seed}.json").exists()]
-            jobs += [Job(name, seed, (method,)) for method in todo if method not in CHEAP]
-            if cheap := tuple(method for method in todo if method in CHEAP):
-                jobs.append(Job(name, seed, cheap))
-    return jobs
-
-
-def run(job: Job, options: argparse.Namespace) -> None:
-    """The job's cells, with those of an earlier try that was cut short."""
-    setting, kept = SETTINGS[job.name], CELLS / job.name
-    work = WORK / f"{job.name}-{job.seed}-{job.methods[0]}"
-    work.mkdir(parents=True, exist_ok=True)
+    setting, kept, work = SETTINGS[name], CELLS / name, WORK / name
+    cells = work / "cells"
+    shutil.rmtree(cells, ignore_errors=True)  # else a cell that was deleted to be run again would come back from here
+    cells.mkdir(parents=True)
     for target, sources in setting.pool:
         parts = [(Path(options.data) / source).read_text(encoding="utf-8").splitlines() for source in sources]
         rows = dict.fromkeys(line for part in parts for line in part[1:])
         (work / target).write_text("\n".join([parts[0][0], *rows]) + "\n", encoding="utf-8")
+    for path in kept.glob("*.json"):
+        shutil.copy(path, cells)
     arguments = [
         "--model", options.causal if setting.causal else options.masked, "--task", setting.task,
         *setting.arguments.format(data=Path(options.data).resolve(), pooled=work).split(),
-        "--budget", str(BUDGET), "--batch_size", str(BATCH), "--test_rows", str(TEST_ROWS),
-        "--output_dir", str(work), "--seeds", str(job.seed), "--methods", *job.methods,
+        "--budget", str(BUDGET), "--batch_size", str(BATCH), "--test_rows", str(TEST_ROWS), "--jobs", str(options.jobs),
+        "--output_dir", str(work), "--methods", *options.methods, "--seeds", *map(str, options.seeds),
     ]  # fmt: skip
     try:
-        with redirect_stderr(StringIO()):  # how each goes on, which the bar over the jobs says
-            compare.run(arguments)
+        compare.run(arguments)
     finally:
         kept.mkdir(parents=True, exist_ok=True)
-        for path in (work / "cells").glob("*.json"):
+        for path in [path for path in cells.glob("*.json") if not (kept / path.name).exists()]:
             cell = json.loads(path.read_text(encoding="utf-8")) | {"machine": machine()}
             (kept / path.name).write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(work)  # else a cell that is deleted to be run again would come back from here
-
-
-def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> None:
-    """Several at once in processes of their own; a job that fails is told and does not end the others."""
-    # For the processes that are started: one bar is enough.
-    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
-    failed = 0
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        todo = {pool.submit(run, job, options): job for job in jobs}
-        try:
-            for done in tqdm(as_completed(todo), total=len(todo), unit="job"):
-                if (error := done.exception()) is not None:
-                    failed += 1
-                    job = todo[done]
-                    tqdm.write(
-                        f"{job.name}, seed {job.seed}, {', '.join(job.methods)}: {type(error).__name__}: {error}"
-                    )
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    if failed:
-        print(f"{failed} jobs failed; the same command tries them again", file=sys.stderr)
 
 
 def main() -> None:
@@ -176,9 +134,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to run")
     parser.add_argument("--methods", nargs="+", default=[*MAIN, *REST], help="methods to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=1, help="jobs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
     options = parser.parse_args()
-    run_all(missing(options), options)
+    hush()
+    failed = 0
+    for name in options.only:
+        print(SETTINGS[name].title, file=sys.stderr)
+        try:
+            run(name, options)
+        except ValueError as error:
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{failed} settings are not whole; the same command tries their missing cells again")
 
 
 if __name__ == "__main__":
