@@ -34,7 +34,8 @@ MAIN = (
 )  # fmt: skip
 REST = (
     "mezo_published_metric", "mezo_lora", "mezo_prefix", "mezo_head", "mezo_momentum", "mezo_adam", "mezo_one_point",
-    "mezo_two_sided", "mezo_n_spsa", "mezo_variance", "mezo_expectation", "mezo_forward_gradient", "bbt", "fine_tuning_sgd", "grpo",
+    "mezo_two_sided", "mezo_n_spsa", "mezo_variance", "mezo_expectation", "mezo_forward_gradient",
+    "bbt", "fine_tuning_sgd", "grpo",
 )  # fmt: skip
 
 
