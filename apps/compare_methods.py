@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.apps.elapsed import Elapsed
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, majority, threshold, zero_shot
-from zorl.baselines.problem import Fitted, NotApplicable, Problem
+from zorl.baselines.problem import Fitted, NotApplicable, Problem, Report, progress
 from zorl.config import DIRECTIONS
 from zorl.probe import CENTRE
 from zorl.prompts import Prompt
@@ -89,17 +89,26 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
         raise NotApplicable(
             f"the first step takes {cost(1)} forwards, and a budget of {problem.budget} leaves {max(0, left)}{after}; raise it"
         )
+    total = before + cost(steps)
     steps += before > calibrating  # measuring the blocks is a step that moves nothing
     every = math.ceil(steps / EVALUATIONS)
     trainer = _trainer(
         problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
         load_best_model_at_end=True, **settings,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
-    fitted = _fitted(trainer, step=trainer.step, learning_rate=trainer.args.learning_rate)
-    if estimator == "forward_gradient":  # the trainer counts one for each
-        fitted = replace(fitted, forwards=calibrating + cost(steps))
-    return fitted
+    each = (
+        FORWARDS_PER_DIRECTION[estimator] if estimator == "forward_gradient" else 1
+    )  # of those that the trainer counts
+
+    def spent() -> int:
+        calibrated = trainer.calibration_forwards
+        return calibrated + each * (trainer.forwards - calibrated)
+
+    with progress("MeZO", total, None) as spend:
+        trainer.add_callback(_Spent(spent, spend))
+        trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
+    chosen = {"step": trainer.step, "learning_rate": trainer.args.learning_rate}
+    return replace(_fitted(trainer, **chosen), forwards=spent())
 
 
 def n_spsa(problem: Problem, folder: Path) -> Fitted:
@@ -189,6 +198,22 @@ def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: 
     return trainer
 
 
+class _Spent(TrainerCallback):
+    """Reports after each step what has been spent since the last one.
+
+    Args:
+        spent: the forwards since the run began.
+    """
+
+    def __init__(self, spent: Callable[[], int], report: Report) -> None:
+        self._spent, self._report, self._told = spent, report, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = self._spent()
+        self._report(now - self._told)
+        self._told = now
+
+
 def _fitted(trainer: MeZOTrainer, **chosen: Any) -> Fitted:
     return Fitted(lambda rows: trainer.policy.answers(rows, [CENTRE])[0], trainer.forwards, chosen)
 
@@ -220,13 +245,9 @@ def published(
     return replace(fitted, forwards=fitted.forwards + sum(forwards for _, forwards in found.values()))
 
 
-def _silent(forwards: int) -> None:
-    """Reports nothing: the progress bar counts cells."""
-
-
 def baseline(fit: Callable[..., Fitted], **settings: Any) -> Callable[[Problem, Path], Fitted]:
     """A baseline. If it is interrupted it starts afresh, so it needs no folder."""
-    return lambda problem, _: fit(problem, _silent, **settings)
+    return lambda problem, _: fit(problem, **settings)
 
 
 METHODS: dict[str, Method] = {

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from zorl import MeZOConfig, Prompt
+from zorl.apps import compare_methods
 from zorl.apps.arguments import CompareArguments
 from zorl.apps.cli import main
 from zorl.apps.command_line import build, parse
@@ -177,6 +179,22 @@ def test_measuring_gradient_norms_is_paid_for(files: Path, tmp_path: Path):
     enough = 2 + 2 * len(list(model.parameters())) + 5  # to calibrate, to measure, and for two steps of two
     assert main(words(files, tmp_path / "large", *more, str(enough))) == 0
     assert cells(tmp_path / "large")["mezo_expectation-1"]["forwards"] == enough - 1
+
+
+def test_the_bar_of_a_run_ends_at_what_it_spent(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bars: list[list[int]] = []  # the total, and then each report
+
+    @contextmanager
+    def progress(method: str, forwards: int, report: None) -> Iterator[Callable[[int], object]]:
+        bars.append([forwards])
+        yield bars[-1].append
+
+    monkeypatch.setattr(compare_methods, "progress", progress)
+    methods = ["mezo", "mezo_two_sided", "mezo_expectation", "mezo_forward_gradient"]
+    assert main(words(files, tmp_path, "--methods", *methods, "--seeds", "1", "--budget", "91")) == 0
+    spent = [cells(tmp_path)[f"{name}-1"]["forwards"] for name in methods]
+    assert [(total, sum(reports)) for total, *reports in bars] == [(forwards, forwards) for forwards in spent]
+    assert all(len(bar) > 2 for bar in bars)
 
 
 def test_macro_f1_of_free_text_does_not_apply(files: Path, tmp_path: Path):
