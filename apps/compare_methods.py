@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from zorl import MeZOConfig, MeZOTrainer
 from zorl.apps.elapsed import Elapsed
+from zorl.apps.inputs import number
 from zorl.baselines import bbt, fine_tuning, grpo, in_context, linear_probing, majority, threshold, zero_shot
 from zorl.baselines.problem import Fitted, NotApplicable, Problem, Report, progress
 from zorl.config import DIRECTIONS
@@ -24,7 +25,7 @@ from zorl.rewards import load_reward
 from zorl.schedules import Directions
 
 CROSS_ENTROPY = "cross_entropy"
-EVALUATIONS = 10  # evaluations per run, on the held-out rows; the best step counts
+EVALUATIONS = 10  # evaluations per run after the start's, on the held-out rows; the best step counts
 # What a direction costs. A forward gradient computes a slope beside each matrix product, which takes two more of them.
 FORWARDS_PER_DIRECTION = {
     "one_sided": 1, "one_point": 1, "spsa": 2, "variance_spsa": 2, "expectation_spsa": 2, "forward_gradient": 3,
@@ -56,7 +57,9 @@ class Method:
 
 
 def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **settings: Any) -> Fitted:
-    """MeZO within the budget, which includes the forward passes of its calibration; the best of ten evaluations is kept.
+    """MeZO within the budget, which includes the forward passes of its calibration.
+
+    The best of the start and of ten evaluations is kept, by the reward that is learned; on cross entropy, by the problem's own.
 
     Args:
         objective: name of a reward, or "cross_entropy"; the problem's own reward by default.
@@ -92,6 +95,7 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
     total = before + cost(steps)
     steps += before > calibrating  # measuring the blocks is a step that moves nothing
     every = math.ceil(steps / EVALUATIONS)
+    settings.setdefault("eval_on_start", True)
     trainer = _trainer(
         problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
         load_best_model_at_end=True, **settings,
@@ -107,7 +111,9 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
     with progress("MeZO", total, None) as spend:
         trainer.add_callback(_Spent(spent, spend))
         trainer.train(resume_from_checkpoint=trainer.folder.trajectory.exists())
-    chosen = {"step": trainer.step, "learning_rate": trainer.args.learning_rate}
+    best = trainer.state.best_metric
+    assert best is not None  # the start has been evaluated, at least
+    chosen = {"step": trainer.step, "learning_rate": trainer.args.learning_rate, "dev_score": number(best)}
     return replace(_fitted(trainer, **chosen), forwards=spent())
 
 
@@ -180,7 +186,8 @@ def _calibration_forwards(problem: Problem) -> int:
 def _trainer(problem: Problem, folder: Path, objective: str | None, **settings: Any) -> MeZOTrainer:
     start = time.perf_counter()
     if objective == CROSS_ENTROPY:
-        goal: dict[str, Any] = {"loss": CROSS_ENTROPY}
+        goal: dict[str, Any] = {"loss": CROSS_ENTROPY, "metrics": [problem.reward]}
+        settings["metric_for_best_model"] = problem.rewards.names[0]
     else:
         reward = problem.reward if objective is None else load_reward(objective, column=problem.label_column)
         goal = {"reward_funcs": reward}
@@ -223,6 +230,8 @@ def published(
 ) -> Fitted:
     """The paper's recipe, with the best of several learning rates. The forward passes of all runs count.
 
+    A rate is judged by what its steps lead to: the start, which all rates share, is no candidate before one has been chosen.
+
     Args:
         objective: as for `mezo`.
         rates: the learning rates to try.
@@ -238,7 +247,9 @@ def published(
     quarter = replace(problem, budget=problem.budget // 4)
     found: dict[float, tuple[float, int]] = {}
     for rate in rates:
-        fitted = mezo(quarter, folder / f"{rate:g}", objective=objective, learning_rate=rate, **PUBLISHED)
+        fitted = mezo(
+            quarter, folder / f"{rate:g}", objective=objective, learning_rate=rate, eval_on_start=False, **PUBLISHED
+        )
         found[rate] = problem.score(problem.dev, fitted.answers(problem.dev)), fitted.forwards
     best = max(found, key=lambda rate: found[rate][0])
     fitted = mezo(problem, folder / "best", objective=objective, learning_rate=best, **PUBLISHED)

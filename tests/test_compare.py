@@ -26,7 +26,7 @@ from zorl.apps.arguments import CompareArguments
 from zorl.apps.cli import main
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
-from zorl.apps.compare_cells import _draw
+from zorl.apps.compare_cells import Comparison, _draw
 from zorl.apps.compare_methods import METHODS, PUBLISHED_RATES, STANDARD, _calibration_rows
 from zorl.apps.compare_report import markdown, summary, text
 from zorl.apps.inputs import load_task, make_prompt
@@ -179,6 +179,23 @@ def test_measuring_gradient_norms_is_paid_for(files: Path, tmp_path: Path):
     enough = 2 + 2 * len(list(model.parameters())) + 5  # to calibrate, to measure, and for two steps of two
     assert main(words(files, tmp_path / "large", *more, str(enough))) == 0
     assert cells(tmp_path / "large")["mezo_expectation-1"]["forwards"] == enough - 1
+
+
+@pytest.mark.parametrize("name", ["mezo", "mezo_cross_entropy", "lp_mezo", "mezo_published"])
+def test_every_method_chooses_by_the_reward_and_may_stay_where_it_began(files: Path, tmp_path: Path, name: str):
+    comparison = Comparison(words(files, tmp_path, "--metrics", "accuracy", "--budget", "48")[1:])
+    problem, _ = comparison.problem(5)
+    fitted = METHODS[name].fit(problem, tmp_path / "run")
+    score = problem.score(problem.dev, fitted.answers(problem.dev))
+    assert fitted.chosen["dev_score"] == pytest.approx(score, abs=1e-6)
+    state = json.loads(
+        (tmp_path / "run" / ("best" if name == "mezo_published" else "") / "trainer_state.json").read_text()
+    )
+    looks = {entry["step"]: entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry}
+    assert min(looks) == 0
+    assert len(looks) > 5
+    assert max(looks.values()) == pytest.approx(score, abs=1e-6)
+    assert fitted.chosen["step"] == min(step for step, value in looks.items() if value == max(looks.values()))
 
 
 def test_the_bar_of_a_run_ends_at_what_it_spent(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
