@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
 from zorl.apps.arguments import CompareArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import COMPARE
@@ -157,36 +159,42 @@ def _default_metrics(prompt: Prompt, task: Task | None) -> list[str]:
 
 
 def _draw(arguments: CompareArguments, prompt: Prompt, task: Task | None, seed: int) -> tuple[Rows, str]:
-    """The rows of a seed, and the name of the label column."""
+    """The rows of a seed, and the name of the label column.
+
+    Raises:
+        ValueError: the data does not fit, or the rows of --eval_dataset are those to learn from, or to report on.
+    """
     wished, source = arguments.label_column, source_of(arguments, task)
     train = load(arguments, prompt, wished, task=task)
     label_column = label_of(train, prompt, source, needed=True) or "label"
     classes = label_column if prompt.labels else None
     train_rows = train.dataset
-    if _tests_on_other_rows(arguments, task):
-        split = arguments.test_split or (None if task is None else "test")
-        tested = load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=split).dataset
-    else:
+    split = arguments.test_split or (None if task is None else "test")
+    tested = load(arguments, prompt, wished, task=task, source=arguments.test_dataset, split=split).dataset
+    if _same(train_rows, tested):
         train_rows, tested = hold_out(train_rows, classes)
         say(f"no --test_dataset: {len(tested)} of {len(train.dataset)} rows are held out to report on")
-    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
+    dev = None
     if arguments.eval_dataset is not None:
         split = None if task is None else "validation"
         dev = load(arguments, prompt, wished, task=task, source=arguments.eval_dataset, split=split).dataset
-        learnt = train_rows if shots is None else shots.train
-    else:
+        for rows, what in ((train.dataset, "to learn from"), (tested, "to report on")):
+            if _same(dev, rows):
+                raise ValueError(
+                    f"--eval_dataset: settings would be chosen on the {len(dev)} rows that are there {what}; name other rows, or "
+                    "leave it out, and some of --dataset are held out"
+                )
+    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes, held_out=dev is None)
+    if dev is None:
         learnt, dev = shots or hold_out(train_rows, classes)
+    else:
+        learnt = train_rows if shots is None else shots.train
     rows = tested.to_list()
     if len(rows) > arguments.test_rows:
         rows = random.Random(0).sample(rows, arguments.test_rows)  # the same rows for all seeds
     return Rows(learnt.to_list(), dev.to_list(), rows), label_column
 
 
-def _tests_on_other_rows(arguments: CompareArguments, task: Task | None) -> bool:
-    """Whether the rows to report on come from another file or split than those to learn from. A file has only one split."""
-    if arguments.test_dataset is not None and arguments.test_dataset != arguments.dataset:
-        return True
-    learnt = arguments.dataset_split or "train"
-    tested = arguments.test_split or ("test" if task is not None else learnt)
-    a_file = task is not None and arguments.dataset is not None and Path(arguments.dataset).is_file()
-    return tested != learnt and not a_file
+def _same(first: Dataset, second: Dataset) -> bool:
+    """Whether two sources, however they are named, hold the same rows. A file has only one split."""
+    return len(first) == len(second) and first.to_list() == second.to_list()

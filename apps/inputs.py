@@ -208,9 +208,18 @@ def label_of(rows: Rows, prompt: Prompt, source: str, *, needed: bool) -> str | 
 
 
 def draw(
-    rows: Dataset, k_shot: int | None, sizes: Sequence[int] | None, *, seed: int, label_column: str | None
+    rows: Dataset,
+    k_shot: int | None,
+    sizes: Sequence[int] | None,
+    *,
+    seed: int,
+    label_column: str | None,
+    held_out: bool = True,
 ) -> Split | None:
     """The rows that `--k_shot` or `--sample` draws, to train on and to hold out; None if neither is given.
+
+    Args:
+        held_out: False draws the same rows to train on, and holds out none.
 
     Raises:
         ValueError: both are given, `sizes` is not two numbers of at least 1, or there are too few rows.
@@ -220,14 +229,15 @@ def draw(
     if k_shot is not None and sizes is not None:
         raise ValueError("--k_shot and --sample are two ways of drawing rows: give only one")
     if k_shot is not None:
-        shots = few_shot.k_shot(rows.to_list(), k_shot, seed=seed, label_column=label_column)
+        shots = few_shot.k_shot(rows.to_list(), k_shot, seed=seed, label_column=label_column, validation=held_out)
         return Split(Dataset.from_list(shots.train), Dataset.from_list(shots.validation))
     assert sizes is not None
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"--sample takes two numbers, of rows to train on and of rows to hold out, got {list(sizes)}")
-    if sum(sizes) > len(rows):
-        raise ValueError(f"--sample {sizes[0]} {sizes[1]} needs {sum(sizes)} rows, but there are only {len(rows)}")
-    drawn = few_shot.sample(rows.to_list(), (sizes[0], sizes[1], 0), seed=seed, label_column=label_column)
+    wanted = (sizes[0], sizes[1] * held_out, 0)
+    if sum(wanted) > len(rows):
+        raise ValueError(f"--sample {sizes[0]} {sizes[1]} needs {sum(wanted)} rows, but there are only {len(rows)}")
+    drawn = few_shot.sample(rows.to_list(), wanted, seed=seed, label_column=label_column)
     return Split(Dataset.from_list(drawn.train), Dataset.from_list(drawn.validation))
 
 

@@ -153,10 +153,11 @@ def _rows(
     train_rows, eval_rows = loaded.dataset, None
     classes = label_column if prompt.labels else None
     seed = int(given.get("seed", MeZOConfig.seed))
-    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes)
+    own = arguments.eval_dataset is not None or arguments.eval_split is not None
+    shots = draw(train_rows, arguments.k_shot, arguments.sample, seed=seed, label_column=classes, held_out=not own)
     if shots is not None:
         train_rows = shots.train
-    if arguments.eval_dataset is not None or arguments.eval_split is not None:
+    if own:
         if arguments.judge is not None and not arguments.metrics:
             raise ValueError(
                 "a judge yields no score to evaluate: name rewards with --metrics, or leave out --eval_dataset"

@@ -42,6 +42,7 @@ def test_k_of_each_class_and_k_others_in_their_order(counts: list[int], k: int, 
         assert ids(part) == sorted(ids(part))
     assert not set(ids(train)) & set(ids(validation))
     assert k_shot(rows, k, seed=seed) == (train, validation)
+    assert k_shot(rows, k, seed=seed, validation=False) == (train, [])
 
 
 def test_seeds_differ() -> None:

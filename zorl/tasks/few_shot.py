@@ -40,27 +40,28 @@ class Sample(NamedTuple):
     test: list[Any]
 
 
-def k_shot(rows: Sequence[R], k: int, *, seed: int, label_column: str | None = "label") -> Shots:
+def k_shot(
+    rows: Sequence[R], k: int, *, seed: int, label_column: str | None = "label", validation: bool = True
+) -> Shots:
     """k rows of each class to train on and k others to validate on, in the order of `rows`.
 
     Args:
         label_column: None draws k rows in all, whatever they are: for generation and multiple choice.
         seed: one of `SEEDS`, for results to compare with the paper's.
+        validation: False draws the same rows to train on, and none to validate on.
 
     Raises:
-        ValueError: k is not positive, a row lacks the column, or a class has fewer than 2k rows.
+        ValueError: k is not positive, a row lacks the column, or a class has fewer than 2k rows (k without validation).
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    groups = _groups(rows, label_column)
+    groups, parts = _groups(rows, label_column), 1 + validation
     for label, group in groups.items():
-        if len(group) < 2 * k:
+        if len(group) < parts * k:
             what = "there are" if label_column is None else f"the label {label!r} has"
-            raise ValueError(
-                f"{what} {len(group)} rows, and {k} to train on with {k} to validate on make {2 * k}; "
-                f"take k = {len(group) // 2} at most"
-            )
-    return Shots(*_drawn(rows, groups, [[k] * len(groups)] * 2, seed))
+            wanted = f"{k} to train on with {k} to validate on make {2 * k}" if validation else f"{k} are to be drawn"
+            raise ValueError(f"{what} {len(group)} rows, and {wanted}; take k = {len(group) // parts} at most")
+    return Shots(*_drawn(rows, groups, [[k] * len(groups), [k * validation] * len(groups)], seed))
 
 
 def sample(
