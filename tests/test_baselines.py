@@ -278,6 +278,12 @@ def test_demonstrations_stand_before_the_prompt(kind, gap, labels) -> None:
     assert fitted.answers(TEST) == answers_of(problem.policy(*problem.load(), longer), TEST)
 
 
+@pytest.mark.parametrize(("stop", "ends"), [(None, "\n\n"), ("?", "?")])
+def test_text_ends_where_a_demonstration_does_unless_it_ends_elsewhere(text, stop, ends) -> None:
+    (generation,) = in_context.fit(text(stop=stop)).answers.args
+    assert generation.stop == ends
+
+
 def test_long_demonstrations_are_cut_until_as_many_fit_as_there_are_labels(labels) -> None:
     long = [{"text": f"{{odd}} {row['text']} " * 40, "label": row["label"]} for row in rows_of(16, 0)]
     problem = labels("gpt2", train=long)

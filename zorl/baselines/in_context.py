@@ -19,8 +19,9 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
     """Puts demonstrations before the prompt: `DEMONSTRATIONS`, in the proportions of the labels, or as many as fit.
 
     They share the context with the longest prompt of the development rows, which gets half of it at most; longer prompts are cut
-    as always. If fewer demonstrations fit than there are labels, their values are cut. Learning costs nothing, but every later
-    forward reads the demonstrations too.
+    as always. If fewer demonstrations fit than there are labels, their values are cut. Generated answers end where a
+    demonstration would, if the problem does not say where they end. Learning costs nothing, but every later forward reads the
+    demonstrations too.
 
     Raises:
         NotApplicable: rows hold conversations or no labels, or the template leaves no room for a demonstration.
@@ -64,7 +65,9 @@ def fit(problem: Problem, report: Report | None = None) -> Fitted:
         limit = fits - 1
     # Braces in the data are literal.
     literal = demonstrations(count, limit).replace("{", "{{").replace("}", "}}")
-    answering = problem.policy(model, tokenizer, replace(prompt, template=literal + prompt.template))
+    # Text that imitates the demonstrations goes on with one of its own, unless it ends where they do.
+    asking = problem if prompt.chooses or problem.stop is not None else replace(problem, stop=gap)
+    answering = asking.policy(model, tokenizer, replace(prompt, template=literal + prompt.template))
     chosen = {"demonstrations": count, "cut_to_characters": limit}
     return Fitted(partial(answers_of, answering), forwards=0, chosen=chosen)
 
