@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Direct, Learner, Replay, text
@@ -38,6 +40,7 @@ from zorl.perturbation import Scratch
 from zorl.preference_replay import PreferenceReplay
 from zorl.probe import CENTRE, Choice
 from zorl.prompts import Prompt
+from zorl.rewards.judgment_records import AUTOMATIC
 from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep, Vote
 from zorl.run_folder import RunFolder
 from zorl.trajectory import Record, Trajectory, TrajectoryError, read
@@ -45,6 +48,7 @@ from zorl.trajectory import Record, Trajectory, TrajectoryError, read
 _DRIFT_PROMPTS = 16
 _REPLAY_BATCH = 16  # pairs per update of replay
 _MOST_UPDATES = 1  # updates of θ since a probe was written, beyond which the probe is withdrawn
+_MOST_UNSEEN = 20  # steps in a row on which nobody had a choice, beyond which tuning pauses
 _IDLE_SECONDS = 0.1
 
 
@@ -83,13 +87,15 @@ class Tuner:
             self.learner = Replay(self.mezo, self.policy, replay)
         rows = [{"prompt": prompt} for prompt in self._held_out[:_DRIFT_PROMPTS]]
         self.meter = DriftMeter(self.policy, self.start, *readers, rows, noise_seed=self.settings.seed)
-        self.compared_at = -1
-        self.paused = False
+        self.measured_at = -1  # the step at which the drift was measured last
+        self.unseen = 0  # latest steps in a row whose answers were identical, so that nobody was shown any
+        self.paused = ""  # why, as people are told; empty while it is not
+        self.drift = 0.0  # as measured last
 
     @property
     def step(self) -> int:
         """The step that is made next, counted from 0."""
-        return len(self.store.steps())
+        return self.store.count_steps()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -113,8 +119,7 @@ class Tuner:
             self.mezo.close()
 
     def _say_what_is_awaited(self) -> None:
-        if not self.paused:
-            self.store.set_tuner("waiting", "for verdicts")
+        self.store.set_tuner(*(("paused", self.paused) if self.paused else ("waiting", "for verdicts")))
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +157,7 @@ class Tuner:
         judged = [pair for pair in self.store.preference_pairs() if pair.probe in used]
         records = self.learner.learn(stored, votes, judged)
         self._commit(stored, records, votes)
+        self._mind_the_identical(votes)
         return True
 
     def _commit(self, stored: StoredProbe, records: Sequence[Record], votes: Sequence[Vote]) -> None:
@@ -170,6 +176,16 @@ class Tuner:
             )
         )  # fmt: skip
 
+    def _mind_the_identical(self, votes: Sequence[Vote]) -> None:
+        """Pauses when step after step has only identical answers: without anybody to wait for, that would go on for ever."""
+        self.unseen = self.unseen + 1 if votes and all(vote.rater == AUTOMATIC for vote in votes) else 0
+        if self.unseen >= _MOST_UNSEEN:
+            more = "a larger --epsilon" if self.settings.method == "direct" else "a higher --temperature"
+            self._pause(
+                f"the model gave the same answer twice to every prompt of the last {self.unseen} steps, so there was nothing to "
+                f"judge: on the Progress tab, go back to an earlier step, or start again with {more}"
+            )
+
     def _updates_since(self, step: int) -> int:
         return sum(any(c != 0.0 for c in done.coefficients) for done in self.store.steps() if done.step >= step)
 
@@ -178,33 +194,53 @@ class Tuner:
     def _compare(self) -> bool:
         """After each step: writes comparisons of the current and the starting model for the win rate, and measures the drift."""
         step = self.step
-        if step == self.compared_at:
+        if step == self.measured_at:
             return False
-        self.compared_at = step
+        self.measured_at = step
         if step == 0:
             return True
-        self.store.set_tuner("generating", "comparing with the starting model")
-        seed = derive_seed(self.settings.seed, "compared", step)
-        prompts = self._prompts(self._held_out, self.settings.comparisons_per_step, step)
-        rows = [{"prompt": prompt} for prompt in prompts]
-        (current,), (start,) = (p.answers(rows, [CENTRE], noise_seed=seed) for p in (self.policy, self.start))
-        pairs = [NewPair(0, i, prompts[i], text(current[i]), text(start[i])) for i in range(len(rows))]
-        self.store.add_comparisons(pairs, step=step)
+        if not self.store.has_comparisons(step):  # a tuner before this one may have written them
+            self._write_comparisons(step)
         drift = self.meter.measure()
         figures = {"drift": drift.kl, "perplexity": drift.perplexity, "distinct_2": drift.distinct_2}
         self.store.add_figures(step - 1, {name: value for name, value in figures.items() if math.isfinite(value)})
         self._mind_the_drift(drift.kl)
         return True
 
+    def _write_comparisons(self, step: int) -> None:
+        count = self.settings.comparisons_per_step
+        if not count:
+            return
+        self.store.set_tuner("generating", "comparing with the starting model")
+        take = (
+            self.store.comparisons_written() // count
+        )  # also grows when a run is sent back: nobody judges the same twice
+        seed = derive_seed(self.settings.seed, "compared", take)
+        prompts = self._prompts(self._held_out, count, take)
+        rows = [{"prompt": prompt} for prompt in prompts]
+        (current,), (start,) = (p.answers(rows, [CENTRE], noise_seed=seed) for p in (self.policy, self.start))
+        pairs = [NewPair(0, i, prompts[i], text(current[i]), text(start[i])) for i in range(len(rows))]
+        self.store.add_comparisons(pairs, step=step)
+
     def _mind_the_drift(self, measured: float) -> None:
-        limit = self.settings.max_drift
-        if limit and not measured <= limit:
-            self.paused = True
-            self.store.set_tuner(
-                "paused",
+        self.drift = measured
+        limit = self.store.accepted_drift() or self.settings.max_drift
+        if self.settings.max_drift and not measured <= limit:
+            self._pause(
                 f"drift from the starting model is {measured:.2f} nats per token, above the limit of {limit:g}: "
-                "go back to an earlier step, or continue",
+                "on the Progress tab, go back to an earlier step, or continue"
             )
+
+    def _pause(self, message: str) -> None:
+        self.paused = message
+        self._say_what_is_awaited()
+
+    def _go_on(self) -> dict[str, Any]:
+        """Goes on after a pause. Because of drift, it pauses again when the model has gone on by as much as the limit allows."""
+        self.paused, self.unseen = "", 0
+        if self.settings.max_drift and math.isfinite(self.drift):
+            self.store.accept_drift(self.drift + self.settings.max_drift)
+        return {}
 
     # --- requests of the page ---------------------------------------------------------------------------------------
 
@@ -220,13 +256,17 @@ class Tuner:
                 elif kind == "export_model":
                     result = self._export()
                 elif kind == "go_on":
-                    self.paused, result = False, {}
+                    result = self._go_on()
                 elif kind == "rewind":
                     result, back = self._rewind(int(payload["step"])), True
                 else:
                     result = {"error": f"there is no request {kind!r}"}
-            except (ValueError, OSError, KeyError) as error:
-                result = {"error": str(error)}
+            except (
+                Exception
+            ) as error:  # out of memory, too: a request that ended the process would end the next one as well
+                result = {
+                    "error": f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+                }
             self.store.answer_request(number, result)
             if back and "error" not in result:
                 return True
@@ -243,7 +283,9 @@ class Tuner:
     def _export(self) -> dict[str, Any]:
         exports = self.run_folder / "export"
         exports.mkdir(exist_ok=True)
-        tuned = copy.deepcopy(self.model)
+        # On the CPU: beside the model there may be no room for a second one.
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tuned = copy.deepcopy(self.model, {id(tensor): _on_cpu(tensor) for tensor in tensors})
         if self.settings.output_bias:
             move_output_bias_to_generation_config(tuned)
         with tempfile.TemporaryDirectory(dir=exports) as folder:
@@ -304,6 +346,11 @@ class Tuner:
             order = sorted(range(len(prompts)), key=lambda j: derive_seed(self.settings.seed, "order", turn, j))
             chosen.append(prompts[order[place]])
         return chosen
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredStep]) -> None:

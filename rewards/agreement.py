@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from zorl.probe import Choice
 from zorl.rewards.judgment_records import ShowingRecord
-from zorl.rewards.majority import majority
 
 _NORMAL_975 = 1.959963984540054  # the quantile of a two-sided 95% interval
 _DECIDED = (Choice.FIRST, Choice.SECOND)
@@ -47,7 +46,7 @@ class RaterFigures:
         votes: the number of votes, without repeats.
         first: how often the answer seen first won, among votes that preferred one; 0.5 means no position bias.
         consistency: how often a swapped repeat got the same opinion.
-        with_others: how often the opinion is that of the majority of the other raters, where there are any.
+        with_others: how often the opinion is that of the other raters, on pairs where more of them share one than any other.
         ties: votes for neither, "both bad" included.
         abstained: votes without an opinion.
         seconds: the median time between seeing a pair and answering it.
@@ -157,6 +156,14 @@ def _consistency(repeats: Sequence[tuple[str, bool]]) -> Share:
     return Share.of(sum(same for _, same in repeats), len(repeats))
 
 
+def _majority(preferences: Iterable[float]) -> float | None:
+    """The most frequent of several raters' preferences; None if there are none, or two are equally frequent."""
+    counts = Counter(preferences).most_common(2)
+    if not counts or (len(counts) == 2 and counts[0][1] == counts[1][1]):
+        return None
+    return counts[0][0]
+
+
 def _of_one(
     name: str,
     votes: Sequence[ShowingRecord],
@@ -164,9 +171,10 @@ def _of_one(
     opinions: dict[int, dict[str, Choice]],
 ) -> RaterFigures:
     shared = [
-        opinion.preference == majority(choice for other, choice in of_pair.items() if other != name).preference
+        of_pair[name].preference == theirs
         for of_pair in opinions.values()
-        if len(of_pair) > 1 and (opinion := of_pair.get(name)) is not None
+        if name in of_pair
+        and (theirs := _majority(choice.preference for other, choice in of_pair.items() if other != name)) is not None
     ]
     times = [vote.answered_at - vote.shown_at for vote in votes if vote.answered_at is not None]
     return RaterFigures(

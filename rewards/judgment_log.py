@@ -98,6 +98,19 @@ class Readings:
         with self._database.reading() as connection:
             return _tuner(connection, self._database.clock())
 
+    def count_steps(self) -> int:
+        """The number of steps in force."""
+        with self._database.reading() as connection:
+            return _count(connection, select(func.count()).select_from(steps).where(~steps.c.rewound))
+
+    def revision(self) -> tuple[int, ...]:
+        """Numbers that change when steps, their figures or judgments do: what was read before is still true while they stay."""
+        with self._database.reading() as connection:
+            return (
+                _count(connection, select(func.max(events.c.id))),
+                _count(connection, select(func.sum(func.length(steps.c.figures)))),
+            )
+
     def steps(self) -> list[StoredStep]:
         """The steps in force, in order."""
         with self._database.reading() as connection:

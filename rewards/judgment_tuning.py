@@ -30,6 +30,8 @@ from zorl.rewards.judgment_tables import (
     steps,
 )
 
+_ACCEPTED = "accepted_drift"  # name of a row in `meta`
+
 
 class TunersSide(Readings):
     """What the process that owns the model asks of the store. Every method is one transaction."""
@@ -89,6 +91,17 @@ class TunersSide(Readings):
         with self._database.writing() as connection:
             _withdraw_comparisons(connection, unseen=True)
             self._add(connection, pairs, COMPARISON, None, step)
+
+    def has_comparisons(self, step: int) -> bool:
+        """Whether the latest comparison of this step is in force, judged or not."""
+        mine = select(pairs.c.state).where(pairs.c.kind == COMPARISON, pairs.c.step == step)
+        with self._database.reading() as connection:
+            return connection.scalar(mine.order_by(pairs.c.id.desc()).limit(1)) in (OPEN, TIED)
+
+    def comparisons_written(self) -> int:
+        """How many comparisons have ever been stored, whatever their state."""
+        with self._database.reading() as connection:
+            return connection.scalar(select(func.count()).where(pairs.c.kind == COMPARISON)) or 0
 
     def probe(self, probe: int) -> StoredProbe:
         """A probe in its current state.
@@ -238,10 +251,19 @@ class TunersSide(Readings):
         now, before = self._database.clock(), self.tuner()
         if (before["state"], before["message"]) == (state, message) and 0 <= now - before["time"] < 1:
             return
-        said = json.dumps({"state": state, "message": message, "time": now})
         with self._database.writing() as connection:
-            if not connection.execute(update(meta).where(meta.c.name == "tuner").values(value=said)).rowcount:
-                connection.execute(insert(meta).values(name="tuner", value=said))
+            _note(connection, "tuner", {"state": state, "message": message, "time": now})
+
+    def accept_drift(self, limit: float) -> None:
+        """Keeps the drift, in nats per token, that people have said to go on to."""
+        with self._database.writing() as connection:
+            _note(connection, _ACCEPTED, limit)
+
+    def accepted_drift(self) -> float | None:
+        """The drift that people have said to go on to; None if they were never asked."""
+        with self._database.reading() as connection:
+            value = connection.scalar(select(meta.c.value).where(meta.c.name == _ACCEPTED))
+        return None if value is None else float(json.loads(value))
 
     def request(self, kind: str, payload: Mapping[str, Any]) -> int:
         """Sends a request to the process with the model, and returns an id for `request_result`."""
@@ -337,6 +359,13 @@ class TunersSide(Readings):
     def _end(self, connection: Connection, probe: int, state: str) -> None:
         connection.execute(update(probes).where(probes.c.id == probe).values(state=state))
         log(connection, self._database.clock(), state, probe=probe)
+
+
+def _note(connection: Connection, name: str, value: Any) -> None:
+    """Writes a row of `meta`, over the one that is there."""
+    kept = json.dumps(value)
+    if not connection.execute(update(meta).where(meta.c.name == name).values(value=kept)).rowcount:
+        connection.execute(insert(meta).values(name=name, value=kept))
 
 
 def _withdraw_comparisons(connection: Connection, *, unseen: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zorl.probe import Choice
+from zorl.rewards.judgment_tables import COMPARISON
 from zorl.rewards.majority import majority
 from zorl.whole_files import whole_file
 
@@ -34,11 +35,14 @@ class Written:
 def write_preferences(store: JudgmentStore, path: str | Path) -> Written:
     """Writes the majority's preference on every judged pair, as TRL's `DPOTrainer` reads it: prompt, chosen, rejected.
 
-    Text is written as text, a conversation as a list of messages.
+    Comparisons with the starting model are left out: they measure, and their prompts may be held out from training. Text is
+    written as text, a conversation as a list of messages.
     """
     rows = []
     ties = abstained = 0
     for pair in store.preference_pairs():
+        if pair.kind == COMPARISON:
+            continue
         opinion = majority(vote.choice for vote in pair.votes)
         if opinion is Choice.FIRST or opinion is Choice.SECOND:
             chosen, rejected = (pair.plus, pair.minus) if opinion is Choice.FIRST else (pair.minus, pair.plus)

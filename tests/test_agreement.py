@@ -87,9 +87,18 @@ def test_the_table_has_a_row_a_rater() -> None:
     votes += [record(0, "cid", S), record(1, "cid", T, seconds=8.0), record(2, "cid", A)]
     ann, bob, cid = agreement(votes).raters
     assert (ann.name, ann.votes, ann.seconds, ann.first.value) == ("ann", 4, 3.0, 1.0)
-    assert ann.with_others.n == 3
+    assert (ann.with_others.value, ann.with_others.n) == (1.0, 1), "Bob's and Cid's differ on two of the three"
     assert (cid.votes, cid.ties, cid.abstained, cid.with_others.value) == (3, 1, 1, 0.0)
-    assert bob.with_others.value == pytest.approx(1 / 3)  # alone with Ann, or with her and somebody who differs
+    assert (bob.with_others.value, bob.with_others.n) == (1.0, 1)
+
+
+def test_who_always_differs_is_the_one_who_does_not_agree_with_others() -> None:
+    votes = [record(i, name, choice) for i in range(30) for name, choice in (("ann", F), ("bob", F), ("cid", S))]
+    ann, bob, cid = (rater.with_others for rater in agreement(votes).raters)
+    assert (cid.value, cid.n) == (0.0, 30)
+    assert ann.n == bob.n == 0, "where the two others differ, there is no majority to agree with"
+    more = [*votes, *(record(i, "dan", F) for i in range(30))]
+    assert [rater.with_others.value for rater in agreement(more).raters] == [1.0, 1.0, 0.0, 1.0]
 
 
 def test_a_store_tells_what_is_needed(tmp_path: Path) -> None:

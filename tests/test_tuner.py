@@ -198,6 +198,55 @@ def test_it_goes_on_where_it_was_stopped_and_asks_nothing_twice(run: Path):
     tuner.mezo.close()
 
 
+def test_a_comparison_is_written_once_and_another_after_going_back(parts: Kind, tmp_path: Path):
+    direct = new_run(parts, tmp_path, "direct", learning_rate=0.5)  # so that answers differ
+    store = store_of(direct, repeat_share=0.0, comparison_share=0.5)
+    with working(direct):
+        judge(store, lambda: len(store.steps()) >= 2 and store.has_comparisons(2), shorter)
+    written = store.comparisons_written()
+    again = Tuner(direct)
+    assert again._compare(), "drift is measured"
+    assert store.comparisons_written() == written
+    again.mezo.close()
+    store.rewind(1)
+    assert not store.has_comparisons(1)
+    back = Tuner(direct)
+    assert back._compare()
+    assert store.comparisons_written() == written + 1
+    with sqlalchemy.create_engine(f"sqlite:///{direct / 'judgments.sqlite'}").connect() as connection:
+        shown = connection.execute(sqlalchemy.select(pairs).where(pairs.c.kind == "comparison")).all()
+    assert len({(pair.prompt, pair.plus, pair.minus) for pair in shown}) == len(shown), "nobody sees the same again"
+    back.mezo.close()
+
+
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError("no room"), IndexError("odd")])
+def test_a_request_that_fails_is_answered_and_ends_nothing(direct: Path, monkeypatch: Any, problem: Exception):
+    store = store_of(direct)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise problem
+
+    monkeypatch.setattr(Tuner, "_export", fail)
+    number = store.request("export_model", {})
+    tuner = Tuner(direct)
+    assert not tuner._answer_requests()
+    assert store.request_result(number) == {"error": f"{type(problem).__name__}: {problem}"}
+    assert not store.pending_requests()
+    tuner.mezo.close()
+
+
+def test_answers_that_never_differ_pause_it(parts: Kind, tmp_path: Path):
+    run = new_run(parts, tmp_path, "replay", temperature=1e-5)
+    store = store_of(run)
+    with working(run) as tuner:
+        judge(store, lambda: store.tuner()["state"] == "paused", shorter)
+        assert len(store.steps()) == 20
+        assert "the same answer twice to every prompt" in store.tuner()["message"]
+        store.request("go_on", {})
+        judge(store, lambda: len(store.steps()) == 40 and bool(tuner.paused), shorter)
+        judge(store, lambda: store.tuner()["state"] == "paused" and store.has_comparisons(40), shorter)
+
+
 def test_going_back_gives_the_weights_of_that_step_again(run: Path):
     store = store_of(run, repeat_share=0.0)
     hashes = {}
@@ -242,12 +291,18 @@ def test_too_much_drift_pauses_until_people_say_go_on(run: Path):
     (run / "judge.json").unlink()
     settings(run.parent, max_drift=1e-9, learning_rate=0.1, method=method).write(run)
     store = store_of(run, repeat_share=0.0)
-    with working(run) as tuner:
+    with working(run):
         judge(store, lambda: store.tuner()["state"] == "paused", shorter)
         assert "above the limit of 1e-09" in store.tuner()["message"]
-        steps = len(store.steps())
+        drift = float(store.steps()[-1].figures["drift"])
         store.request("go_on", {})
-        judge(store, lambda: len(store.steps()) > steps + 2 or tuner.paused, shorter)
+        judge(store, lambda: store.accepted_drift() is not None, shorter)
+    assert store.accepted_drift() == pytest.approx(drift + 1e-9, rel=1e-6)
+    store.accept_drift(1e9)  # however far the steps went that were made in the meantime
+    again = Tuner(run)
+    assert again._compare()
+    assert not again.paused
+    again.mezo.close()
 
 
 def test_a_probe_that_two_updates_have_overtaken_is_recorded_as_abstained(direct: Path):
