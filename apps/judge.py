@@ -33,6 +33,7 @@ from zorl.rewards.judgment_store import JudgmentStore
 from zorl.rewards.judgment_url import split_password
 from zorl.text_files import read_text
 
+AT_REST = ("stopped", "failed", "silent", "unconnected")  # what a trainer that is not there has said last
 TUNER = (sys.executable, "-m", "zorl.apps.tuner", "--run")
 STORED = ("votes_per_pair", "lease_seconds", "repeat_share", "comparison_share")  # settings that are kept in the store
 
@@ -74,7 +75,10 @@ def run(argv: Sequence[str]) -> str:
         if not arguments.page_only:
             _refuse_judgments_of_another_run(store, settings, folder)
             settings.write(folder)
-        store.set_tuner(*(("unconnected", _start_trainer(settings, folder)) if arguments.page_only else ("starting",)))
+        if not arguments.page_only:
+            store.set_tuner("starting")
+        elif store.tuner()["state"] in AT_REST:  # else a trainer is at work, and other pages may be open
+            store.set_tuner("unconnected", _start_trainer(settings, folder))
         page = Page(store, settings, folder, scratch, auth=auth, guidelines=guidelines, page_only=arguments.page_only)
         tuner = Supervisor([*TUNER, str(folder)], folder / "tuner.log", lambda told: _tell_store(store, "failed", told))
         address = page.open(arguments.host, arguments.port)
@@ -86,7 +90,9 @@ def run(argv: Sequence[str]) -> str:
         finally:
             tuner.stop()
             page.close()
-            _tell_store(store, "stopped", "zorl judge is not running.")
+            with suppress(ConnectionError):  # if the database does not answer, nobody could read it anyway
+                if not arguments.page_only or store.tuner()["state"] == "unconnected":
+                    store.set_tuner("stopped", "zorl judge is not running.")
     return f"Stopped. Every verdict is kept in {settings.database or folder}; {_again(settings, folder, arguments)} continues."
 
 

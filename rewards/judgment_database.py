@@ -86,6 +86,7 @@ class JudgmentDatabase:
         url = store_url(where)
         self.name = shown(url)
         self.clock = clock
+        self._claim: Connection | None = None  # PostgreSQL's session that holds the right to make steps
         self._turn = threading.Lock()  # threads queue up here, because in SQLite's own queue they would poll
         self._engine = _engine(url)
         try:
@@ -135,10 +136,22 @@ class JudgmentDatabase:
                 raise ValueError(
                     f"another process is making the steps of the judgment store {self.name!r}; stop it first"
                 )
+            self._claim = connection
             try:
                 yield
             finally:
+                self._claim = None
                 connection.invalidate()  # the lock belongs to the session, and ends with it
+
+    def check_claim(self) -> None:
+        """Checks that a process within `tuning` still holds its claim, which ends with its connection to the server.
+
+        Raises:
+            ConnectionError: the claim is gone. Another process may be making the steps by now.
+        """
+        if self._claim is not None:
+            with self._answering(), self._claim.begin():
+                self._claim.scalar(select(1))
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:

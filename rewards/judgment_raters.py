@@ -17,6 +17,7 @@ from zorl.rewards.judgment_tables import COMPARISON, OPEN, PROBE, REWOUND, TIED,
 _REPEAT_AFTER = 5
 # … and is drawn from this many pairs before that.
 _REPEAT_WITHIN = 50
+_LONGEST_LOOK = 10
 
 # The queries behind a click, built once: building one takes longer than running it.
 _RATER: Any = bindparam("rater")
@@ -166,6 +167,40 @@ class RatersSide(Readings):
                 self._count(connection, row, 1)
         if refusal is not None:
             raise AlreadyClosed(f"This pair is already closed: {refusal}.")
+
+    def keep(self, showing: int, rater: int) -> str | None:
+        """Reserves the pair that a rater is looking at for longer. Returns None, or why it takes no verdict any more.
+
+        The reservation is renewed when half of it is over, but not once the pair has been looked at for `_LONGEST_LOOK` times as
+        long: the page of somebody who has left may stay open.
+
+        Raises:
+            ValueError: the showing is not this rater's.
+        """
+        settings, now = self._database.settings, self._database.clock()
+        with self._database.reading() as connection:
+            row = connection.execute(_SHOWING, {"showing": showing}).first()
+        if row is None or row.rater != rater:
+            raise ValueError(f"showing {showing} was not given to rater {rater}")
+        if row.choice is not None:
+            return "You have answered it elsewhere."
+        if row.repeat:
+            return None
+        if row.state != OPEN:
+            return f"The pair that you were looking at is closed: {_why_closed(row.state)}."
+        lease = settings.lease_seconds
+        if row.expires_at - now < lease / 2 and now - row.shown_at < _LONGEST_LOOK * lease:
+            mine = (showings.c.id == showing) & showings.c.choice.is_(None)
+            with self._database.writing() as connection:
+                connection.execute(update(showings).where(mine).values(expires_at=now + lease))
+        return None
+
+    def release(self, rater: int) -> None:
+        """Ends the reservations of a rater who has gone: their pairs are for others at once."""
+        now = self._database.clock()
+        theirs = (showings.c.rater == rater) & showings.c.choice.is_(None) & (showings.c.expires_at > now)
+        with self._database.writing() as connection:
+            connection.execute(update(showings).where(theirs).values(expires_at=now))
 
     def undo(self, rater: int) -> Showing:
         """Takes back the rater's latest vote, and shows its pair again in the same order.

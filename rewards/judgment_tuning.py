@@ -65,6 +65,7 @@ class TunersSide(Readings):
         """
         if not pairs:
             raise ValueError("a probe needs at least one pair to compare")
+        self._database.check_claim()
         with self._database.writing() as connection:
             known = connection.execute(select(probes).where(probes.c.key == key, probes.c.state.in_(LIVE))).first()
             if known is not None:
@@ -175,7 +176,9 @@ class TunersSide(Readings):
         Raises:
             ValueError: the step is there already or does not follow the last one, or its probe is still open or has already made
                 another step.
+            ConnectionError: this process may no longer make steps (see `tuning`).
         """
+        self._database.check_claim()
         with self._database.writing() as connection:
             last = connection.scalar(select(func.max(steps.c.step)).where(~steps.c.rewound))
             if last is not None and step.step <= last:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from zorl.apps.page.desk import Desk
+from zorl.apps.page.desk import AWAY, Desk
 from zorl.probe import Choice
 from zorl.rewards.judgment_records import Showing
 
@@ -18,19 +18,22 @@ def build(desk: Desk) -> None:
     def who(rater: str, request: gr.Request) -> str:
         return desk.name(rater, request.username)
 
+    def refused(error: Exception) -> gr.Error:
+        return gr.Error(AWAY if isinstance(error, ConnectionError) else str(error), print_exception=False)
+
     def next_pair(rater: str, request: gr.Request) -> dict[str, Any] | None:
         """The pair to judge: showing (its id), prompt, first and second; null if there is none yet: ask again later."""
         try:
             return _told(desk.next_pair(who(rater, request)).showing)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (ValueError, ConnectionError) as error:
+            raise refused(error) from error
 
     def vote(rater: str, showing: int, choice: str, request: gr.Request) -> dict[str, Any] | None:
         """Records a verdict (first, second, tie, "both bad" or abstain), durably, and returns the next pair."""
         try:
             turn = desk.vote(who(rater, request), showing, _choice(choice))
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (ValueError, ConnectionError) as error:
+            raise refused(error) from error
         if turn.notice:
             raise gr.Error(turn.notice, print_exception=False)
         return _told(turn.showing)
@@ -39,15 +42,15 @@ def build(desk: Desk) -> None:
         """Takes back this rater's latest verdict and returns its pair; an error if a step has already used the verdict."""
         try:
             return _told(desk.take_back(who(rater, request)))
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (ValueError, ConnectionError) as error:
+            raise refused(error) from error
 
     def progress(rater: str, request: gr.Request) -> dict[str, Any]:
         """Steps done, verdicts needed for the next step, pairs in the queue, and what the model is doing."""
         try:
             return asdict(desk.progress(who(rater, request) if rater or desk.logins else None))
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (ValueError, ConnectionError) as error:
+            raise refused(error) from error
 
     for function in (next_pair, vote, undo, progress):
         gr.api(function, api_name=function.__name__, concurrency_limit=None, queue=False)

@@ -50,7 +50,10 @@ class Page:
         self.scratch = scratch
         self.desk = Desk(store, logins=auth is not None)
         guidelines = _text("guidelines.txt") if guidelines is None else guidelines
-        with gr.Blocks(title=f"zorl judge: {run.name}", analytics_enabled=False) as self.blocks:
+        kept = int(export_tab.KEPT)  # Gradio serves copies of what people download
+        with gr.Blocks(
+            title=f"zorl judge: {run.name}", analytics_enabled=False, delete_cache=(kept, kept)
+        ) as self.blocks:
             api.build(self.desk)  # first, so that these endpoints get their plain names
             name, remembered = self._head(run, settings)
             with gr.Tabs() as tabs:

@@ -9,6 +9,10 @@ from zorl.probe import Choice
 from zorl.rewards.judgment_records import LONGEST_NAME, AlreadyClosed, Progress, Showing
 from zorl.rewards.judgment_store import JudgmentStore
 
+AWAY = (
+    "The judgments cannot be reached at the moment. What you press now may not be saved; this page goes on by itself."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -54,6 +58,20 @@ class Desk:
             ValueError: the name is empty or too long.
         """
         return Turn(self.store.next_pair(self._rater(name)))
+
+    def keep(self, name: str, showing: int) -> Turn | None:
+        """Keeps the pair that a rater is looking at for them: None. If it takes no verdict any more, the next pair, and why.
+
+        Raises:
+            ValueError: see `next_pair`; or this pair was not shown to this rater.
+        """
+        rater = self._rater(name)
+        why = self.store.keep(showing, rater)
+        return None if why is None else Turn(self.store.next_pair(rater), why)
+
+    def leave(self, name: str) -> None:
+        """Gives the pair in front of a rater, who goes on under another name, back to the queue."""
+        self.store.release(self._rater(name))
 
     def vote(self, name: str, showing: int, choice: Choice) -> Turn:
         """Records a verdict, durably, and returns the next pair. If the verdict came too late, the notice says so.

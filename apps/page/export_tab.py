@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from zorl.apps.page.tuner_requests import Requests
 from zorl.rewards.judgment_store import JudgmentStore
 from zorl.rewards.preferences import write_events, write_preferences
 
+KEPT = 3600.0  # seconds for which a file stays here after it was written
 SECONDS = 0.7  # between two checks whether the model is ready
 WRITING = "Writing the tuned model…"
 # Clicks the link that Gradio has just put behind a hidden button.
@@ -36,7 +39,7 @@ def build(store: JudgmentStore, run: Path, folder: Path, *, model: bool = True) 
         _file(
             "Preferences",
             "JSON Lines with prompt, chosen and rejected, for TRL's DPOTrainer: the majority verdict on each pair, without "
-            "ties.",
+            "ties and without the comparisons with the starting model.",
             "preferences",
             lambda: _preferences(store, folder),
         )
@@ -114,8 +117,16 @@ def _card(title: str, about: str, id: str) -> tuple[gr.Button, gr.HTML]:
     return button, html_block(elem_id=f"said-{id}")
 
 
+def _new_file(folder: Path, name: str) -> Path:
+    """A place of its own for each download, because people may click at the same time. Old ones are removed."""
+    for old in folder.glob("download-*"):
+        if time.time() - old.stat().st_mtime > KEPT:
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix="download-", dir=folder)) / name
+
+
 def _preferences(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
-    file = folder / "preferences.jsonl"
+    file = _new_file(folder, "preferences.jsonl")
     written = write_preferences(store, file)
     if not written.preferences:
         raise ValueError(f"There are no preferences yet: {written.ties} ties, {written.abstained} without an opinion.")
@@ -126,7 +137,7 @@ def _preferences(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
 
 
 def _events(store: JudgmentStore, folder: Path) -> tuple[Path, str]:
-    file = folder / "judgments.jsonl"
+    file = _new_file(folder, "judgments.jsonl")
     return file, f"{write_events(store, file)} events."
 
 
@@ -134,7 +145,7 @@ def _trajectory(run: Path, folder: Path) -> tuple[Path, str]:
     source = run / "trajectory.zorl"
     if not source.is_file():
         raise ValueError("There is no trajectory yet: no step has been made.")
-    return Path(shutil.copy(source, folder / "trajectory.zorl")), ""
+    return Path(shutil.copy(source, _new_file(folder, "trajectory.zorl"))), ""
 
 
 def _served(path: Path, run: Path, folder: Path) -> Path:
@@ -147,4 +158,4 @@ def _served(path: Path, run: Path, folder: Path) -> Path:
         raise ValueError(
             f"The model was written to {path}, which is not in the run's folder {run}: copy it from there."
         )
-    return Path(shutil.copy(path, folder / path.name))
+    return Path(shutil.copy(path, _new_file(folder, path.name)))

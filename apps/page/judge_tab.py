@@ -9,14 +9,15 @@ from typing import Any
 import gradio as gr
 
 from zorl.apps.page.components import LIGHT, html_block
-from zorl.apps.page.desk import Desk, Turn, new_name
+from zorl.apps.page.desk import AWAY, Desk, Turn, new_name
 from zorl.apps.page.markup import answers_html, notice_html, prompt_html, text
 from zorl.probe import Choice
 from zorl.rewards.judgment_records import Progress, Showing
-from zorl.wording import lasting
+from zorl.wording import counted, lasting
 
 SECONDS = 1.0  # between two updates from the store while nobody clicks
 LONG = 120.0  # seconds without a report of a trainer at work, after which the page says for how long
+DONE = "You have judged every pair."
 WAITING = "The model is writing the next pairs…"
 # Label, id and verdict. The keys are in keys.js; page.css prints them on the buttons.
 BUTTONS = (
@@ -54,6 +55,10 @@ def pair_html(showing: Showing | None, progress: Progress) -> str:
         state, said = str(progress.tuner.get("state")), str(progress.tuner.get("message", ""))
         if state in DOWN:
             return f'<div class="z-pair z-waiting"><h2>{DOWN[state]}</h2><p>{text(said)}</p></div>'
+        missing = progress.votes_needed - progress.votes_given
+        if state == "waiting" and missing > 0:
+            wanted = counted(missing, "verdict of another rater is", "verdicts of other raters are")
+            return f'<div class="z-pair z-waiting"><h2>{DONE}</h2><p>{wanted} needed for the next step.</p></div>'
         ready = "They will appear here as soon as they are ready."
         # While it writes it does not report; only a person can tell whether this is long for this model on its machine.
         if (age := float(progress.tuner.get("age", 0))) >= LONG:
@@ -69,11 +74,12 @@ def pair_html(showing: Showing | None, progress: Progress) -> str:
     )
 
 
-def status_html(progress: Progress, *, steps: bool = True) -> str:
+def status_html(progress: Progress, *, steps: bool = True, judging: bool = False) -> str:
     """Verdicts needed for the next step, steps done, pairs in the queue, and what the model is doing.
 
     Args:
         steps: whether the steps are in the store. They are not if `zorl train` makes them.
+        judging: whether a pair is shown, and not, in its place, why there is none.
     """
     state = str(progress.tuner.get("state", "starting"))
     step = f"step {progress.steps + 1}" if steps else "the next step"
@@ -111,9 +117,14 @@ def status_html(progress: Progress, *, steps: bool = True) -> str:
         f'<li class="z-model z-is-{text(state)}" title="{text(progress.tuner.get("message", ""))}">'
         f"Model: {text(STATES['computing'] if computing else STATES.get(state, state))}</li>"
     )
+    why = (
+        f'<p class="z-why">{DOWN[state]} {text(progress.tuner.get("message", ""))}</p>'
+        if judging and state in DOWN
+        else ""
+    )
     return (
         f'<div class="z-status" data-undo="{"yes" if progress.can_undo else "no"}"><div class="z-next"><span>{said}</span>'
-        f"{bar}</div><ul>{facts}{doing}</ul></div>"
+        f"{bar}</div><ul>{facts}{doing}</ul>{why}</div>"
     )
 
 
@@ -164,19 +175,22 @@ def build(
             verdicts.append(gr.Button("Skip", elem_id="vote-skip", elem_classes="z-key", size="sm"))
     shown = [pair, showing, status, notice]
 
-    def turned(act: Callable[[str], Turn], given: str, request: gr.Request) -> tuple[Any, ...]:
-        try:
-            who = desk.name(given, request.username)
-            turn = act(who)
-            progress = desk.progress(who)
-        except ValueError as error:
-            return gr.skip(), gr.skip(), gr.skip(), notice_html(str(error))
+    def shown_to(turn: Turn, progress: Progress) -> tuple[Any, ...]:
         return (
             pair_html(turn.showing, progress),
             turn.showing.id if turn.showing else 0,
-            status_html(progress, steps=steps),
+            status_html(progress, steps=steps, judging=turn.showing is not None),
             notice_html(turn.notice),
         )
+
+    def turned(act: Callable[[str], Turn], given: str, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            who = desk.name(given, request.username)
+            return shown_to(act(who), desk.progress(who))
+        except ConnectionError:
+            return gr.skip(), gr.skip(), gr.skip(), notice_html(AWAY)
+        except ValueError as error:
+            return gr.skip(), gr.skip(), gr.skip(), notice_html(str(error))
 
     def voter(choice: Choice) -> Callable[..., tuple[Any, ...]]:
         def vote(shown: float | None, given: str, request: gr.Request) -> tuple[Any, ...]:
@@ -188,21 +202,27 @@ def build(
     def take_back(given: str, request: gr.Request) -> tuple[Any, ...]:
         return turned(desk.undo, given, request)
 
-    def look(shown: float | None, given: str, request: gr.Request) -> tuple[Any, ...]:
-        """Called by the timer: fetches a pair if none is shown, else only updates the status."""
-        if not shown:
-            found = turned(desk.next_pair, given, request)
-            return (*found[:3], gr.skip())
+    def look(shown: float | None, given: str, noted: str, request: gr.Request) -> tuple[Any, ...]:
+        """Called by the timer: fetches a pair if none is shown, or if it takes no verdict any more; else updates the status."""
         try:
             who = desk.name(given, request.username)
-            return gr.skip(), gr.skip(), status_html(desk.progress(who), steps=steps), gr.skip()
+            turn = desk.keep(who, int(shown)) if shown else desk.next_pair(who)
+            progress = desk.progress(who)
+        except ConnectionError:
+            return gr.skip(), gr.skip(), gr.skip(), notice_html(AWAY)
         except ValueError:
             return (gr.skip(),) * 4
+        # A notice stays until the rater does something; that of an outage, until it is over.
+        kept = gr.skip() if AWAY not in noted else notice_html("")
+        if turn is None:
+            return gr.skip(), gr.skip(), status_html(progress, steps=steps, judging=True), kept
+        pair, number, status, notice = shown_to(turn, progress)
+        return pair, number, status, notice if turn.notice else kept
 
     for button, (_, _, choice) in zip(verdicts, BUTTONS, strict=True):
         button.click(voter(choice), [showing, name], shown, **LIGHT)
     undo.click(take_back, [name], shown, **LIGHT)
-    gr.Timer(SECONDS).tick(look, [showing, name], shown, **LIGHT)
+    gr.Timer(SECONDS).tick(look, [showing, name, notice], shown, **LIGHT)
 
     def greet(kept: str | None, request: gr.Request) -> tuple[Any, ...]:
         who = request.username or kept or new_name()
@@ -211,11 +231,16 @@ def build(
     def welcome(request: gr.Request) -> tuple[Any, ...]:
         return request.username, *turned(desk.next_pair, "", request)
 
-    def rename(given: str, request: gr.Request) -> tuple[Any, ...]:
-        return given.strip(), *turned(desk.next_pair, given, request)
+    def rename(given: str, before: str | None, request: gr.Request) -> tuple[Any, ...]:
+        def go_on(name: str) -> Turn:
+            if before and before != name:
+                desk.leave(before)
+            return desk.next_pair(name)
+
+        return given.strip(), *turned(go_on, given, request)
 
     if remembered is None:
         blocks.load(welcome, None, [name, *shown], **LIGHT)
     else:
         blocks.load(greet, [remembered], [name, remembered, *shown], **LIGHT)
-        name.blur(rename, [name], [remembered, *shown], **LIGHT)  # keys.js leaves the field at Enter
+        name.blur(rename, [name, remembered], [remembered, *shown], **LIGHT)  # keys.js leaves the field at Enter

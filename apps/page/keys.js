@@ -8,12 +8,14 @@
   const PRINTED = {
     "vote-a": "a ArrowLeft", "vote-b": "b ArrowRight", "vote-tie": "t", "vote-bad": "x", "vote-skip": "s", undo: "u",
   };
+  const SETTLE = 800; // milliseconds for which a pair that came unasked takes no verdict: it was meant for the one before
   const BUSY = 3000; // milliseconds after which a verdict without an answer may be given again
   const PULSE = 2000; // milliseconds between two questions whether the server is there
-  const WRITING = "input, textarea, select, [contenteditable], [role=slider], [role=radio], dialog";
+  const WRITING = "input:not([type=checkbox]), textarea, select, [contenteditable], [role=slider], [role=radio], dialog";
   let pair = null;
   let shown = null;
   let noted = "";
+  let unasked = 0; // when a pair last took the place of another by itself
   let sent = { showing: null, at: 0 };
   let away = false; // whether the server cannot be reached
 
@@ -22,8 +24,10 @@
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.defaultPrevented) return;
-    const id = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-    if (!id || event.target.closest?.(WRITING)) return;
+    // On a keyboard without Latin letters, the key in the place of the letter.
+    const letter = event.key.length === 1 && event.key > "\x7f" ? event.code.replace("Key", "") : event.key;
+    const id = KEYS[letter.length === 1 ? letter.toLowerCase() : letter];
+    if (!id || !shortcuts() || event.target.closest?.(WRITING)) return;
     // On a tab the arrows choose the tab beside it.
     if (event.key.startsWith("Arrow") && event.target.closest?.("[role=tab]")) return;
     const button = document.getElementById(id);
@@ -37,13 +41,22 @@
     if (event.key === "Enter" && !event.isComposing) event.target.closest?.("#who input")?.blur();
   });
 
+  // A name brings a pair of its own, and so does Undo: these are no surprise.
+  const expected = () => {
+    sent = { showing: showing(), at: 0 };
+  };
+  document.addEventListener("focusout", (event) => {
+    if (event.target.closest?.("#who")) expected();
+  });
+
   // One verdict per pair, however often a button or key is pressed before the next pair appears.
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("#actions button");
-    if (!button || (button.id === "undo" && !away)) return;
+    if (!button) return;
     const now = showing();
+    if (button.id === "undo" && !away) return expected();
     const again = now !== null && sent.showing === now && Date.now() - sent.at < BUSY;
-    if (away || now === null || again) {
+    if (away || now === null || again || Date.now() - unasked < SETTLE) {
       event.stopImmediatePropagation();
       event.preventDefault();
       return;
@@ -53,6 +66,24 @@
     setTimeout(() => button.classList.remove("z-pressed"), 160);
     setTimeout(ask, BUSY / 4); // a verdict that has not been answered by now may be lost
   }, true);
+
+  // Software that takes dictation types: whoever uses it switches the keys off. The browser remembers that.
+  const OFF = "zorl-no-shortcuts";
+  const shortcuts = () => localStorage.getItem(OFF) === null;
+  const choice = document.createElement("label");
+  choice.id = "shortcuts";
+  choice.innerHTML = '<input type="checkbox"> Keyboard shortcuts';
+  const box = choice.querySelector("input");
+  const mark = () => {
+    box.checked = shortcuts();
+    document.documentElement.classList.toggle("z-no-shortcuts", !shortcuts());
+  };
+  box.addEventListener("change", () => {
+    if (box.checked) localStorage.removeItem(OFF);
+    else localStorage.setItem(OFF, "yes");
+    mark();
+  });
+  mark();
 
   const announcer = document.createElement("div");
   announcer.id = "announcer";
@@ -92,6 +123,7 @@
     const now = showing();
     const note = document.querySelector("#notice p")?.textContent ?? "";
     if (now === shown && note === noted) return;
+    if (shown && now && now !== shown && sent.showing !== shown) unasked = Date.now();
     sent = { showing: null, at: 0 };
     shown = now;
     noted = note;
@@ -114,6 +146,7 @@
   // Gradio builds the page by script, and again when a tab is opened: find its parts whenever they change.
   const settle = () => {
     if (!announcer.isConnected) document.body.append(announcer, lost);
+    if (!choice.isConnected) document.getElementById("actions")?.append(choice);
     const found = document.getElementById("pair");
     if (found !== pair) {
       pair = found;
@@ -121,7 +154,10 @@
     }
     for (const [id, keys] of Object.entries(PRINTED)) {
       const button = document.getElementById(id);
-      if (button && !button.hasAttribute("aria-keyshortcuts")) button.setAttribute("aria-keyshortcuts", keys);
+      if (button && button.hasAttribute("aria-keyshortcuts") !== shortcuts()) {
+        if (shortcuts()) button.setAttribute("aria-keyshortcuts", keys);
+        else button.removeAttribute("aria-keyshortcuts");
+      }
     }
     for (const details of document.querySelectorAll("#charts details:not([open])")) {
       if (open.has(key(details))) details.open = true;

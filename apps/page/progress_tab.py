@@ -14,6 +14,7 @@ import gradio as gr
 
 from zorl.apps.page.charts import Point, chart_html, percent, plain
 from zorl.apps.page.components import LIGHT, html_block
+from zorl.apps.page.desk import AWAY
 from zorl.apps.page.figures import decided_share, win_rate
 from zorl.apps.page.markup import notice_html, table_html, text
 from zorl.apps.page.tuner_requests import Requests
@@ -30,20 +31,23 @@ SURE = """(step) => step !== null && confirm(
 
 @dataclass
 class Charts:
-    """The tab's HTML, drawn at most once every `SECONDS`, however many people look at it."""
+    """The tab's HTML, drawn when there is something new, at most once every `SECONDS`, however many people look at it."""
 
     store: JudgmentStore
     steps: bool = True  # whether the steps are in the store
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _made: float = -1e9
+    _looked: float = -1e9
+    _revision: tuple[int, ...] = ()
     _html: tuple[str, str] = ("", "")
 
     def html(self) -> tuple[str, str]:
         """The charts, and the table of raters."""
         with self._lock:
-            if time.monotonic() - self._made >= SECONDS:
-                self._html = self._draw()
-                self._made = time.monotonic()
+            if time.monotonic() - self._looked >= SECONDS:
+                revision = self.store.revision()  # before the rest: what comes in between is drawn the next time
+                if revision != self._revision:
+                    self._html = self._draw()
+                self._revision, self._looked = revision, time.monotonic()
             return self._html
 
     def _draw(self) -> tuple[str, str]:
@@ -60,8 +64,12 @@ class Charts:
             if record.opinion is not None and record.probe in in_force and not record.repeat
         ]
         drift = [Point(step.step + 1, step.figures["drift"]) for step in steps if "drift" in step.figures]
-        compared = [(vote.step, vote.choice) for vote in self.store.comparisons()]
-        drawn = (_win_rate(win_rate(compared)), _decided(decided_share(judged)), _drift(drift), _agreement(found))
+        drawn = (
+            _win_rate(win_rate(self.store.comparisons())),
+            _decided(decided_share(judged)),
+            _drift(drift),
+            _agreement(found),
+        )
         return f'<div class="z-charts">{"".join(drawn)}</div>', _raters(found)
 
 
@@ -80,8 +88,11 @@ def build(tabs: gr.Tabs, store: JudgmentStore, *, steps: bool = True) -> None:
     timer = gr.Timer(SECONDS, active=False)
 
     def look(known: str | None) -> tuple[Any, ...]:
-        html = charts.html()
-        paused = store.tuner().get("state") == "paused"
+        try:
+            html = charts.html()
+            paused = store.tuner().get("state") == "paused"
+        except ConnectionError:  # the Judge tab says so
+            return (gr.skip(),) * 4
         digest = hashlib.sha256("".join((*html, str(paused))).encode()).hexdigest()
         return (gr.skip(),) * 4 if digest == known else (*html, digest, gr.Button(visible=paused))
 
@@ -112,28 +123,39 @@ def _go_back(store: JudgmentStore) -> gr.Button:
 
     def check(wished: float | None) -> tuple[Any, ...]:
         """Before the question whether somebody is sure: a step that does not exist is refused."""
-        sorry = refusal(wished, len(store.steps()))
+        try:
+            sorry = refusal(wished, store.count_steps())
+        except ConnectionError:
+            sorry = AWAY
         return None if sorry else wished, notice_html(sorry)
 
     def ask(wished: float | None) -> tuple[Any, ...]:
         if wished is None:  # the step was refused, or the dialog cancelled
             return gr.skip(), gr.skip(), gr.skip()
-        return wanted.ask(step=int(wished)), gr.Timer(active=True), notice_html(wanted.waiting(BACK))
+        try:
+            return wanted.ask(step=int(wished)), gr.Timer(active=True), notice_html(wanted.waiting(BACK))
+        except ConnectionError:
+            return gr.skip(), gr.skip(), notice_html(AWAY)
 
     def look(request: float | None) -> tuple[Any, ...]:
         try:
             result = wanted.answer(int(request)) if request else None
+            if result is None:
+                return gr.skip(), notice_html(wanted.waiting(BACK))
+        except ConnectionError:
+            return gr.skip(), notice_html(AWAY)
         except ValueError as error:
             return gr.Timer(active=False), notice_html(str(error))
-        if result is None:
-            return gr.skip(), notice_html(wanted.waiting(BACK))
         return gr.Timer(active=False), notice_html(f"The model is back at step {result['step']}.")
 
     def go_on() -> str:
-        if store.tuner().get("state") != "paused":
-            return notice_html("Tuning is not paused.")
-        on.ask()
-        return notice_html("Tuning continues with the next verdicts.")
+        try:
+            if store.tuner().get("state") != "paused":
+                return notice_html("Tuning is not paused.")
+            on.ask()
+        except ConnectionError:
+            return notice_html(AWAY)
+        return notice_html("Tuning continues. It pauses again if the model drifts as far once more.")
 
     checked = button.click(check, [step], [sound, said], **LIGHT)
     checked.then(None, [sound], [sound], js=SURE).then(ask, [sound], [asked, timer, said], **LIGHT)
@@ -155,11 +177,11 @@ def refusal(wished: float | None, done: int) -> str:
 
 def _win_rate(points: list[Point]) -> str:
     last = points[-1] if points else None
-    about = "Share of blind comparisons that the current model wins against the starting model; ties count as halves."
+    about = "Share of blind comparisons that the tuned model wins against the starting model; ties count as halves."
     if last is not None and last.low is not None and last.high is not None:
         about = (
-            f"{'of the latest ' + str(last.n) + ' blind comparisons are' if last.n > 1 else 'of 1 blind comparison is'} won "
-            f"by the current model; ties count as halves. 95% interval: {last.low:.0%} to {last.high:.0%}."
+            f"{'of the latest ' + str(last.n) + ' blind comparisons were' if last.n > 1 else 'of 1 blind comparison was'} won "
+            f"by the tuned model of that time; ties count as halves. 95% interval: {last.low:.0%} to {last.high:.0%}."
         )
     return chart_html(
         "Win rate against the starting model",

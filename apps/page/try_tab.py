@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from zorl.apps.page.components import LIGHT, html_block
+from zorl.apps.page.desk import AWAY
 from zorl.apps.page.markup import answers_html, notice_html
 from zorl.apps.page.tuner_requests import Requests
 from zorl.rewards.judgment_store import JudgmentStore
@@ -34,17 +35,22 @@ def build(store: JudgmentStore, example: str) -> None:
 
     def ask(written: str) -> tuple[Any, ...]:
         wanted = written.strip()[:LONGEST] or example
-        return tries.ask(prompt=wanted), gr.Timer(active=True), notice_html(tries.waiting(WRITING))
+        try:
+            return tries.ask(prompt=wanted), gr.Timer(active=True), notice_html(tries.waiting(WRITING))
+        except ConnectionError:
+            return gr.skip(), gr.skip(), notice_html(AWAY)
 
     def look(request: float | None) -> tuple[Any, ...]:
         if not request:
             return gr.Timer(active=False), gr.skip()
         try:
             result = tries.answer(int(request))
+            if result is None:
+                return gr.skip(), notice_html(tries.waiting(WRITING))
+        except ConnectionError:
+            return gr.skip(), notice_html(AWAY)
         except ValueError as error:
             return gr.Timer(active=False), notice_html(str(error))
-        if result is None:
-            return gr.skip(), notice_html(tries.waiting(WRITING))
         titles = ("Starting model", f"Current model, after step {result['step']}")
         return gr.Timer(active=False), answers_html(str(result["start"]), str(result["current"]), titles)
 

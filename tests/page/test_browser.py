@@ -264,6 +264,79 @@ def test_a_verdict_that_comes_too_late_is_explained(site: Site) -> None:
         assert pair not in {record.pair for record in site.answered(name)}
 
 
+def test_a_pair_that_is_gone_makes_room_for_the_next_which_takes_no_key_meant_for_it(
+    tmp_path: Path, browser: Browser, pretend_tuner: Any
+) -> None:
+    with serve(tmp_path, browser, pretend_tuner, TEXTS) as site, site.visit() as page:
+        call_me(page, "eve")
+        first = page.locator("[data-showing]").get_attribute("data-showing")
+        probe, *_ = site.store.open_probes()
+        site.store.withdraw(probe.id)
+        page.wait_for_function(
+            "(was) => { const now = document.querySelector('[data-showing]')?.dataset.showing; return now && now !== was; }",
+            arg=first,
+        )
+        page.keyboard.press("a")  # at once: nobody has read it
+        expect(page.locator("#notice")).to_contain_text("it was withdrawn because the model has changed since")
+        page.wait_for_timeout(1000)
+        assert site.store.progress().verdicts == 0
+        page.keyboard.press("a")
+        expect(page.locator("#notice p")).to_have_count(0)
+        assert site.store.progress().verdicts == 1
+
+
+def test_a_store_that_does_not_answer_is_said_until_it_does(
+    tmp_path: Path, browser: Browser, pretend_tuner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("the judgment store 'postgresql://server/x' does not answer")
+
+    with serve(tmp_path, browser, pretend_tuner, TEXTS) as site, site.visit() as page:
+        call_me(page, "eve")
+        with monkeypatch.context() as outage:
+            for method in ("keep", "vote", "next_pair", "progress"):
+                outage.setattr(type(site.store), method, down)
+            page.keyboard.press("a")
+            expect(page.locator("#notice")).to_contain_text("The judgments cannot be reached at the moment.")
+            assert "postgresql" not in page.content()
+        expect(page.locator("#notice p")).to_have_count(0)
+        page.wait_for_timeout(3100)  # until the same verdict may be given again
+        page.keyboard.press("a")
+        page.wait_for_function("document.querySelector('#status')?.textContent.includes('1 of')")
+        assert site.store.progress().verdicts == 1
+
+
+def test_a_name_given_later_takes_the_pair_along(tmp_path: Path, browser: Browser, pretend_tuner: Any) -> None:
+    with serve(tmp_path, browser, pretend_tuner, TEXTS) as site, site.visit() as page:
+        page.wait_for_selector("[data-showing]")
+        before = page.locator("#pair .z-prompt").inner_text()
+        call_me(page, "gus")
+        page.wait_for_function("localStorage.getItem('zorl-rater') !== null")
+        page.wait_for_timeout(500)
+        assert page.locator("#pair .z-prompt").inner_text() == before
+        assert site.store.progress(site.store.rater("hal")).votes_held == 1, "and nobody else holds one"
+
+
+def test_the_keys_can_be_switched_off_and_letters_of_other_alphabets_do(site: Site) -> None:
+    with site.visit() as page:
+        call_me(page, "ida")
+        showing = page.locator("[data-showing]")
+        first = str(showing.get_attribute("data-showing"))
+        page.get_by_label("Keyboard shortcuts").uncheck()
+        page.keyboard.press("a")
+        page.reload()
+        page.wait_for_selector("[data-showing]")
+        page.keyboard.press("a")
+        page.wait_for_timeout(300)
+        assert showing.get_attribute("data-showing") == first
+        assert page.locator("#vote-a").get_attribute("aria-keyshortcuts") is None
+        page.get_by_label("Keyboard shortcuts").check()
+        page.evaluate(
+            "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'ф', code: 'KeyA', bubbles: true}))"
+        )
+        expect(showing).not_to_have_attribute("data-showing", first)
+
+
 def test_a_screen_reader_is_told_of_the_new_pair(site: Site) -> None:
     with site.visit() as page:
         call_me(page, "ida")
