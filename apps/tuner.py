@@ -182,8 +182,8 @@ class Tuner:
         if self.unseen >= _MOST_UNSEEN:
             more = "a larger --epsilon" if self.settings.method == "direct" else "a higher --temperature"
             self._pause(
-                f"the model gave the same answer twice to every prompt of the last {self.unseen} steps, so there was nothing to "
-                f"judge: on the Progress tab, go back to an earlier step, or start again with {more}"
+                f"The model gave the same answer twice to every prompt of the last {self.unseen} steps, so there was nothing to "
+                f"judge: on the Progress tab, go back to an earlier step, or start again with {more}."
             )
 
     def _updates_since(self, step: int) -> int:
@@ -227,8 +227,8 @@ class Tuner:
         limit = self.store.accepted_drift() or self.settings.max_drift
         if self.settings.max_drift and not measured <= limit:
             self._pause(
-                f"drift from the starting model is {measured:.2f} nats per token, above the limit of {limit:g}: "
-                "on the Progress tab, go back to an earlier step, or continue"
+                f"The drift from the starting model is {measured:.2f} nats per token, above the limit of {limit:g}: "
+                "on the Progress tab, go back to an earlier step, or continue."
             )
 
     def _pause(self, message: str) -> None:

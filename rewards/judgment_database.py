@@ -86,7 +86,9 @@ class JudgmentDatabase:
         url = store_url(where)
         self.name = shown(url)
         self.clock = clock
-        self._claim: Connection | None = None  # PostgreSQL's session that holds the right to make steps
+        self._claim: tuple[Connection, Any] | None = (
+            None  # PostgreSQL's session with the right to make steps, and its number
+        )
         self._turn = threading.Lock()  # threads queue up here, because in SQLite's own queue they would poll
         self._engine = _engine(url)
         try:
@@ -136,7 +138,8 @@ class JudgmentDatabase:
                 raise ValueError(
                     f"another process is making the steps of the judgment store {self.name!r}; stop it first"
                 )
-            self._claim = connection
+            with connection.begin():
+                self._claim = connection, connection.scalar(select(func.pg_backend_pid()))
             try:
                 yield
             finally:
@@ -149,9 +152,12 @@ class JudgmentDatabase:
         Raises:
             ConnectionError: the claim is gone. Another process may be making the steps by now.
         """
-        if self._claim is not None:
-            with self._answering(), self._claim.begin():
-                self._claim.scalar(select(1))
+        if self._claim is None:
+            return
+        connection, session = self._claim
+        with self._answering(), connection.begin():
+            if connection.scalar(select(func.pg_backend_pid())) != session:  # the driver has opened another
+                raise ConnectionError(f"the judgment store {self.name!r} has ended this process's right to make steps")
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:

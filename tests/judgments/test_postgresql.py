@@ -22,7 +22,7 @@ from zorl.apps.cli import main
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.probe import Choice
 from zorl.rewards import HumanJudge, load_judge
-from zorl.rewards.judgment_store import JudgmentStore, NewPair
+from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredStep
 from zorl.rewards.judgment_url import shown, split_password, store_url
 
 PAIRS = [NewPair(0, row, f"prompt {row}", "plus", "minus") for row in range(4)]
@@ -124,6 +124,22 @@ def test_one_process_makes_the_steps(store: JudgmentStore, url: str) -> None:
             other.add_probe(PAIRS, key="a")  # pages go on
         with other.tuning():
             pass
+
+
+def test_who_has_lost_the_claim_makes_no_more_steps(store: JudgmentStore, url: str, postgres: Any) -> None:
+    with JudgmentStore(url) as other, store.tuning():
+        probe = store.add_probe(PAIRS, key="a").id
+        postgres.crash()
+        postgres.start()
+        store.set_tuner("generating")  # its other connections are opened anew
+        with other.tuning():
+            for act in (
+                lambda: store.add_probe(PAIRS, key="b"),
+                lambda: store.commit_step(StoredStep(0, probe, 0.1, (1,), (1.0,), (1.0,))),
+            ):
+                with pytest.raises(ConnectionError, match="does not answer|has ended this process's right"):
+                    act()
+        assert other.probes_written() == 1
 
 
 def test_a_run_asks_and_people_answer_from_elsewhere(url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from stored_judgments import Clock, Open, new_pairs, shown
 
 from zorl.probe import Choice
@@ -27,6 +28,37 @@ def test_a_shown_pair_is_kept_for_its_rater_until_the_lease_ends(open_store: Ope
     store.vote(first.id, ann, Choice.TIE)  # no verdict is lost while the probe is open
     assert store.decided(probe.id)
     assert Counter(vote.rater for vote in store.close_probe(probe.id)) == {"Bob": 2, "Ann": 1}
+
+
+def test_a_pair_stays_with_who_is_reading_it_but_not_for_ever(open_store: Open, clock: Clock) -> None:
+    store = open_store(lease_seconds=10)
+    probe = store.add_probe(new_pairs(2), key="a")
+    ann, bob = map(store.rater, ("Ann", "Bob"))
+    read, other = shown(store, ann), shown(store, bob)
+    store.vote(other.id, bob, Choice.TIE)
+    for _ in range(12):
+        clock.now += 6
+        assert store.keep(read.id, ann) is None
+    assert store.progress(bob).votes_held == 1
+    clock.now += 60  # whoever has not answered by now may have left
+    assert store.keep(read.id, ann) is None, "but may still answer"
+    assert store.progress(bob).votes_held == 0
+    with pytest.raises(ValueError, match="was not given to rater"):
+        store.keep(read.id, bob)
+    assert store.keep(other.id, bob) == "You have answered it elsewhere."
+    store.withdraw(probe.id)
+    closed = "The pair that you were looking at is closed: it was withdrawn because the model has changed since."
+    assert store.keep(read.id, ann) == closed
+
+
+def test_who_goes_gives_the_pair_back(open_store: Open) -> None:
+    store = open_store(lease_seconds=10)
+    store.add_probe(new_pairs(2), key="a")
+    guest, ann = store.rater("rater 1a2b"), store.rater("Ann")
+    first = shown(store, guest)
+    store.release(guest)
+    assert shown(store, ann).pair == first.pair
+    assert store.progress(guest).votes_held == 1
 
 
 def test_overlap_takes_each_vote_from_another_rater(open_store: Open) -> None:

@@ -213,10 +213,13 @@ def test_the_page_alone_serves_the_questions_of_a_trainer(tmp_path: Path) -> Non
         pair = call("next_pair", "ann")
         call("vote", "ann", pair["showing"], "second")
         asking.join(20)
+        said = people.store.tuner()
+        assert said["state"] == "generating"
     finally:
         process.terminate()
         out, _ = process.communicate(timeout=30)
     assert f"zorl judge --page_only --run {run} continues" in out
+    assert people.store.tuner()["state"] == "generating", "the trainer goes on, and other pages may be open"
     assert found == [Choice.FIRST if pair["second"] == "one" else Choice.SECOND]
     (run / "judge.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run that zorl judge tunes; leave out --page_only"):
