@@ -38,7 +38,8 @@ def blocks() -> dict[str, Tensor]:
 def test_scales_are_one_in_the_geometric_mean_over_elements():
     parameters = ParameterSet(blocks().items())
     scales = normalized({"a": 8.0, "b": 0.5, "c": math.nan}, parameters)
-    assert scales == {"a": 4.0, "b": 0.25, "c": 1 / LARGEST}
+    assert scales == {"a": 4.0, "b": 0.25, "c": 1.0}, "what was not measured is left as it is"
+    assert normalized({"a": 8.0, "b": 0.5, "c": 0.0}, parameters)["c"] == 1 / LARGEST
     assert normalized({"a": 0.0, "b": math.nan, "c": 0.0}, parameters) == {"a": 1.0, "b": 1.0, "c": 1.0}
     wide = normalized({"a": 1e9, "b": 1e-9, "c": 3.0}, parameters)
     assert (wide["a"], wide["b"]) == (LARGEST, 1 / LARGEST)

@@ -121,6 +121,37 @@ def test_the_trainer_follows_slopes(parts: Callable[[str], Any], tmp_path: Any):
         assert rewards[-1] > 0.9 * rewards[0]  # they are negative losses
 
 
+class Steep(nn.Module):
+    """A loss whose slopes along directions of unit size are beyond float16, and it is not."""
+
+    def __init__(self, steepness: float = 3000.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((8,), 30.0 / steepness, dtype=torch.float16))
+        self.steepness = steepness
+
+    def forward(self) -> Tensor:
+        return (self.w * self.steepness).square().sum() / 8
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_half_precision_has_slopes(distribution: Distribution):
+    model = Steep()
+    parameters = ParameterSet(model.named_parameters())
+    derivative = DirectionalDerivative(model, parameters, distribution)
+    value, slopes = derivative.slopes([Point(seed, 0.0) for seed in SEEDS], derivative.module)
+    assert value == pytest.approx(900, rel=0.01)
+    gradient = {"w": torch.full((8,), 2 * 3000**2 * 0.01 / 8)}
+    expected = [along(parameters, gradient, seed, distribution) for seed in SEEDS]
+    assert slopes.values == pytest.approx(expected, rel=0.02, abs=1000)
+
+
+def test_a_slope_beyond_the_dtype_is_an_error_and_no_abstention():
+    model = Steep(6e4)
+    derivative = DirectionalDerivative(model, ParameterSet(model.named_parameters()))
+    with pytest.raises(ValueError, match="its derivative overflows the model's dtype"):
+        derivative.slopes([Point(seed, 0.0) for seed in SEEDS], lambda: derivative.module() * 60)
+
+
 def test_what_has_no_slope_is_refused(parts: Callable[[str], Any], tmp_path: Any):
     with pytest.raises(ValueError, match="differentiates a loss, and a reward or a judge has no slope"):
         tune(parts, tmp_path, reward_funcs=lambda completions, **_: [0.0] * len(completions))

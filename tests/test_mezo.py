@@ -452,6 +452,27 @@ def test_an_infinite_loss_is_refused_and_leaves_theta(bad: float):
     assert optimizer.steps == 1
 
 
+@pytest.mark.parametrize("scores", [[1e38, -1e38], [-3e38, 3e38]])
+def test_answers_too_large_for_a_step_are_refused_and_nothing_is_logged(tmp_path: Path, scores: list[float]):
+    module = model()
+    before = state(module)
+    optimizer = MeZO(module.named_parameters(), 0.1, 1e-3, trajectory=tmp_path / "t.zorl")
+    with pytest.raises(ValueError, match="answers this large make no step"):
+        optimizer.tell(optimizer.ask().id, Scores(torch.tensor(scores)[:, None]))
+    assert optimizer.steps == 0
+    optimizer.tell(optimizer.ask().id, Scores(torch.tensor([[1.0], [0.0]])))
+    optimizer.step()
+    optimizer.close()
+    assert len(read(tmp_path / "t.zorl")[1]) == 1
+    assert not equal(before, state(module))
+
+
+def test_a_coefficient_that_is_not_finite_is_refused():
+    optimizer = MeZO(model().named_parameters(), 1e38, 1e-3, update="sgd")
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        optimizer.tell(optimizer.ask().id, Scores(torch.tensor([[1.0], [0.0]])))
+
+
 def test_a_closure_cannot_continue_a_run_of_ask_and_tell():
     optimizer = MeZO([("w", torch.zeros(3))])
     answer(optimizer, lambda p: p.offset)

@@ -37,6 +37,19 @@ def test_steps_of_a_reward_call_for_a_larger_epsilon() -> None:
     assert choose_epsilon(flat, 0.8) is None
 
 
+def test_a_loss_that_saturates_has_its_plateau_where_it_is_straight() -> None:
+    """Beyond ε = 3e-3 both sides are at the ends of a sigmoid, and slopes differ little because there is little left of them."""
+
+    def loss(points: Sequence[Point]) -> Tensor:
+        return torch.tensor([math.tanh(p.offset * (1 + p.seed) / 3e-3) for p in points], dtype=torch.float64)
+
+    epsilons = [10.0 ** (-4.0 + i / 2.0) for i in range(9)]
+    looks = look(loss, range(4), epsilons)
+    assert choose_epsilon(looks, 0.8) == pytest.approx(10**-3.5)
+    assert looks[0].slope_error < 0.03
+    assert looks[-1].slope_error > 0.9
+
+
 def test_an_epsilon_that_is_not_informative_enough_is_not_chosen() -> None:
     looks = [Look(1e-3, 1.0, 0.3), Look(1e-2, 0.9, 0.2), Look(1e-1, 0.5, 0.01)]
     assert choose_epsilon(looks, 0.8) == 1e-2, "none is within the tolerance: the best of the informative ones"

@@ -61,7 +61,17 @@ def test_a_run_stops_where_twice_as_much_would_buy_too_little():
     assert stopping.reason(history([0.1 * i for i in range(8)])) is None, "still rising"
     assert stopping.reason(history([0.7, 0.8, 0.7, 0.8, 0.7, 0.85, 0.7, 0.8])) is None, "too noisy to tell"
     assert stopping.reason(history(flat[:3])) is None
-    assert stopping.reason(history([0.75] * 4)) is not None, "level"
+    assert stopping.reason(history([0.75] * 5)) is not None, "level"
+    assert stopping.reason(history([0.75] * 4)) is None, "once is not enough"
+    assert stopping.reason(history([0.7, 0.79, 0.8, 0.82, 0.84, 0.86, 0.8, 0.8])) is None
+
+
+def test_it_is_asked_after_every_evaluation_and_seldom_stops_a_run_that_still_gains():
+    generator, stopped, stopping = random.Random(0), 0, Stopping(None, least_gain=0.005)
+    for _ in range(200):
+        scores = [0.02 * math.log2(100.0 * i) + generator.gauss(0.0, 0.01) for i in range(1, 13)]
+        stopped += any(stopping.reason(history(scores[:n])) is not None for n in range(1, 13))
+    assert stopped / 200 < 0.025
 
 
 def test_a_run_stops_when_its_patience_is_over():

@@ -108,6 +108,13 @@ def test_a_head_that_the_prompt_came_with_stays(make: Callable[..., MeZOTrainer]
     assert trainer.calibration_forwards == 0
 
 
+def test_a_run_that_learns_nothing_because_its_loss_is_nan_says_so(make: Callable[..., MeZOTrainer]):
+    trainer = make(loss=lambda model, rows: math.nan, settings={"max_steps": 12})
+    with pytest.warns(UserWarning, match="in the last 10 steps there was no answer to learn from") as told:
+        trainer.train()
+    assert len([warning for warning in told if "no answer to learn from" in str(warning.message)]) == 1
+
+
 def test_a_callable_loss_is_minimised(make: Callable[..., MeZOTrainer]):
     seen: list[int] = []
 

@@ -56,7 +56,8 @@ def normalized(norms: Mapping[str, float], parameters: ParameterSet) -> dict[str
     """d: the norms over their geometric mean over all elements of the parameters, rounded to bfloat16.
 
     The mean of log d over the elements is thus 0: on the whole, neither d⁻¹ nor d changes ε or the learning rate. Blocks without
-    a norm (0 or NaN) do not count in the mean and get the smallest scale; if no block has one, all scales are 1.
+    a norm do not count in the mean; those of norm 0 get the smallest scale, those whose norm is NaN, because nothing was
+    measured, get 1. If no block has a norm, all scales are 1.
     """
     known = {name: norm for name, norm in norms.items() if norm > 0.0}
     if not known:
@@ -67,6 +68,8 @@ def normalized(norms: Mapping[str, float], parameters: ParameterSet) -> dict[str
     return {
         name: bfloat16(math.exp(min(max(math.log(known[name]) - mean, -largest), largest)))
         if name in known
+        else 1.0
+        if math.isnan(norms[name])
         else 1.0 / LARGEST
         for name in norms
     }

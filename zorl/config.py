@@ -102,7 +102,7 @@ class MeZOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Stop once doubling the forward passes would raise the held-out score by less than this, judged by the upper "
-            "end of a 95% confidence interval. Default: never."
+            "end of a 95% confidence interval after two evaluations in a row. Default: never."
         },
     )
 

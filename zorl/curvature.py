@@ -38,7 +38,8 @@ Losses = Callable[[Sequence[Point]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its 95% confidence interval over the choice of directions."""
+    """A figure and its confidence interval over the choice of directions: nominally 95%, in fact some 85 to 90% where one
+    eigenvalue dominates."""
 
     value: float
     low: float

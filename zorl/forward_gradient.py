@@ -7,6 +7,7 @@ activation in use, where SPSA holds neither. No graph is kept and there is no ba
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,10 @@ class ForwardGradient:
 
     def observe(self, losses: Sequence[float]) -> None:
         pass
+
+
+# The derivative is linear in z. Along z itself, whose elements are about 1, it overflows float16 within a few layers.
+_SCALE = 2.0**-8
 
 
 class DirectionalDerivative:
@@ -107,13 +112,19 @@ class DirectionalDerivative:
                     "estimator='forward_gradient' needs a loss that torch can differentiate: this one returns a number without a "
                     "derivative (.item(), .detach() or an argmax on the way?); use estimator='spsa'"
                 )
-            return float(parts.primal), float(parts.tangent)
+            primal, slope = float(parts.primal), float(parts.tangent) / _SCALE
+            if math.isfinite(primal) and not math.isfinite(slope):
+                raise ValueError(
+                    f"the loss is {primal:.4g}, and its derivative overflows the model's dtype: load the model with "
+                    "dtype='bfloat16' or 'float32', or use estimator='spsa'"
+                )
+            return primal, slope
 
     def _direction(self, seed: int) -> dict[str, Tensor]:
         z = {}
         for name, tensor in self.parameters.items():
             z[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-            kernel_for(z[name]).add(z[name], [key(seed, name)], [1.0], self.distribution)
+            kernel_for(z[name]).add(z[name], [key(seed, name)], [_SCALE], self.distribution)
         return z
 
     @contextmanager

@@ -213,7 +213,8 @@ class MeZO(torch.optim.Optimizer):
 
         Raises:
             TypeError: the answers are not Scores, Verdicts or Slopes.
-            ValueError: that probe is not open or not the next step's, or the answers do not fit it.
+            ValueError: that probe is not open or not the next step's, or the answers do not fit it, or are so large that the step
+                would be infinite.
             OSError: the trajectory could not be written; nothing has changed.
         """
         if not isinstance(answers, Answers):
@@ -232,10 +233,19 @@ class MeZO(torch.optim.Optimizer):
         measured = self.estimator.project(answers, len(probe.seeds), probe.epsilon)
         # Decisions use the logged values, so that a replayed log decides the same.
         projected = tuple(bfloat16(g) for g in measured)
+        if any(math.isinf(g) for g in projected):
+            raise ValueError(
+                f"the projected gradients of step {probe.step} are {list(projected)}: answers this large make no step; rescale "
+                "them, or take a larger epsilon"
+            )
         if measures(self._header, probe.step):
             record = Record(projected, (0.0,) * len(projected))
         else:
             coefficients = tuple(self.rule.coefficients(projected, self.param_groups[0]["lr"]))
+            if not all(map(math.isfinite, coefficients)):
+                raise ValueError(
+                    f"the coefficients of step {probe.step} would be {list(coefficients)}: lower the learning rate"
+                )
             record = Record(projected, coefficients, self.estimator.losses(answers))
         with uninterrupted():
             if self._path is not None and self._writes:

@@ -1,7 +1,9 @@
 """The ε at which slopes are accurate, chosen from the slopes along a few directions at many ε.
 
 A slope [L(θ+εz) − L(θ−εz)]/2ε is off by rounding, or by the steps of a reward, if ε is small, and by the loss's third derivative
-if ε is large. In between it stays the same from one ε to the next; that plateau is the reference for all.
+if ε is large. In between it stays the same from one ε to the next, relative to itself; that plateau is the reference for all.
+(Not in units of the slope: where ε is so large that the loss has saturated, slopes shrink as 1/ε, and so do their
+differences.)
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ def look(losses: Losses, seeds: Sequence[int], epsilons: Sequence[float]) -> lis
         slopes.append((sides[:, 0] - sides[:, 1]) / (2.0 * epsilon))
     informative = [(found != 0.0).double().mean().item() for found in slopes]
     pairs = [
-        (rms(low - high), (low + high) / 2.0)
+        (rms(low - high) / mean, (low + high) / 2.0)
         for low, high, share in zip(slopes, slopes[1:], informative, strict=False)
-        if share == 1.0
+        if share == 1.0 and (mean := rms((low + high) / 2.0)) > 0.0
     ]
     plateau = min(pairs, key=lambda pair: pair[0])[1] if pairs else None
     return [

@@ -75,7 +75,8 @@ class Stopping(TrainerCallback):
     Args:
         patience: evaluations without a better held-out score after which to stop; None for no such rule.
         least_gain: stop once doubling the forward passes would raise the score by less than this, judged by the upper end of
-            the interval; None for no such rule.
+            the interval after two evaluations in a row; None for no such rule. (The interval is that of a single look at
+            independent errors. A curve that is looked at often, or whose errors hang together, is stopped wrongly more often.)
     """
 
     def __init__(self, patience: int | None, least_gain: float | None) -> None:
@@ -90,8 +91,9 @@ class Stopping(TrainerCallback):
             if len(scores) - 1 - best >= self.patience:
                 return f"none of the last {self.patience} evaluations did better than {scores[best]:.4g}"
         if self.least_gain is not None:
-            found = outlook(forwards, scores, times=2.0)
-            if found is not None and found.high < self.least_gain:
+            found, before = outlook(forwards, scores, times=2.0), outlook(forwards[:-1], scores[:-1], times=2.0)
+            # Twice, because the question is asked after every evaluation: sooner or later chance alone would answer it once.
+            if found is not None and before is not None and max(found.high, before.high) < self.least_gain:
                 return (
                     f"doubling the forward passes would change the held-out score by {found.gain:+.2g} "
                     f"({CONFIDENCE:.0%}: {found.low:+.2g} to {found.high:+.2g})"

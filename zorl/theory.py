@@ -25,8 +25,10 @@ def lemma_2(parameters: int, n: int, distribution: Distribution, *, one_sided: b
 def corollary_1(trace: float, norm: float, n: int, *, one_sided: bool = False) -> float:
     """The learning rate η_SGD/γ, η_SGD = 1/ℓ, that falls most per step by the descent lemma (Malladi et al. 2023, Corollary 1).
 
-    For Gaussian z, E[ĝᵀHĝ] = (tr H‖∇L‖² + (n+1)·∇LᵀH∇L)/n, so γ = (r + n + 1)/n with r = tr H/ℓ; for the sphere, ±1 and rank one
-    it differs by terms of the order of ℓ/n. The dimension does not occur.
+    For Gaussian z, E[ĝᵀHĝ] = (tr H‖∇L‖² + (n+1)·∇LᵀH∇L)/n, so γ = (r + n + 1)/n with r = tr H/ℓ; for the sphere and ±1 it
+    differs by terms of the order of ℓ/n. The dimension does not occur. z of rank one varies more: where the curvature of a
+    linear layer lies in few of its inputs, the first term is up to three times as large, and the rate up to as many times too
+    high. With many layers tuned at once little of that is left.
 
     Args:
         trace: tr H.

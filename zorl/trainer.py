@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ from zorl.tuned_model import TunedModel
 from zorl.twin import Twin, twin_or_scratch
 from zorl.whole_files import writing
 
-_STEPS_WITHOUT_REWARD = 10  # after which a reward that has never applied is an error
+_STEPS_WITHOUT_ANSWER = 10  # in a row, after which that is said; a reward that has never applied is an error
 
 
 class MeZOTrainer(ForwardTrainer):
@@ -142,6 +143,7 @@ class MeZOTrainer(ForwardTrainer):
         self._use_prompt(prompt)
         self.starting_point = StartingPoint(self.calibration_rows(), self.rows_per_step, args)
         self._batch: list[dict[str, Any]] = []
+        self._mute = 0  # latest steps in a row without an answer to learn from
         self._since_log: list[dict[str, float]] = []
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -186,8 +188,15 @@ class MeZOTrainer(ForwardTrainer):
         if isinstance(asked.answers, Scores):
             figures["reward"] = asked.answers.values.nanmean().item()
         informative = [abs(g) for g in record.projected if not math.isnan(g)]
+        self._mute = 0 if informative else self._mute + 1
         if not informative and isinstance(self.objective, RewardObjective):
             self._check_that_rewards_apply(self.objective)
+        if self._mute == _STEPS_WITHOUT_ANSWER:
+            warnings.warn(
+                f"in the last {self._mute} steps there was no answer to learn from (NaN losses, or only abstentions), so nothing "
+                "was tuned: if the loss was fine before, the run has diverged, and a lower learning rate may help",
+                stacklevel=2,
+            )
         if informative:
             figures["projected_gradient"] = sum(informative) / len(informative)
         if informative and self.derivative is None:
@@ -209,7 +218,7 @@ class MeZOTrainer(ForwardTrainer):
 
     def _check_that_rewards_apply(self, objective: RewardObjective) -> None:
         assert self.mezo is not None
-        if self.mezo.steps >= _STEPS_WITHOUT_REWARD and not self.mezo.informative + self.mezo.tied:
+        if self.mezo.steps >= _STEPS_WITHOUT_ANSWER and not self.mezo.informative + self.mezo.tied:
             raise RewardError(
                 f"after {self.mezo.steps} batches there is no reward to follow: "
                 f"{' and '.join(map(repr, objective.rewards.names))} returned None for every row"

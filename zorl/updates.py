@@ -52,8 +52,8 @@ class Normalized:
     This is Adam's second moment without its buffer: with z = ±1 the squared gradient estimate of every element is the same
     scalar g² (exactly for one direction, up to cross terms for several), so v is one number. It makes the learning rate
     independent of the reward's scale and of ε: lr is the typical change of a weight in a step of one direction, lr/√m in a
-    step that averages over m. Each step is included in its own v, so that a first g or an outlier moves θ by about lr and
-    no more.
+    step that averages over m. Each step is included in its own v, so that a first g moves θ by lr, and an outlier by at most
+    lr/√(1 − decay): 4.5 lr with the default.
 
     Args:
         decay: decay of the moving average, per informative direction.
