@@ -49,6 +49,8 @@ class Setting:
         causal: on the causal model; else on the masked one.
         arguments: of `zorl compare`; {data} is the data folder, {pooled} the work folder with what `pool` made.
         pool: file to make → the files whose rows it holds, for tasks that come in splits of a few rows.
+        note: what a reader of the table should know.
+        ranks: whether the table can rank methods, or only shows that they run.
     """
 
     title: str
@@ -56,6 +58,8 @@ class Setting:
     arguments: str
     causal: bool = False
     pool: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    note: str = ""
+    ranks: bool = True
 
 
 def _lmbff(task: str, *splits: str) -> tuple[str, ...]:
@@ -81,12 +85,22 @@ SETTINGS = {
     ),
     "cb-32": Setting("CB, 32 rows", "cb", _FEW.replace("NAME", "CB")),
     "wic-32": Setting("WiC, 32 rows", "wic", _FEW.replace("NAME", "WiC")),
-    "boolq-32": Setting("BoolQ, 32 rows", "boolq", f"{_FEW.replace('NAME', 'BoolQ')} --max_length 128"),
-    "copa-32": Setting("COPA, 32 rows, the causal model", "copa", _FEW.replace("NAME", "COPA"), causal=True),
+    "boolq-32": Setting(
+        "BoolQ, 32 rows", "boolq", f"{_FEW.replace('NAME', 'BoolQ')} --max_length 128",
+        note="Prompts are cut to 128 tokens for every method. In-context learning has to fit its demonstrations into them, too.",
+    ),
+    "copa-32": Setting(
+        "COPA, 32 rows, the causal model", "copa", _FEW.replace("NAME", "COPA"), causal=True,
+        note="Cross entropy is over a row's two options, for published MeZO and fine-tuning, too; the paper's code takes the "
+        "language-modelling loss of the right one here.",
+    ),
     "sst2-512": Setting("SST-2, 512 rows per label", "sst2", "--dataset {data}/sst2 --k_shot 512"),
     "squad": Setting(
         "XQuAD (English) as SQuAD, the causal model", "squad",
         "--dataset {data}/xquad_en/xquad.en.json --k_shot 64 --max_completion_length 8", causal=True,
+        note="This shows that SQuAD's path runs, and ranks nothing: the model is far too small to answer, most right answers are "
+        "longer than the 8 tokens that are generated, and test rows share paragraphs with training rows.",
+        ranks=False,
     ),
 }  # fmt: skip
 

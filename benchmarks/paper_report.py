@@ -17,6 +17,7 @@ from paper import BATCH, BUDGET, CELLS, MAIN, REST, ROOT, SEEDS, SETTINGS, TEST_
 
 from zorl.apps import compare_report
 from zorl.apps.compare_methods import PUBLISHED_RATES
+from zorl.baselines.fine_tuning import LEARNING_RATES
 
 AGAINST = {
     "majority": "commonest label",
@@ -49,18 +50,24 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
         "compare rows here with each other and not with the paper. " + MASKED_MODEL,
         "",
         f"A run may spend {BUDGET} forwards of {BATCH} rows in learning; a backward pass counts as two. It chooses its "
-        "settings, and the best of ten evaluations, on as many development rows as training rows; the model before tuning is "
-        "among them for fine-tuning, BBT and GRPO, and is not for zorl. Figures are of at most "
-        f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned; "
-        "the last column says how many there are). They draw the rows where a task has enough of them; FewGLUE's 32 rows are "
+        "settings and its best step by the first metric, on as many development rows as training rows; where it began is "
+        f"among its candidates (for BBT that is the model behind a random prompt).{_older(found)} Figures are of at most "
+        f"{TEST_ROWS} test rows, mean ± standard deviation over the seeds done ({', '.join(map(str, SEEDS))} are planned). Seeds "
+        "draw the rows where a task has enough of them; SNLI's 96 are only divided differently, and FewGLUE's 32 are "
         "fixed, so there a seed is only the method's own. Forwards are all that were spent in learning. Where a method "
         "tries several learning rates, those of each are among them: fine-tuning and GRPO spend the budget on each rate, "
         "published MeZO a quarter of it on each and all of it on the best. Published MeZO tries the rates "
         f"{', '.join(f'{rate:g}' for rate in PUBLISHED_RATES)}, chosen for small models by what "
         "[efficiency.md](efficiency.md) found; the paper's own grids are 1e-07, 1e-06, 1e-05 for RoBERTa-large and 1e-07, "
-        "1e-06 for OPT. Momentum, which has no default learning rate, runs at 1e-4, untuned. "
-        "“Linear probe, then MeZO” tunes a sequence-classification model, whose head reads the first token, through a pooler "
-        "that this model has no weights for, of the text without a prompt; the other probes read the mask. "
+        f"1e-06 for OPT. {_edges(found)}",
+        "",
+        "What else to bear in mind: zorl's defaults were found on these two models, with SST-2, TREC and RTE among the tasks "
+        "([what_pays.md](what_pays.md)), so that SNLI, CB, WiC, BoolQ and COPA are the fairer tests of them. Momentum, which has "
+        "no default learning rate, runs at 1e-4, untuned. BBT's reward is that of a batch, where its authors take the loss on "
+        f"all training rows, and {BUDGET} forwards are few for it. “Linear probe, then MeZO” tunes a sequence-classification "
+        "model, whose head reads the first token, through a pooler that this model has no weights for, of the text without a "
+        "prompt; the other probes read the mask. Fine-tuning, BBT and GRPO hold two or three copies of what they tune in memory "
+        "to keep their best, MeZO keeps its log. "
         f"{minutes:.0f} minutes of learning in all, partly beside other work: seconds are no benchmark. "
         "Learning curves at a larger budget are in [efficiency.md](efficiency.md).",
         "",
@@ -71,8 +78,62 @@ def report(found: Mapping[str, list[dict[str, Any]]]) -> str:
     for name, cells in found.items():
         setting = SETTINGS[name]
         metrics = metrics_of(cells)
-        lines += [f"## {setting.title}", "", compare_report.markdown(compare_report.summary(cells, metrics), metrics)]
+        rows = compare_report.summary(cells, metrics)
+        for row in rows:
+            if any(map(is_older, (cell for cell in cells if cell["method"] == row["method"]))):
+                row["title"] += " †"
+        lines += [f"## {setting.title}", "", *([setting.note, ""] if setting.note else [])]
+        lines += [compare_report.markdown(rows, metrics)]
+        if missing := _missing(cells):
+            lines += [f"Not run yet: {missing}.", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def is_older(cell: Mapping[str, Any]) -> bool:
+    """Whether MeZO chose its step by an older rule, which did not note the score that it chose by."""
+    mezo = cell["method"].startswith(("mezo", "lp_mezo"))
+    return mezo and "not_applicable" not in cell and "dev_score" not in cell["chosen"]
+
+
+def _older(found: Mapping[str, list[dict[str, Any]]]) -> str:
+    number = sum(is_older(cell) for cells in found.values() for cell in cells)
+    if not number:
+        return ""
+    return (
+        f" {number} cells of MeZO were made by an older rule (rows with a †): the start was no candidate, and on cross entropy "
+        "the step was chosen by the loss. They are being made again."
+    )
+
+
+def _edges(found: Mapping[str, list[dict[str, Any]]]) -> str:
+    """How often the best learning rate was the smallest or the largest of those that were tried."""
+    grids = {
+        "mezo_published": PUBLISHED_RATES,
+        "fine_tuning": LEARNING_RATES["adam"],
+        "fine_tuning_sgd": LEARNING_RATES["sgd"],
+    }
+    told = []
+    for method, rates in grids.items():
+        chosen = [
+            cell["chosen"]["learning_rate"]
+            for cells in found.values()
+            for cell in cells
+            if cell["method"] == method and "not_applicable" not in cell and cell["chosen"]["step"]
+        ]
+        ends = sum(rate in (min(rates), max(rates)) for rate in chosen)
+        told.append(f"{ends} of {len(chosen)} ({compare_report.title_of({'method': method, 'title': method})})")
+    return f"The best rate was at an end of the grid in {', '.join(told)} of the cells that moved at all; no grid was extended."
+
+
+def _missing(cells: Sequence[Mapping[str, Any]]) -> str:
+    done = {(cell["method"], cell["seed"]) for cell in cells}
+    lacking = {m: [seed for seed in SEEDS if (m, seed) not in done] for m in (*MAIN, *REST)}
+    return "; ".join(
+        compare_report.title_of({"method": m, "title": m})
+        + ("" if len(seeds) == len(SEEDS) else f" (seed {', '.join(map(str, seeds))})")
+        for m, seeds in lacking.items()
+        if seeds
+    )
 
 
 def metrics_of(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -120,8 +181,9 @@ def claims(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         "## Where MeZO is ahead, and where it is not",
         "",
         "Zorl on the metric itself minus each of the others: the mean over the seeds that both have, ± its standard error over "
-        "the seeds and of the test rows; bold where it is more than two standard errors. The paper reports that MeZO beats "
-        "zero-shot, in-context learning and linear probing, and comes close to fine-tuning.",
+        "the seeds and of the test rows; bold where it is more than two standard errors, which with three seeds and so many "
+        "comparisons some reach by chance. A dash: the method does not apply. The paper reports that MeZO beats zero-shot, "
+        "in-context learning and linear probing, and comes close to fine-tuning.",
         "",
         f"| task | {' | '.join(AGAINST.values())} |",
         f"|---|{'---|' * len(AGAINST)}",
@@ -135,11 +197,13 @@ def claims(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         for other in AGAINST:
             found_difference = difference(cells, other, metric)
             if found_difference is None:
-                row.append("—")
+                run = any(cell["method"] == other for cell in cells)
+                row.append("—" if run else "not run")
                 continue
-            judged[other] += found_difference.seeds > 1
+            ranked = SETTINGS[name].ranks and found_difference.seeds > 1
+            judged[other] += ranked
             figure = f"{found_difference.mean:+.3f} ± {found_difference.error:.3f}"
-            if found_difference.clear:
+            if found_difference.clear and ranked:
                 (ahead if found_difference.mean > 0 else behind)[other].append(short)
                 figure = f"**{figure}**"
             row.append(figure if found_difference.seeds > 1 else f"{figure} (one seed)")

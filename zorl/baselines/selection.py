@@ -16,7 +16,7 @@ LOOKS = 10  # per run, at most
 
 
 class Selection:
-    """Scores weights on the development rows, and keeps the best in memory.
+    """Scores weights on the development rows, and keeps the best in main memory.
 
     Args:
         policy: answers with the model that `tensors` belong to.
@@ -56,7 +56,8 @@ class Selection:
         self._write(self._best)
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+        # Not on a GPU, whose memory the model itself may need.
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors.items()}
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
