@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,7 @@ SETTINGS = {
 
 
 def run(name: str, options: argparse.Namespace) -> None:
-    """Runs the cells of a setting that are missing, those first that were cut short.
+    """Runs the cells of a setting that are missing, or goes on with those that were cut short.
 
     Raises:
         ValueError: some failed; the others are kept.
@@ -116,15 +115,14 @@ def run(name: str, options: argparse.Namespace) -> None:
     )  # not above, where the processes that it starts would load torch before they are prepared
 
     setting, kept, work = SETTINGS[name], CELLS / name, WORK / name
-    cells = work / "cells"
-    shutil.rmtree(cells, ignore_errors=True)  # else a cell that was deleted to be run again would come back from here
-    cells.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    if not (work / "cells").exists():
+        (work / "cells").symlink_to(kept)  # so that each cell is kept as soon as it has run
     for target, sources in setting.pool:
         parts = [(Path(options.data) / source).read_text(encoding="utf-8").splitlines() for source in sources]
         rows = dict.fromkeys(line for part in parts for line in part[1:])
         (work / target).write_text("\n".join([parts[0][0], *rows]) + "\n", encoding="utf-8")
-    for path in kept.glob("*.json"):
-        shutil.copy(path, cells)
     arguments = [
         "--model", options.causal if setting.causal else options.masked, "--task", setting.task,
         *setting.arguments.format(data=Path(options.data).resolve(), pooled=work).split(),
@@ -134,10 +132,12 @@ def run(name: str, options: argparse.Namespace) -> None:
     try:
         compare.run(arguments)
     finally:
-        kept.mkdir(parents=True, exist_ok=True)
-        for path in [path for path in cells.glob("*.json") if not (kept / path.name).exists()]:
-            cell = json.loads(path.read_text(encoding="utf-8")) | {"machine": machine()}
-            (kept / path.name).write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in kept.glob("*.json"):
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            if "machine" not in cell:
+                path.write_text(
+                    json.dumps(cell | {"machine": machine()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
 
 
 def main() -> None:
