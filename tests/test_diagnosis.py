@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.diagnosis import Costs, Plan, Try, choose_try, diagnose
@@ -49,6 +50,13 @@ def trainer(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTr
         )
 
     return make
+
+
+def test_half_precision_is_warned_of(trainer: Callable[..., MeZOTrainer]) -> None:
+    of = trainer({"loss": "cross_entropy"})
+    of.model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="rounding outweighs the curvature of a model in half precision"):
+        diagnose(of, 300)
 
 
 @pytest.mark.parametrize(

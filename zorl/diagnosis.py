@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from zorl.theory import corollary_1, lemma_2
 from zorl.trainer import MeZOTrainer
 from zorl.updates import measured_in_weights
 
+_HALF = 1e-2  # the ε from which on curvature can be measured in half precision
 LOOKS = 4  # directions that ε is chosen by
 TRIES = (0.25, 1.0, 4.0)  # times the learning rate that the theory gives
 MEASURED_ON = 4  # batches on which the fall of the loss is measured
@@ -146,6 +148,12 @@ def diagnose(trainer: MeZOTrainer, budget: int = 500, progress: Callable[[int], 
     looks = look(one, seeds[:LOOKS], epsilons)
     epsilon = choose_epsilon(looks, args.informative_target)
     at = epsilon if epsilon is not None else max(looks, key=lambda found: (found.informative, -found.epsilon)).epsilon
+    if at < _HALF and any(dtype != torch.float32 for dtype in parameters.dtypes):
+        warnings.warn(
+            f"at epsilon={at:g} rounding outweighs the curvature of a model in half precision, and with it the effective rank "
+            "and the learning rate of Corollary 1: load it with dtype='float32' to diagnose it",
+            stacklevel=2,
+        )
     curvature = measure_curvature(one, parameters, distribution, seeds, at)
     losses = other([Point(seed, sign * at) for seed in seeds for sign in (1.0, -1.0)]).view(-1, 2)
     second = (losses[:, 0] - losses[:, 1]) / (2.0 * at)

@@ -13,7 +13,8 @@ from typing import Literal
 
 import torch
 
-# Below this a perturbation of ±ε is lost to rounding in most weights (|w| around 0.05) of the dtype.
+# Below this a perturbation of ±ε is lost to rounding in most weights (|w| around 0.05) of the dtype. Larger ones lose it sooner:
+# in bfloat16 ε = 1e-3 is rounded away from |w| = 0.5 on, so that a norm's gains are not perturbed, though they are moved.
 FLOOR = {torch.float32: 1e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 
 
@@ -22,7 +23,9 @@ class Epsilon:
 
     A tie multiplies ε by `growth`; an informative direction divides it by growth^((1−a)/a), so that ε rests where a share
     a of the directions is informative (a stochastic approximation after Robbins and Monro 1951). The share found in a run
-    scatters around a; a lies a quarter of the way from `target` to 1, so that it stays above the target.
+    scatters around a; a lies a quarter of the way from `target` to 1, so that it stays above the target where `cap` allows. What
+    counts is g ≠ 0: one-sided directions are compared with each other, so that a single one that differs makes all of a
+    step informative, and one-point directions with the step before, whose batch was another one, so that nearly all are.
     ε stays between its start and `cap` times its start; abstentions do not move it.
 
     Args:

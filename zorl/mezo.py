@@ -50,8 +50,8 @@ class MeZO(torch.optim.Optimizer):
             (`requires_grad=False`) are left alone, as in torch's optimizers; plain tensors are tuned.
         lr: learning rate. With `update="sgd"` and `"momentum"` it multiplies the projected gradient; with `"normalized"` and
             `"adam"` it is the typical change of a weight in one step.
-        epsilon: the perturbation's size, or `"auto"`: adapted so that at least `informative_target` of the directions
-            find a difference.
+        epsilon: the perturbation's size, or `"auto"`: it grows, to 16 times its start at most, until `informative_target` of
+            the directions find a difference (see `zorl.epsilon.Epsilon`).
         n_spsa: directions per step: a number, or a schedule such as `"1-8/1000"`.
         distribution: the distribution of z: `"rademacher"` (±1), `"gaussian"` (the paper's), `"rank1"` or `"rank4"`
             (low-rank).
