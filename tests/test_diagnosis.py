@@ -52,7 +52,8 @@ def trainer(parts: Callable[[str], Any], tmp_path: Path) -> Callable[..., MeZOTr
     return make
 
 
-def test_half_precision_is_warned_of(trainer: Callable[..., MeZOTrainer]) -> None:
+def test_half_precision_is_warned_of(trainer: Callable[..., MeZOTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zorl.diagnosis.choose_epsilon", lambda looks, target: 3e-3)
     of = trainer({"loss": "cross_entropy"})
     of.model.to(torch.bfloat16)
     with pytest.warns(UserWarning, match="rounding outweighs the curvature of a model in half precision"):
