@@ -383,7 +383,8 @@ def stop_with_the_page(stop: threading.Event) -> None:
     """Sets `stop` when the page's process is gone, even if it was killed: the pipe to standard input is then closed."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
+            pass
         stop.set()
 
     if stat.S_ISFIFO(os.fstat(0).st_mode):
