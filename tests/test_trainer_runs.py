@@ -159,7 +159,7 @@ def test_a_run_ends_early_where_its_held_out_score_no_longer_grows_and_is_not_ta
     gain = {**settings, "early_stopping_patience": None, "stop_below_gain": 0.01}
     flat = make("flat", **{**options, "settings": gain})
     flat.train()
-    assert flat.state.global_step == 8, "four evaluations make a line, and it is level"
+    assert flat.state.global_step == 10, "four evaluations make a line, and it is level; with the fifth it still is"
     with pytest.raises(ValueError, match="stop_below_gain needs held-out scores, and there are no evaluations"):
         make(settings={"stop_below_gain": 0.01})
 
@@ -298,7 +298,7 @@ from zorl import MeZOConfig, MeZOTrainer, Prompt
 from zorl.rewards import f1
 import json
 base, folder, rows, resume = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3])), sys.argv[4] == "resume"
-config = MeZOConfig(output_dir=folder, max_steps=160, per_device_train_batch_size=8, disable_tqdm=True, n_spsa="1-2/80",
+config = MeZOConfig(output_dir=folder, max_steps=100, per_device_train_batch_size=8, disable_tqdm=True, n_spsa="1-2/50",
                     eval_strategy="steps", eval_steps=20, save_strategy="steps", save_steps=20, load_best_model_at_end=True)
 trainer = MeZOTrainer(base, f1(), args=config, train_dataset=rows, eval_dataset=rows[:12],
                       prompt=Prompt("{text} It was {mask}.", {"bad": "terrible", "good": "great"}))

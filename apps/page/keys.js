@@ -15,6 +15,7 @@
   let pair = null;
   let shown = null;
   let noted = "";
+  let asked = null; // the pair in whose place the rater has asked for another
   let unasked = 0; // when a pair last took the place of another by itself
   let sent = { showing: null, at: 0 };
   let away = false; // whether the server cannot be reached
@@ -43,7 +44,7 @@
 
   // A name brings a pair of its own, and so does Undo: these are no surprise.
   const expected = () => {
-    sent = { showing: showing(), at: 0 };
+    asked = showing();
   };
   document.addEventListener("focusout", (event) => {
     if (event.target.closest?.("#who")) expected();
@@ -62,6 +63,7 @@
       return;
     }
     sent = { showing: now, at: Date.now() };
+    expected();
     button.classList.add("z-pressed");
     setTimeout(() => button.classList.remove("z-pressed"), 160);
     setTimeout(ask, BUSY / 4); // a verdict that has not been answered by now may be lost
@@ -123,7 +125,7 @@
     const now = showing();
     const note = document.querySelector("#notice p")?.textContent ?? "";
     if (now === shown && note === noted) return;
-    if (shown && now && now !== shown && sent.showing !== shown) unasked = Date.now();
+    if (shown && now && now !== shown && asked !== shown) unasked = Date.now();
     sent = { showing: null, at: 0 };
     shown = now;
     noted = note;
