@@ -251,7 +251,11 @@ class Tuner:
             if not self.paused:  # else the page goes on saying so
                 self.store.set_tuner("answering", "a request of the page")
             try:
-                if kind == "try":
+                if not self.store.begin_request(number):
+                    result = {
+                        "error": "the model's process was killed while it carried this out, perhaps for lack of memory"
+                    }
+                elif kind == "try":
                     result = self._try(str(payload["prompt"]))
                 elif kind == "export_model":
                     result = self._export()

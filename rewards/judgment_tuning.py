@@ -30,7 +30,7 @@ from zorl.rewards.judgment_tables import (
     steps,
 )
 
-_ACCEPTED = "accepted_drift"  # name of a row in `meta`
+_ACCEPTED, _BEGUN = "accepted_drift", "begun_request"  # names of rows in `meta`
 
 
 class TunersSide(Readings):
@@ -284,6 +284,13 @@ class TunersSide(Readings):
         query = select(requests).where(requests.c.answered_at.is_(None)).order_by(requests.c.id)
         with self._database.reading() as connection:
             return [(row.id, row.kind, json.loads(row.payload)) for row in connection.execute(query)]
+
+    def begin_request(self, request: int) -> bool:
+        """Notes that a request is being carried out. False if that was noted before: the process that did so was killed by it."""
+        with self._database.writing() as connection:
+            value = connection.scalar(select(meta.c.value).where(meta.c.name == _BEGUN))
+            _note(connection, _BEGUN, request)
+        return value is None or json.loads(value) != request
 
     def answer_request(self, request: int, result: Mapping[str, Any]) -> None:
         """Answers a request; a second answer changes nothing.

@@ -235,6 +235,21 @@ def test_a_request_that_fails_is_answered_and_ends_nothing(direct: Path, monkeyp
     tuner.mezo.close()
 
 
+def test_a_request_that_killed_the_process_does_not_kill_the_next(direct: Path):
+    store = store_of(direct)
+    number = store.request("export_model", {})
+    assert store.begin_request(number)  # and then, say, the system ran out of memory
+    tuner = Tuner(direct)
+    assert not tuner._answer_requests()
+    result = store.request_result(number)
+    assert result is not None
+    assert "was killed while it carried this out" in result["error"]
+    again = store.request("export_model", {})
+    assert not tuner._answer_requests()
+    assert "path" in (store.request_result(again) or {})
+    tuner.mezo.close()
+
+
 def test_answers_that_never_differ_pause_it(parts: Kind, tmp_path: Path):
     run = new_run(parts, tmp_path, "replay", temperature=1e-5)
     store = store_of(run)
