@@ -8,25 +8,21 @@ starts, it makes the trajectory agree with that table, so it may be killed at an
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import math
 import os
-import shutil
 import signal
 import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Direct, Learner, Replay, text
+from zorl.apps.model_export import export_model
 from zorl.devices import best_device
 from zorl.directions import derive_seed
 from zorl.drift import DriftMeter, starting_evaluator
@@ -34,7 +30,7 @@ from zorl.encoding import pad_token_id
 from zorl.generation import Generation
 from zorl.mezo import MeZO
 from zorl.models import load_model, load_processing_class
-from zorl.output_bias import add_output_bias, move_output_bias_to_generation_config, output_bias_name
+from zorl.output_bias import add_output_bias, output_bias_name
 from zorl.parameters import ParameterSet, base_sha256, select
 from zorl.perturbation import Scratch
 from zorl.preference_replay import PreferenceReplay
@@ -286,18 +282,8 @@ class Tuner:
 
     def _export(self) -> dict[str, Any]:
         exports = self.run_folder / "export"
-        exports.mkdir(exist_ok=True)
-        # On the CPU: beside the model there may be no room for a second one.
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        tuned = copy.deepcopy(self.model, {id(tensor): _on_cpu(tensor) for tensor in tensors})
-        if self.settings.output_bias:
-            move_output_bias_to_generation_config(tuned)
-        with tempfile.TemporaryDirectory(dir=exports) as folder:
-            tuned.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            RunFolder(Path(folder)).write_settings({"prompt": Prompt("{prompt}").to_dict(), "step": self.step})
-            archive = shutil.make_archive(str(exports / f"model-step{self.step}"), "zip", folder)
-        return {"path": archive, "step": self.step}
+        archive = export_model(self.model, self.tokenizer, exports, self.step, output_bias=self.settings.output_bias)
+        return {"path": str(archive), "step": self.step}
 
     def _rewind(self, step: int) -> dict[str, Any]:
         if not 0 <= step < self.step:
@@ -350,11 +336,6 @@ class Tuner:
             order = sorted(range(len(prompts)), key=lambda j: derive_seed(self.settings.seed, "order", turn, j))
             chosen.append(prompts[order[place]])
         return chosen
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().to("cpu", copy=True)
-    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredStep]) -> None:
