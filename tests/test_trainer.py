@@ -17,6 +17,7 @@ from tiny_runs import EVAL, PROMPT, SUBJECTS, TRAIN, StopAt, logged, tuned, weig
 
 from zorl import MeZOTrainer, Prompt
 from zorl.label_head import LabelHead
+from zorl.probe import CENTRE
 from zorl.replay import replay
 from zorl.rewards import accuracy, f1
 from zorl.run_folder import RunFolder
@@ -106,6 +107,27 @@ def test_a_head_that_the_prompt_came_with_stays(make: Callable[..., MeZOTrainer]
     trainer.train()
     assert trainer.prompt.label_head == prompt.label_head
     assert trainer.calibration_forwards == 0
+
+
+def test_a_loss_and_the_metrics_beside_it_take_one_look_at_each_row(
+    make: Callable[..., MeZOTrainer], monkeypatch: pytest.MonkeyPatch
+):
+    trainer = make(loss="cross_entropy", metrics=[accuracy()], eval_dataset=EVAL, settings={"max_steps": 1})
+    trainer.train()
+    seen: list[int] = []
+    scores = type(trainer.policy).scores
+
+    def counted(self: Any, rows: Any, points: Any) -> Any:
+        seen.append(len(rows))
+        return scores(self, rows, points)
+
+    monkeypatch.setattr(type(trainer.policy), "scores", counted)
+    found = trainer.evaluate()
+    assert seen == [len(EVAL)]
+    answers = trainer.policy.answers(EVAL, [CENTRE])[0]
+    right = [answer.completion == row["label"] for answer, row in zip(answers, EVAL, strict=True)]
+    assert found["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["eval_loss"] == -found["eval_reward"] > 0.0
 
 
 def test_a_run_that_learns_nothing_because_its_loss_is_nan_says_so(make: Callable[..., MeZOTrainer]):

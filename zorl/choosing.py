@@ -53,7 +53,17 @@ class Choosing(ABC):
         Raises:
             FloatingPointError: the model's scores are NaN.
         """
-        every, scores = self.every_answer(rows), self.scores(rows, points)
+        return self.likeliest(rows, points, self.scores(rows, points))
+
+    def likeliest(
+        self, rows: Sequence[Mapping[str, Any]], points: Sequence[Point], scores: Tensor
+    ) -> list[list[Answer]]:
+        """`answers`, from their `scores`.
+
+        Raises:
+            FloatingPointError: as for `answers`.
+        """
+        every = self.every_answer(rows)
         for point, broken in zip(points, scores.isnan().flatten(1).any(1).tolist(), strict=True):
             if broken:
                 raise FloatingPointError(

@@ -32,8 +32,12 @@ class LabelLoss:
         Raises:
             ValueError: the truth of a row is not one of the answers to choose from.
         """
-        scores = self.policy.scores(rows, points).cpu()  # (points, rows, answers)
-        return -scores.gather(2, self.truth(rows).expand(len(points), -1).unsqueeze(2)).squeeze(2).double()
+        return self.of_scores(rows, self.policy.scores(rows, points))
+
+    def of_scores(self, rows: Sequence[Row], scores: Tensor) -> Tensor:
+        """The same, from the policy's scores of shape `(points, rows, answers)`."""
+        truth = self.truth(rows).expand(len(scores), -1).unsqueeze(2)
+        return -scores.cpu().gather(2, truth).squeeze(2).double()
 
     def truth(self, rows: Sequence[Row]) -> Tensor:
         """The index of each row's right answer, int64, shape `(rows,)`."""

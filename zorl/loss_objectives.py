@@ -42,11 +42,20 @@ class CrossEntropy:
         return Asked(Scores.of_losses(losses), {"cross_entropy": losses.mean().item()})
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
-        loss = self.losses(rows, [CENTRE]).mean().item()
+        if isinstance(self.losses, LabelLoss):  # losses and answers are made of the same scores
+            scores = self.losses.policy.scores(rows, [CENTRE])
+            losses = self.losses.of_scores(rows, scores)
+        else:
+            losses = self.losses(rows, [CENTRE])
+        loss = losses.mean().item()
         figures = {"reward": -loss, "loss": loss}
-        if self.metrics is not None:
-            figures |= RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
-        return figures
+        if self.metrics is None:
+            return figures
+        if isinstance(self.losses, LabelLoss):
+            (answers,) = self.losses.policy.likeliest(rows, [CENTRE], scores)
+        else:
+            (answers,) = self.policy.answers(rows, [CENTRE])
+        return figures | RewardObjective(self.policy, self.metrics).judged(rows, answers) | {"reward": -loss}
 
     def label_goal(self, rows: Sequence[Row]) -> LabelGoal:
         """The mean log-likelihood of the true label word as a function of the label scores of these rows."""

@@ -84,6 +84,10 @@ class RewardObjective:
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         (answers,) = self.policy.answers(rows, [CENTRE])
+        return self.judged(rows, answers)
+
+    def judged(self, rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, float]:
+        """What `evaluate` makes of an answer to each row."""
         batch = self._batch(rows)
         scored = self._score(self.rewards, batch, answers)
         figures = {"reward": scored.total.nanmean().item()}
