@@ -250,16 +250,17 @@ def test_a_request_that_killed_the_process_does_not_kill_the_next(direct: Path):
     tuner.mezo.close()
 
 
-def test_answers_that_never_differ_pause_it(parts: Kind, tmp_path: Path):
+def test_answers_that_never_differ_pause_it(parts: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zorl.apps.tuner._MOST_UNSEEN", 5)
     run = new_run(parts, tmp_path, "replay", temperature=1e-5)
     store = store_of(run)
     with working(run) as tuner:
         judge(store, lambda: store.tuner()["state"] == "paused", shorter)
-        assert len(store.steps()) == 20
+        assert len(store.steps()) == 5
         assert "the same answer twice to every prompt" in store.tuner()["message"]
         store.request("go_on", {})
-        judge(store, lambda: len(store.steps()) == 40 and bool(tuner.paused), shorter)
-        judge(store, lambda: store.tuner()["state"] == "paused" and store.has_comparisons(40), shorter)
+        judge(store, lambda: len(store.steps()) == 10 and bool(tuner.paused), shorter)
+        judge(store, lambda: store.tuner()["state"] == "paused" and store.has_comparisons(10), shorter)
 
 
 def test_going_back_gives_the_weights_of_that_step_again(run: Path):
