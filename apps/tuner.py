@@ -208,9 +208,8 @@ class Tuner:
         if not count:
             return
         self.store.set_tuner("generating", "comparing with the starting model")
-        take = (
-            self.store.comparisons_written() // count
-        )  # also grows when a run is sent back: nobody judges the same twice
+        # This also grows when a run is sent back, so that nobody judges the same twice.
+        take = self.store.comparisons_written() // count
         seed = derive_seed(self.settings.seed, "compared", take)
         prompts = self._prompts(self._held_out, count, take)
         rows = [{"prompt": prompt} for prompt in prompts]
@@ -220,12 +219,18 @@ class Tuner:
 
     def _mind_the_drift(self, measured: float) -> None:
         self.drift = measured
-        limit = self.store.accepted_drift() or self.settings.max_drift
-        if self.settings.max_drift and not measured <= limit:
+        if self._too_far():
             self._pause(
-                f"The drift from the starting model is {measured:.2f} nats per token, above the limit of {limit:g}: "
+                f"The drift from the starting model is {measured:.2f} nats per token, above the limit of {self._limit:g}: "
                 "on the Progress tab, go back to an earlier step, or continue."
             )
+
+    @property
+    def _limit(self) -> float:
+        return self.store.accepted_drift() or self.settings.max_drift
+
+    def _too_far(self) -> bool:
+        return self.settings.max_drift > 0.0 and not self.drift <= self._limit
 
     def _pause(self, message: str) -> None:
         self.paused = message
@@ -234,7 +239,7 @@ class Tuner:
     def _go_on(self) -> dict[str, Any]:
         """Goes on after a pause. Because of drift, it pauses again when the model has gone on by as much as the limit allows."""
         self.paused, self.unseen = "", 0
-        if self.settings.max_drift and math.isfinite(self.drift):
+        if self._too_far() and math.isfinite(self.drift):
             self.store.accept_drift(self.drift + self.settings.max_drift)
         return {}
 
@@ -261,12 +266,10 @@ class Tuner:
                     result, back = self._rewind(int(payload["step"])), True
                 else:
                     result = {"error": f"there is no request {kind!r}"}
-            except (
-                Exception
-            ) as error:  # out of memory, too: a request that ended the process would end the next one as well
-                result = {
-                    "error": f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-                }
+            except ValueError as error:
+                result = {"error": str(error)}
+            except Exception as error:  # out of memory, too: it would end the next process as well
+                result = {"error": f"{type(error).__name__}: {error}"}
             self.store.answer_request(number, result)
             if back and "error" not in result:
                 return True

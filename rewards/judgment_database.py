@@ -86,9 +86,8 @@ class JudgmentDatabase:
         url = store_url(where)
         self.name = shown(url)
         self.clock = clock
-        self._claim: tuple[Connection, Any] | None = (
-            None  # PostgreSQL's session with the right to make steps, and its number
-        )
+        # PostgreSQL's session with the right to make steps, and its number.
+        self._claim: tuple[Connection, Any] | None = None
         self._turn = threading.Lock()  # threads queue up here, because in SQLite's own queue they would poll
         self._engine = _engine(url)
         try:

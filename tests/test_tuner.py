@@ -261,6 +261,7 @@ def test_answers_that_never_differ_pause_it(parts: Kind, tmp_path: Path, monkeyp
         store.request("go_on", {})
         judge(store, lambda: len(store.steps()) == 10 and bool(tuner.paused), shorter)
         judge(store, lambda: store.tuner()["state"] == "paused" and store.has_comparisons(10), shorter)
+        assert store.accepted_drift() is None, "that was not asked"
 
 
 def test_going_back_gives_the_weights_of_that_step_again(run: Path):

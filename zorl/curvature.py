@@ -38,7 +38,7 @@ Losses = Callable[[Sequence[Point]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its confidence interval over the choice of directions: nominally 95%, in fact some 85 to 90% where one
+    """A figure and its confidence interval over the choice of directions: nominally 95%, and less where one
     eigenvalue dominates."""
 
     value: float

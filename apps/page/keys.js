@@ -84,6 +84,7 @@
     if (box.checked) localStorage.removeItem(OFF);
     else localStorage.setItem(OFF, "yes");
     mark();
+    settle(); // so that screen readers no longer announce the keys, or do again
   });
   mark();
 
