@@ -100,9 +100,8 @@ def mezo(problem: Problem, folder: Path, *, objective: str | None = None, **sett
         problem, folder, objective, max_steps=steps, eval_strategy="steps", eval_steps=every, save_steps=every,
         load_best_model_at_end=True, **settings,
     )  # fmt: skip
-    each = (
-        FORWARDS_PER_DIRECTION[estimator] if estimator == "forward_gradient" else 1
-    )  # of those that the trainer counts
+    # Of a forward gradient the trainer counts one forward.
+    each = FORWARDS_PER_DIRECTION[estimator] if estimator == "forward_gradient" else 1
 
     def spent() -> int:
         calibrated = trainer.calibration_forwards
