@@ -15,7 +15,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from zorl.answer_logits import AnswerLogits
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Direct, Learner, Replay, text
 from zorl.apps.model_export import export_model
+from zorl.apps.store_trajectory import follow_store
 from zorl.devices import best_device
 from zorl.directions import derive_seed
 from zorl.drift import DriftMeter, starting_evaluator
@@ -39,13 +40,16 @@ from zorl.prompts import Prompt
 from zorl.rewards.judgment_records import AUTOMATIC
 from zorl.rewards.judgment_store import JudgmentStore, NewPair, StoredProbe, StoredStep, Vote
 from zorl.run_folder import RunFolder
-from zorl.trajectory import Record, Trajectory, TrajectoryError, read
+from zorl.trajectory import Record
 
 _DRIFT_PROMPTS = 16
 _REPLAY_BATCH = 16  # pairs per update of replay
 _MOST_UPDATES = 1  # updates of θ since a probe was written, beyond which the probe is withdrawn
 _MOST_UNSEEN = 20  # steps in a row on which nobody had a choice, beyond which tuning pauses
 _IDLE_SECONDS = 0.1
+_ENDED = (
+    "the model's process ended while it carried this out, perhaps for lack of memory; ask again to try it once more"
+)
 
 
 class Tuner:
@@ -253,9 +257,7 @@ class Tuner:
                 self.store.set_tuner("answering", "a request of the page")
             try:
                 if not self.store.begin_request(number):
-                    result = {
-                        "error": "the model's process was killed while it carried this out, perhaps for lack of memory"
-                    }
+                    result = {"error": _ENDED}
                 elif kind == "try":
                     result = self._try(str(payload["prompt"]))
                 elif kind == "export_model":
@@ -339,32 +341,6 @@ class Tuner:
             order = sorted(range(len(prompts)), key=lambda j: derive_seed(self.settings.seed, "order", turn, j))
             chosen.append(prompts[order[place]])
         return chosen
-
-
-def follow_store(path: Path, header: Mapping[str, Any], steps: Sequence[StoredStep]) -> None:
-    """Makes a trajectory agree with the committed steps.
-
-    A process that was killed may have written a step without committing it, or committed one without writing it. A damaged
-    or missing file is written anew.
-    """
-    committed = [
-        Record(*each)
-        for step in steps
-        for each in [(step.projected, step.coefficients)] * bool(step.projected) + list(step.replayed)
-    ]
-    try:
-        written: list[Record] | None = read(path)[1]
-    except (TrajectoryError, FileNotFoundError):
-        written = None
-    if written is not None and [bytes(r) for r in written] == [bytes(r) for r in committed]:
-        return
-    whole = path.with_name(f"{path.name}.rebuilt")
-    whole.unlink(missing_ok=True)
-    rebuilt = Trajectory.create(whole, header if written is None else read(path)[0])
-    for record in committed:
-        rebuilt.append(record)
-    rebuilt.close()
-    whole.replace(path)
 
 
 def stop_with_the_page(stop: threading.Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import Connection, Select, case, exists, func, insert, or_, select
+from sqlalchemy import Connection, Select, case, exists, func, insert, or_, select, update
 
 from zorl.probe import Choice
 from zorl.rewards.judgment_database import JudgmentDatabase
@@ -248,6 +248,13 @@ def log(connection: Connection, time: float, action: str, **about: Any) -> int:
     made = connection.execute(insert(events).values(time=time, action=action, **about))
     assert made.inserted_primary_key is not None
     return int(made.inserted_primary_key[0])
+
+
+def note(connection: Connection, name: str, value: Any) -> None:
+    """Writes a row of `meta`, over the one that is there."""
+    kept = json.dumps(value)
+    if not connection.execute(update(meta).where(meta.c.name == name).values(value=kept)).rowcount:
+        connection.execute(insert(meta).values(name=name, value=kept))
 
 
 def in_queue(query: Select[Any], votes_per_pair: Any) -> Select[Any]:

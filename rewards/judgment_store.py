@@ -28,6 +28,7 @@ from zorl.rewards.judgment_records import (
     StoredStep,
     Vote,
 )
+from zorl.rewards.judgment_requests import Requests
 from zorl.rewards.judgment_tuning import TunersSide
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-class JudgmentStore(RatersSide, TunersSide):
+class JudgmentStore(RatersSide, TunersSide, Requests):
     """Pairs to judge and the verdicts on them, in a database. Threads may share one object; each process opens its own.
 
     The settings are saved when the store is created. To open it again, leave them out or give the same ones.

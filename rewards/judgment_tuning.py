@@ -1,4 +1,4 @@
-"""The tuner's side of a judgment store: probes, their votes, the steps that they lead to, and requests to the model."""
+"""The tuner's side of a judgment store: probes, their votes, and the steps that they lead to."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from sqlalchemy import Connection, exists, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
-from zorl.rewards.judgment_log import Readings, in_queue, log, votes_on_probe
+from zorl.rewards.judgment_log import Readings, in_queue, log, note, votes_on_probe
 from zorl.rewards.judgment_records import NewPair, StoredProbe, StoredStep, Vote
 from zorl.rewards.judgment_tables import (
     APPLIED,
@@ -25,12 +25,11 @@ from zorl.rewards.judgment_tables import (
     meta,
     pairs,
     probes,
-    requests,
     showings,
     steps,
 )
 
-_ACCEPTED, _BEGUN = "accepted_drift", "begun_request"  # names of rows in `meta`
+_ACCEPTED = "accepted_drift"  # the name of a row in `meta`
 
 
 class TunersSide(Readings):
@@ -213,7 +212,7 @@ class TunersSide(Readings):
         """Goes back to θ after `step` steps: those numbered `step` (from 0) and later are no longer in force.
 
         Whatever waits for votes is withdrawn, because it was asked about a model that is gone. Comparisons of the undone steps
-        no longer count.
+        no longer count, and neither does a drift that was accepted.
         """
         with self._database.writing() as connection:
             for row in connection.execute(
@@ -230,6 +229,7 @@ class TunersSide(Readings):
             undone = update(pairs).where(pairs.c.kind == COMPARISON, pairs.c.step > step)
             connection.execute(undone.values(state=REWOUND))
             _withdraw_comparisons(connection, unseen=False)
+            connection.execute(delete(meta).where(meta.c.name == _ACCEPTED))
 
     def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds figures to a step in force; a name that is there already gets the new number.
@@ -255,69 +255,18 @@ class TunersSide(Readings):
         if (before["state"], before["message"]) == (state, message) and 0 <= now - before["time"] < 1:
             return
         with self._database.writing() as connection:
-            _note(connection, "tuner", {"state": state, "message": message, "time": now})
+            note(connection, "tuner", {"state": state, "message": message, "time": now})
 
     def accept_drift(self, limit: float) -> None:
         """Keeps the drift, in nats per token, that people have said to go on to."""
         with self._database.writing() as connection:
-            _note(connection, _ACCEPTED, limit)
+            note(connection, _ACCEPTED, limit)
 
     def accepted_drift(self) -> float | None:
         """The drift that people have said to go on to; None if they were never asked."""
         with self._database.reading() as connection:
             value = connection.scalar(select(meta.c.value).where(meta.c.name == _ACCEPTED))
         return None if value is None else float(json.loads(value))
-
-    def request(self, kind: str, payload: Mapping[str, Any]) -> int:
-        """Sends a request to the process with the model, and returns an id for `request_result`."""
-        with self._database.writing() as connection:
-            made = connection.execute(
-                insert(requests).values(
-                    kind=kind, payload=json.dumps(dict(payload)), created=self._database.clock(), result=None
-                )
-            )
-            assert made.inserted_primary_key is not None
-            return int(made.inserted_primary_key[0])
-
-    def pending_requests(self) -> list[tuple[int, str, dict[str, Any]]]:
-        """The requests that wait for an answer as (id, kind, payload), oldest first."""
-        query = select(requests).where(requests.c.answered_at.is_(None)).order_by(requests.c.id)
-        with self._database.reading() as connection:
-            return [(row.id, row.kind, json.loads(row.payload)) for row in connection.execute(query)]
-
-    def begin_request(self, request: int) -> bool:
-        """Notes that a request is being carried out. False if that was noted before: the process that did so was killed by it."""
-        with self._database.writing() as connection:
-            value = connection.scalar(select(meta.c.value).where(meta.c.name == _BEGUN))
-            _note(connection, _BEGUN, request)
-        return value is None or json.loads(value) != request
-
-    def answer_request(self, request: int, result: Mapping[str, Any]) -> None:
-        """Answers a request; a second answer changes nothing.
-
-        Raises:
-            ValueError: there is no such request.
-        """
-        with self._database.writing() as connection:
-            if connection.scalar(select(requests.c.id).where(requests.c.id == request)) is None:
-                raise ValueError(f"there is no request {request}")
-            connection.execute(
-                update(requests)
-                .where(requests.c.id == request, requests.c.answered_at.is_(None))
-                .values(result=json.dumps(dict(result)), answered_at=self._database.clock())
-            )
-
-    def request_result(self, request: int) -> dict[str, Any] | None:
-        """The answer to a request; None until it is given.
-
-        Raises:
-            ValueError: there is no such request.
-        """
-        with self._database.reading() as connection:
-            row = connection.execute(select(requests.c.result).where(requests.c.id == request)).first()
-        if row is None:
-            raise ValueError(f"there is no request {request}")
-        return None if row.result is None else dict(json.loads(row.result))
 
     def _add(self, connection: Connection, new: Sequence[NewPair], kind: str, probe: int | None, step: int) -> None:
         now = self._database.clock()
@@ -369,13 +318,6 @@ class TunersSide(Readings):
     def _end(self, connection: Connection, probe: int, state: str) -> None:
         connection.execute(update(probes).where(probes.c.id == probe).values(state=state))
         log(connection, self._database.clock(), state, probe=probe)
-
-
-def _note(connection: Connection, name: str, value: Any) -> None:
-    """Writes a row of `meta`, over the one that is there."""
-    kept = json.dumps(value)
-    if not connection.execute(update(meta).where(meta.c.name == name).values(value=kept)).rowcount:
-        connection.execute(insert(meta).values(name=name, value=kept))
 
 
 def _withdraw_comparisons(connection: Connection, *, unseen: bool) -> None:

@@ -23,7 +23,8 @@ import torch
 from zorl.apps.cli import main
 from zorl.apps.judge_settings import JudgeSettings
 from zorl.apps.learning import Replay
-from zorl.apps.tuner import Tuner, follow_store
+from zorl.apps.store_trajectory import follow_store
+from zorl.apps.tuner import Tuner
 from zorl.generation import Generation
 from zorl.models import load_model
 from zorl.output_bias import add_output_bias
@@ -243,7 +244,7 @@ def test_a_request_that_killed_the_process_does_not_kill_the_next(direct: Path):
     assert not tuner._answer_requests()
     result = store.request_result(number)
     assert result is not None
-    assert "was killed while it carried this out" in result["error"]
+    assert "ended while it carried this out" in result["error"]
     again = store.request("export_model", {})
     assert not tuner._answer_requests()
     assert "path" in (store.request_result(again) or {})

@@ -82,7 +82,10 @@ def test_going_back_leaves_the_log_and_takes_no_verdict_for_what_is_gone(store: 
     waiting = store.add_probe(new_pairs(1), key="open", step=4)
     store.add_comparisons(new_pairs(1), step=3)
     showing = shown(store, ann)
+    store.accept_drift(2.5)
+    assert store.accepted_drift() == 2.5
     store.rewind(1)
+    assert store.accepted_drift() is None, "it was accepted of a model that is gone"
     assert [step.step for step in store.steps()] == [0]
     assert store.open_probes() == []
     states = [store.probe(i).state for i in range(1, 6)]
