@@ -277,3 +277,15 @@ print(optimizer.parameters.sha256())
         optimizer.step(lambda: w.square().sum().item())
     assert found.stdout.strip() == optimizer.parameters.sha256()
     assert not torch.equal(w, torch.full((100,), 0.5))
+
+
+def test_where_nothing_can_be_written_the_kernel_is_compiled_without_a_cache():
+    """numba looks for a place beside the file and in the home; a container may let a process write neither."""
+    program = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"  # what is left where no place can be written
+        "import torch\nfrom zorl.kernels import cpu\n"
+        "theta = torch.zeros(5)\ncpu.add(theta, [(1, 2)], [1.0], 'rademacher')\nprint(theta.abs().tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[1.0, 1.0, 1.0, 1.0, 1.0]\n", done.stderr

@@ -473,6 +473,18 @@ def test_a_coefficient_that_is_not_finite_is_refused():
         optimizer.tell(optimizer.ask().id, Scores(torch.tensor([[1.0], [0.0]])))
 
 
+def test_a_state_dict_does_not_stand_for_the_steps_that_were_made():
+    module = model()
+    optimizer = MeZO(module.named_parameters(), lr=1e-3, epsilon=1e-2)
+    fresh = optimizer.state_dict()
+    optimizer.load_state_dict(fresh)  # as accelerate does, to move it to a device
+    optimizer.step(lambda: 0.5)
+    with pytest.raises(ValueError, match=r"of step 1, and the optimizer is at step 0: .* Give MeZO\(…, trajectory="):
+        MeZO(module.named_parameters(), lr=1e-3, epsilon=1e-2).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="of step None"):
+        optimizer.load_state_dict(torch.optim.SGD(module.parameters(), lr=1.0).state_dict())
+
+
 def test_a_closure_cannot_continue_a_run_of_ask_and_tell():
     optimizer = MeZO([("w", torch.zeros(3))])
     answer(optimizer, lambda p: p.offset)

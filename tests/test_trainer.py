@@ -137,6 +137,14 @@ def test_a_run_that_learns_nothing_because_its_loss_is_nan_says_so(make: Callabl
     assert len([warning for warning in told if "no answer to learn from" in str(warning.message)]) == 1
 
 
+def test_metrics_are_recorded_beside_a_loss_of_ones_own(make: Callable[..., MeZOTrainer]):
+    trainer = make(loss=lambda model, rows: 0.25, metrics=[accuracy()], eval_dataset=EVAL, settings={"max_steps": 1})
+    right = [answer == row["label"] for answer, row in zip(trainer.predict(EVAL).predictions, EVAL, strict=True)]
+    found = trainer.evaluate()
+    assert (found["eval_loss"], found["eval_reward"]) == (0.25, -0.25)
+    assert found["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+
+
 def test_a_callable_loss_is_minimised(make: Callable[..., MeZOTrainer]):
     seen: list[int] = []
 

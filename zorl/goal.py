@@ -86,7 +86,7 @@ class Goal:
         if self.judge is not None:
             return JudgeObjective(policy, self.judge, self.metrics)
         if callable(self.loss):
-            return CallableLoss(policy.evaluator, self.loss)
+            return CallableLoss(policy, self.loss, self.metrics)
         if self.loss != "cross_entropy":
             raise ValueError(f"loss must be 'cross_entropy' or a function of (model, rows), got {self.loss!r}")
         if isinstance(policy, Generation):

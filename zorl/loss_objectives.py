@@ -13,7 +13,6 @@ from zorl import processes
 from zorl.head_tuning import LabelGoal
 from zorl.label_loss import LabelLoss
 from zorl.objectives import Asked
-from zorl.perturbation import Evaluator
 from zorl.policies import Policy, Row
 from zorl.probe import CENTRE, Point, Scores
 from zorl.reward_functions import RewardFunctions
@@ -67,8 +66,9 @@ class CrossEntropy:
 class CallableLoss:
     """Any `loss(model, rows)` → a float, or one per row: lower is better."""
 
-    evaluator: Evaluator
+    policy: Policy
     loss: LossFunction
+    metrics: RewardFunctions | None = None
 
     @property
     def name(self) -> str:
@@ -80,7 +80,10 @@ class CallableLoss:
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         loss = self.losses(rows, [CENTRE]).nanmean().item()
-        return {"reward": -loss, "loss": loss}
+        figures = {"reward": -loss, "loss": loss}
+        if self.metrics is None:
+            return figures
+        return figures | RewardObjective(self.policy, self.metrics).evaluate(rows) | {"reward": -loss}
 
     def losses(self, rows: Sequence[Row], points: Sequence[Point]) -> Tensor:
         """The losses of each row at each point, `(points, rows)`, or `(points, 1)` where the loss is one number; float64."""
@@ -89,7 +92,8 @@ class CallableLoss:
         return torch.stack([part[str(i)] for part in parts for i in range(len(part))])
 
     def _evaluate(self, rows: Sequence[Row], point: Point) -> Tensor:
-        value = self.evaluator.evaluate(point, lambda: self.loss(self.evaluator.module, rows))
+        evaluator = self.policy.evaluator
+        value = evaluator.evaluate(point, lambda: self.loss(evaluator.module, rows))
         # On the CPU, like a plain number: a loss may be NaN at one point and a GPU's tensor at the next.
         losses = torch.as_tensor(value, dtype=torch.float64).reshape(-1).cpu()
         if len(losses) not in (1, len(rows)):

@@ -315,6 +315,24 @@ class MeZO(torch.optim.Optimizer):
         described = {"in_place": self._in_place is not None, "parameters": self.parameters.describe()}
         return {**self._header, **described}
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with the number of steps. What these steps found is in the trajectory alone."""
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ValueError: it is of another step than this optimizer, which would repeat directions that have been taken.
+        """
+        if state_dict.get("steps") != self.steps:
+            raise ValueError(
+                f"the state_dict is of step {state_dict.get('steps')}, and the optimizer is at step {self.steps}: what the steps "
+                "found is in the trajectory. Give MeZO(…, trajectory='run.zorl'), and it continues from there when it is made "
+                "again on the base weights"
+            )
+        super().load_state_dict(state_dict)
+
     def close(self) -> None:
         """Syncs and closes the trajectory."""
         if self.trajectory is not None:

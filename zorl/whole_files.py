@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield new
-            with new.open("rb") as file:
+            with new.open("r+b") as file:  # Windows syncs only what it may write
                 os.fsync(file.fileno())  # otherwise a power cut could leave the new name on an empty file
             new.replace(path)
     except BaseException:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ _BLOCK = 4096  # elements: θ, z and rounding bits of a block fit first-level ca
 _COLUMN_WORDS = 1 << 18  # low-rank directions kept at once: these fit second-level cache, however long a replay is
 _PER_THREAD = 1 << 16  # below this many elements a second thread costs more than it saves
 _pool: ThreadPoolExecutor | None = None
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiles a function when it is first called; kept on disk for the next process, where there is a folder to keep it in."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the installation nor the home can be written, as in many containers
+        return njit(nogil=True)(function)
 
 
 def add(theta: Tensor, keys: Sequence[Key], coefficients: Sequence[float], distribution: Distribution) -> None:
@@ -169,7 +178,7 @@ def _hash(counter, key0, key1):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint32(16))
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill_factors(out, index, key, offset):  # type: ignore[no-untyped-def]
     for i in range(len(index)):
         word = _hash(index[i], key[0] ^ offset, key[1])
@@ -177,14 +186,14 @@ def _fill_factors(out, index, key, offset):  # type: ignore[no-untyped-def]
             out[i, j] = np.float32(np.int32((word >> np.uint32(j)) & np.uint32(1)) * np.int32(2) - np.int32(1))
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill_column_words(out, keys, offset):  # type: ignore[no-untyped-def]
     for d in range(out.shape[0]):
         for column in range(out.shape[1]):
             out[d, column] = _hash(column, keys[d, 0] ^ offset, keys[d, 1])
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill_low_rank(z, start, key0, key1, rank, columns):  # type: ignore[no-untyped-def]
     """z of a matrix: what rows and columns agree on, less what they differ in, over √r."""
     width, n = len(columns), len(z)
@@ -205,7 +214,7 @@ def _fill_low_rank(z, start, key0, key1, rank, columns):  # type: ignore[no-unty
         i += count
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill_gaussian(z, start, key0, key1, table):  # type: ignore[no-untyped-def]
     for i in range(len(z)):
         h = _hash((start + i) >> 1, key0, key1)
@@ -214,7 +223,7 @@ def _fill_gaussian(z, start, key0, key1, table):  # type: ignore[no-untyped-def]
         z[i] = table[h & np.uint32(0x7FFF)] if h & np.uint32(0x8000) else -table[h & np.uint32(0x7FFF)]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill_signs(z, start, key0, key1):  # type: ignore[no-untyped-def]
     n = len(z)
     i = 0
@@ -230,7 +239,7 @@ def _fill_signs(z, start, key0, key1):  # type: ignore[no-untyped-def]
 
 # Loops run over slices: the compiler uses the processor's wide registers only where it can see that an index is never
 # negative, as it can if the index starts at 0.
-@njit(nogil=True, cache=True)
+@_compiled
 def _fill_z(z, start, key0, key1, gaussian, table, rank, columns):  # type: ignore[no-untyped-def]
     """z ← the direction at flat indices start, start + 1, …"""
     if rank > 0 and len(columns) > 0:
@@ -278,7 +287,7 @@ def _store(value, bf16):  # type: ignore[no-untyped-def]
     return np.uint16(sign | np.uint32((magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)))
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_f32(values, keys, c, gaussian, table, rank, columns, start, stop):  # type: ignore[no-untyped-def]
     buffer = np.empty(_BLOCK, dtype=np.float32)
     for block in range(start, stop, _BLOCK):
@@ -297,7 +306,7 @@ def _with_sign(bits, word, k):  # type: ignore[no-untyped-def]
     return _as_float32(np.uint32(bits ^ np.uint32((~(word >> np.uint32(k))) << np.uint32(31))))
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_f32_signs(values, keys, c, start, stop):  # type: ignore[no-untyped-def]
     for block in range(start, stop, _BLOCK):
         end = min(block + _BLOCK, stop)
@@ -310,7 +319,7 @@ def _add_f32_signs(values, keys, c, start, stop):  # type: ignore[no-untyped-def
                     theta[k] += _with_sign(bits, word, k)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_f32_rank1(values, keys, c, signs, start, stop):  # type: ignore[no-untyped-def]
     """Rows of θ plus ±c times the columns' signs: nothing is hashed per element, so a long replay runs at cache speed.
 
@@ -342,7 +351,7 @@ def _add_f32_rank1(values, keys, c, signs, start, stop):  # type: ignore[no-unty
         first += count
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_half(values, keys, c, gaussian, table, rank, columns, bf16, start, stop):  # type: ignore[no-untyped-def]
     """Stochastic rounding as in `reference._round_stochastically`."""
     buffer = np.empty(_BLOCK, dtype=np.float32)
@@ -367,7 +376,7 @@ def _add_half(values, keys, c, gaussian, table, rank, columns, bf16, start, stop
                 theta[i] = _store(rounded, bf16)  # exact: rounded is a multiple of the spacing
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _perturb_f32_signs(source, target, rows, width, key, c, start, stop):  # type: ignore[no-untyped-def]
     bits = _bits32(c)
     position = start
@@ -383,7 +392,7 @@ def _perturb_f32_signs(source, target, rows, width, key, c, start, stop):  # typ
         position += n
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _perturb_f32(source, target, rows, width, key, c, gaussian, table, rank, columns, start, stop):  # type: ignore[no-untyped-def]
     buffer = np.empty(_BLOCK, dtype=np.float32)
     position = start
@@ -399,7 +408,7 @@ def _perturb_f32(source, target, rows, width, key, c, gaussian, table, rank, col
         position += n
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _perturb_half(source, target, rows, width, key, c, gaussian, table, rank, columns, bf16, start, stop):  # type: ignore[no-untyped-def]
     buffer = np.empty(_BLOCK, dtype=np.float32)
     position = start
