@@ -22,6 +22,7 @@ from zorl.text_files import read_text
 
 Built = TypeVar("Built")
 CONFIG = "config"
+_PATHS = ("model", "trajectory", "output_dir", "output", "plot")
 
 
 def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +35,10 @@ def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(f"--{CONFIG}")
     given = vars(parser.known(argv))
     file = given.pop(CONFIG, None)
-    return given if file is None else {**_read(Path(file), parser, given), **given}
+    if file is not None:
+        given = {**_read(Path(file), parser, given), **given}
+    # A shell expands ~ only where it begins a word: not in --model=~/m, and not in a file.
+    return given | {name: str(Path(given[name]).expanduser()) for name in _PATHS if given.get(name, "").startswith("~")}
 
 
 def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
@@ -72,7 +76,13 @@ class _Parser(HfArgumentParser):
 
 
 class _Texts(yaml.BaseLoader):
-    """Reads every scalar as text, because YAML's own types turn the label "no" into False; refuses duplicate keys."""
+    """Reads every scalar as text, because YAML's own types turn the label "no" into False, and what is absent as None; refuses
+    duplicate keys.
+    """
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        absent = node.style is None and node.value in ("", "null", "~")  # without quotes
+        return None if absent else super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
@@ -98,7 +108,7 @@ def _read(path: Path, parser: _Parser, given: Mapping[str, Any]) -> dict[str, An
     for key, value in content.items():
         if key not in parser.names:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, parser.names)}")
-        if key in given or value in ("", "null", "~", [], {}):
+        if key in given or value in (None, [], {}):
             continue
         if isinstance(value, dict) and key == "label_words":
             values[key] = value
