@@ -24,7 +24,12 @@ class Elapsed(TrainerCallback):
 
     def __init__(self, folder: Path, start: float) -> None:
         self._folder, self._start = folder, start
-        self._before, self._written = elapsed(folder), start
+        self._before, self._written = _seconds(folder / NAME) if (folder / NAME).exists() else 0.0, start
+
+    @property
+    def seconds(self) -> float:
+        """Those of the run so far."""
+        return self._before + time.perf_counter() - self._start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
@@ -33,10 +38,13 @@ class Elapsed(TrainerCallback):
         if time.perf_counter() - self._written >= _EVERY:
             self._write()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write()
+
     def _write(self) -> None:
         self._written = time.perf_counter()
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / NAME, self._before + self._written - self._start)
+        write_json(self._folder / NAME, self.seconds)
 
 
 def elapsed(folder: Path) -> float:
@@ -45,5 +53,8 @@ def elapsed(folder: Path) -> float:
     Raises:
         ValueError: a file is damaged.
     """
-    loss = "remove it, and the seconds of the run so far do not count"
-    return float(sum(read_json(path, loss) for path in folder.rglob(NAME)))
+    return sum(map(_seconds, folder.rglob(NAME)))
+
+
+def _seconds(path: Path) -> float:
+    return float(read_json(path, "remove it, and the seconds of the run so far do not count"))

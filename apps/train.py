@@ -18,6 +18,8 @@ from zorl import MeZOConfig, MeZOTrainer, processes
 from zorl.apps.arguments import TrainArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import TRAIN
+from zorl.apps.elapsed import NAME as SECONDS
+from zorl.apps.elapsed import Elapsed
 from zorl.apps.inputs import (
     check_model_folder,
     check_source,
@@ -46,7 +48,7 @@ from zorl.run_folder import RunFolder
 from zorl.stopping import CONFIDENCE, looks_of, outlook
 from zorl.tables import extension
 from zorl.tasks import Task
-from zorl.trajectory import read
+from zorl.trajectory import TrajectoryError, read
 from zorl.whole_files import read_json, write_json
 from zorl.wording import counted
 
@@ -95,7 +97,7 @@ def run(argv: Sequence[str]) -> str:
         None if arguments.judge is None else load_judge(arguments.judge, column=truth, judgments=arguments.judgments)
     )
 
-    resuming = (folder / "trajectory.zorl").exists()
+    resuming = RunFolder(folder).trajectory.exists()
     given["stop"] = stop_of(given.get("stop"), task)
     config = build(MeZOConfig, _with_defaults(given, eval_rows is not None))
     begin = Begin()
@@ -189,13 +191,16 @@ def _with_defaults(given: dict[str, Any], evaluated: bool) -> dict[str, Any]:
     values = dict(given)
     if "num_train_epochs" not in values:
         values.setdefault("max_steps", DEFAULT_STEPS)
-    if evaluated and values.get("eval_strategy", "steps") == "steps":
-        values.setdefault("eval_strategy", "steps")
+    strategy = values.get("eval_strategy", "steps")
+    if not evaluated or strategy == "no":
+        return values
+    values |= {"eval_strategy": strategy, "eval_on_start": values.get("eval_on_start", True)}
+    if strategy == "steps":
         # Ten times. With epochs the number of steps is not known yet, so Trainer gets a share.
         values.setdefault("eval_steps", math.ceil(values["max_steps"] / 10) if values.get("max_steps", 0) > 0 else 0.1)
         values.setdefault("save_steps", values["eval_steps"])
+    if values.setdefault("save_strategy", strategy) == strategy:  # Trainer keeps no best step otherwise
         values.setdefault("load_best_model_at_end", True)
-        values.setdefault("eval_on_start", True)
     return values
 
 
@@ -206,11 +211,12 @@ def _no_empty(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if new and is_first() and not (run.trajectory.exists() and read(run.trajectory)[1]):
-            for path in (run.trajectory, run.init, run.state, *folder.glob("*.lock")):
-                path.unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()
+        if new and is_first() and folder.exists():
+            with suppress(TrajectoryError, OSError), run.claimed():  # or another run has taken the folder since
+                if not (run.trajectory.exists() and read(run.trajectory)[1]):
+                    for path in (run.trajectory, run.init, run.state, folder / SECONDS, *folder.glob("*.lock")):
+                        path.unlink(missing_ok=True)
+                    folder.rmdir()
         raise
 
 
@@ -219,7 +225,9 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
     folder = trainer.folder.path
     if resuming:
         say(f"{folder} already holds a run: the same settings continue it, another --output_dir starts a new one")
-    start = time.perf_counter()
+    elapsed = Elapsed(folder, time.perf_counter())
+    if is_first():
+        trainer.add_callback(elapsed)
     try:
         with terminated_as_interrupted():
             trainer.train(resume_from_checkpoint=resuming)
@@ -229,7 +237,7 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
         raise KeyboardInterrupt(
             f"stopped after step {trainer.mezo.steps}; nothing is lost: the same command continues from there"
         ) from None
-    seconds = time.perf_counter() - start
+    seconds = elapsed.seconds
     assert trainer.mezo is not None
     stored = folder / "result.json"
     if begin.step >= trainer.state.max_steps:
@@ -262,7 +270,7 @@ def _result(trainer: MeZOTrainer, seconds: float) -> dict[str, Any]:
             if name.startswith("eval_") and name not in ("eval_runtime", "eval_samples_per_second", "eval_forwards"):
                 figures[f"{prefix}_{name.removeprefix('eval_')}"] = number(value)
     share = mezo.informative_share
-    forwards, scores = looks_of(trainer.state.log_history)
+    forwards, scores = looks_of(trainer.state.log_history, trainer.metric)
     hour = outlook(forwards, scores, times=1.0 + HOUR / max(seconds, 1e-9))
     hour = hour if hour is not None and hour.can_be_told(scores) else None
     return {

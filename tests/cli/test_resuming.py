@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cli_runs import Files, Outcome, evaluations, train
 
+from zorl.run_folder import RunFolder
 from zorl.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,3 +78,26 @@ def test_two_runs_cannot_share_a_folder(zorl: Callable[..., Outcome], files: Fil
         trajectory.close()
     assert second.code == 2
     assert "another run is writing" in second.err
+
+
+def test_the_command_that_finds_the_folder_taken_leaves_the_other_ones_files(files: Files, tmp_path: Path) -> None:
+    """Both begin before there is a folder, as two runs do that were meant for different ones."""
+    reward = ["--reward", f"{files.rewards}:right", "--tune", "head", "--calibration", "none"]
+    command = [sys.executable, "-m", "zorl.apps.cli", *train(files, tmp_path / "out", *reward)]
+    several = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+               for _ in range(2)]  # fmt: skip
+    said = {process.wait() or 0: process.communicate()[1] for process in several}
+    assert 0 in said, said
+    assert RunFolder(tmp_path / "out").init.exists()
+    if 2 in said:  # else one came only when the other was done, and read its result
+        assert "another run is writing" in said[2]
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_the_seconds_of_a_run_that_goes_on_count_from_its_start(
+    zorl: Callable[..., Outcome], files: Files, tmp_path: Path
+) -> None:
+    assert zorl(train(files, tmp_path / "out")).code == 0
+    (tmp_path / "out" / "seconds.json").write_text("1000.0")
+    longer = zorl(train(files, tmp_path / "out", "--json"), "--max_steps", "9")
+    assert 1000.0 < longer.json["seconds"] < 1100.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import QUESTION, SHORT, Files, Outcome, train
+from cli_runs import QUESTION, SHORT, Files, Outcome, evaluations, train
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from zorl.apps.cli import main
@@ -215,3 +215,15 @@ def test_replay_says_when_the_saved_weights_are_not_those_of_the_trajectory(
 def test_a_number_that_json_does_not_have_is_null() -> None:
     assert [number(value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
     assert number(0.12345678) == 0.1234568
+
+
+def test_the_best_epoch_is_kept_as_the_best_step_is(zorl: Callable[..., Outcome], files: Files, tmp_path: Path) -> None:
+    words = train(
+        files, tmp_path / "out", "--eval_strategy", "epoch", "--learning_rate", "0.3", "--seed", "2", "--json"
+    )
+    result = zorl(words, "--num_train_epochs", "4").json
+    looks = evaluations(tmp_path / "out")
+    assert [step for step, _ in looks] == [0, 4, 6]
+    best = max(score for _, score in looks)
+    assert result["saved_step"] == next(step for step, score in looks if score == best) < result["steps"]
+    assert zorl(train(files, tmp_path / "no", "--save_strategy", "no")).code == 0, "there is no best step to keep"
