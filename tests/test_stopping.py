@@ -57,7 +57,7 @@ def test_an_interval_that_is_wider_than_the_scores_seen_is_not_told():
 def test_a_run_stops_where_twice_as_much_would_buy_too_little():
     stopping = Stopping(None, least_gain=0.01)
     flat = [0.7, 0.79, 0.800, 0.801, 0.7995, 0.8, 0.8005, 0.7998]
-    assert "doubling the forward passes would change the held-out score by" in (stopping.reason(history(flat)) or "")
+    assert "doubling the forward passes would improve the held-out score by" in (stopping.reason(history(flat)) or "")
     assert stopping.reason(history([0.1 * i for i in range(8)])) is None, "still rising"
     assert stopping.reason(history([0.7, 0.8, 0.7, 0.8, 0.7, 0.85, 0.7, 0.8])) is None, "too noisy to tell"
     assert stopping.reason(history(flat[:3])) is None
@@ -80,6 +80,13 @@ def test_a_run_stops_when_its_patience_is_over():
     assert stopping.reason(history([0.5, 0.6, 0.6])) is None
     assert stopping.reason(history([0.5, 0.6, 0.6, 0.59])) == "none of the last 2 evaluations did better than 0.6"
     assert stopping.reason(history([math.nan, 0.6, math.nan])) is None
+
+
+def test_a_score_that_falls_can_be_the_better_one():
+    losses = [{"eval_loss": loss, "eval_forwards": n} for n, loss in ((8, 0.9), (16, 0.7), (24, 0.8), (32, 0.71))]
+    stopping = Stopping(2, None, "eval_loss", greater_is_better=False)
+    assert stopping.reason(losses[:3]) is None
+    assert stopping.reason(losses) == "none of the last 2 evaluations did better than 0.7"
 
 
 def test_other_entries_of_the_log_are_no_looks():

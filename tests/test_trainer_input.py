@@ -86,6 +86,15 @@ def test_bad_arguments_get_a_sentence(make: Callable[..., MeZOTrainer], options:
         ({"activation_checkpointing": True}, "activation_checkpointing=True belongs to backpropagation"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 belongs to backpropagation"),
         ({"weight_decay": 0.1}, "weight_decay=0.1 belongs to backpropagation: .* cannot be replayed"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 belongs to backpropagation"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 belongs to backpropagation"),
+        ({"optim": "adafactor"}, "optim='adafactor' has no effect here: give update in its place"),
+        ({"update": "adam", "adam_beta1": 0.8}, "adam_beta1=0.8 has no effect here: give beta1 in its place"),
+        ({"data_seed": 3}, "data_seed=3 has no effect here: give seed in its place"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "'reduce_lr_on_plateau' follows measurements, and a schedule has to",
+        ),
     ],
 )
 def test_settings_out_of_range_or_of_backpropagation_are_refused(
@@ -107,6 +116,22 @@ def test_an_update_in_units_of_the_slope_needs_a_learning_rate(make: Callable[..
 def test_a_tracker_that_is_not_installed_is_named(make: Callable[..., MeZOTrainer]):
     with pytest.raises(ImportError, match="requires wandb to be installed"):
         make(settings={"report_to": "wandb"})
+
+
+def test_the_score_that_decides_between_data_sets_has_to_be_named(make: Callable[..., MeZOTrainer]):
+    settings = {"max_steps": 6, "learning_rate": 1e-9, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"reward_funcs": accuracy(), "eval_dataset": {"x": EVAL, "y": EVAL[:5]}}
+    trainer = make("log", **options, settings=settings)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_y_reward" in entry] == [1, 2, 3, 4, 5, 6]
+    stop = {**settings, "early_stopping_patience": 1}
+    with pytest.raises(ValueError, match="has the sets x, y: say whose score .* metric_for_best_model='x_reward'$"):
+        make(**options, settings=stop)
+    stopped = make("stopped", **options, settings={**stop, "metric_for_best_model": "y_reward"})
+    stopped.train()
+    assert stopped.state.global_step == 2
+    with pytest.raises(ValueError, match="the evaluation has no eval_y_f1, but eval_x_reward, "):
+        make("other", **options, settings={**stop, "metric_for_best_model": "y_f1"}).train()
 
 
 def test_an_unknown_update_rule_is_refused(make: Callable[..., MeZOTrainer]):
@@ -213,6 +238,8 @@ def test_resuming_with_other_settings_is_refused(make: Callable[..., MeZOTrainer
         ({"max_length": 50, "top_k": 5}, "max_length was None, is now 50; top_k was None, is now 5$"),
         ({"seed": 3}, "seed was 42, is now 3"),
         ({"n_spsa": "2", "learning_rate": 2.4e-2}, "n_spsa was '8', is now '2'"),
+        ({"reward_weights": [2.0]}, r"reward_weights was None, is now \[2.0\]"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear', is now 'cosine'"),
     ):
         with pytest.raises(TrajectoryError, match=f"recorded with other settings: {message}"):
             make(settings=settings).train(resume_from_checkpoint=True)
@@ -220,6 +247,8 @@ def test_resuming_with_other_settings_is_refused(make: Callable[..., MeZOTrainer
         make(reward_funcs=accuracy()).train(resume_from_checkpoint=True)
     with pytest.raises(TrajectoryError, match="rows was 24, is now 20"):
         make(train_dataset=TRAIN[:20]).train(resume_from_checkpoint=True)
+    with pytest.raises(TrajectoryError, match="rows_sha256 was '[0-9a-f]{64}', is now '[0-9a-f]{64}'$"):
+        make(train_dataset=TRAIN[::-1]).train(resume_from_checkpoint=True)
     with pytest.raises(TrajectoryError, match=r"the model (lacks|also has) \d+ of the trajectory's parameters"):
         make(kind="gpt2").train(resume_from_checkpoint=True)
 

@@ -342,6 +342,73 @@ def test_a_run_that_is_killed_at_random_points_continues_to_the_same_bits(base: 
     assert trajectory.read_bytes() == (tmp_path / "straight" / "trajectory.zorl").read_bytes()
 
 
+class KilledAt(TrainerCallback):
+    """Ends a run before a step, without the chance to save that an orderly end has."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            raise KeyboardInterrupt
+
+
+def at_its_best_at_the_second_step(completions: list[str], trainer_state: Any = None, **columns: Any) -> float:
+    return -abs(float(trainer_state.global_step) - 2.0)
+
+
+BEST = {"max_steps": 6, "calibration": "none", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps",
+        "save_steps": 500, "load_best_model_at_end": True}  # fmt: skip
+
+
+def looks(trainer: MeZOTrainer) -> list[int]:
+    return [entry["step"] for entry in trainer.state.log_history if "eval_runtime" in entry]
+
+
+def test_a_killed_run_remembers_the_evaluations_that_it_has_made(make: Callable[..., MeZOTrainer]):
+    options = {"reward_funcs": at_its_best_at_the_second_step, "eval_dataset": EVAL, "settings": BEST}
+    with pytest.raises(KeyboardInterrupt):
+        make(**options, callbacks=[KilledAt(5)]).train()
+    trainer = make(**options)
+    trainer.train(resume_from_checkpoint=True)
+    assert looks(trainer) == [2, 4, 6]
+    assert trainer.step == trainer.state.best_global_step == 2
+
+
+def test_a_run_that_was_moved_keeps_its_best_step(make: Callable[..., MeZOTrainer], tmp_path: Path):
+    options = {"reward_funcs": at_its_best_at_the_second_step, "eval_dataset": EVAL, "settings": BEST}
+    make("here", **options).train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    trainer = make("there", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.step == 2
+
+
+def test_the_best_step_is_by_the_metric_that_is_asked_for_now(make: Callable[..., MeZOTrainer]):
+    def early(completions: list[str], trainer_state: Any = None, **columns: Any) -> float:
+        return -float(trainer_state.global_step)
+
+    options = {"reward_funcs": at_its_best_at_the_second_step, "metrics": early, "eval_dataset": EVAL}
+    make(**options, settings={**BEST, "eval_on_start": True}, callbacks=[StopAt(4)]).train()
+    again = make(**options, settings={**BEST, "eval_on_start": True, "metric_for_best_model": "early"})
+    again.train(resume_from_checkpoint=True)
+    assert (again.step, again.state.best_metric) == (0, 0.0)
+
+
+def test_the_log_of_a_run_whose_trajectory_was_removed_is_no_part_of_the_next(
+    make: Callable[..., MeZOTrainer], tmp_path: Path
+):
+    options = {"reward_funcs": at_its_best_at_the_second_step, "eval_dataset": EVAL}
+    make(**options, settings=BEST).train()
+    (tmp_path / "out" / "trajectory.zorl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        make(**options, settings={**BEST, "seed": 7}, callbacks=[KilledAt(1)]).train()
+    again = make(**options, settings={**BEST, "seed": 7, "max_steps": 1})
+    again.train(resume_from_checkpoint=True)
+    assert looks(again) == [1]
+    assert again.state.best_metric == -1.0
+
+
 def test_a_torn_trajectory_continues_from_its_last_whole_step(make: Callable[..., MeZOTrainer], tmp_path: Path):
     settings = {"max_steps": 20}
     end = tuned(make("straight", settings=settings))

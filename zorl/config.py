@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from zorl.adapters import SCALES, default_learning_rate
 from zorl.block_scales import check_block_scales
@@ -22,6 +22,7 @@ from zorl.quantization import PACKAGES
 from zorl.schedules import Directions
 from zorl.updates import measured_in_weights
 
+_MEASURED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 DIRECTIONS = 8  # per step of estimator="one_sided", of which seven are worth something
 ANSWERING = ("max_length", "max_completion_length", "temperature", "top_k", "top_p", "stop")
 _INFINITE = float("inf")
@@ -77,7 +78,9 @@ class MeZOConfig(TrainingArguments):
             + "; with normalized, multiplied by the directions that a step averages over."
         },
     )
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Any of transformers' schedules."})
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "Any of transformers' schedules that is a function of the step."}
+    )
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Rows that each probe is scored on. Metrics such as F1 need large batches."}
     )
@@ -432,7 +435,22 @@ class MeZOConfig(TrainingArguments):
             "weight_decay": (self.weight_decay, "a decayed weight cannot be replayed from the trajectory bit for bit"),
             "deepspeed": (self.deepspeed, "one process needs no sharded optimizer states: there are none"),
             "fsdp": (self.fsdp, "one process needs no sharded gradients: there are none"),
+            "label_smoothing_factor": (self.label_smoothing_factor, "rewards and losses are taken as they are"),
+            "neftune_noise_alpha": (
+                self.neftune_noise_alpha,
+                "nothing but a probe's direction is added to the weights",
+            ),
         }
         for name, (value, reason) in wrong.items():
             if value:
                 raise ValueError(f"{name}={value!r} belongs to backpropagation: {reason}")
+        defaults = {f.name: f.default for f in fields(TrainingArguments)}
+        instead = {"optim": "update", "adam_beta1": "beta1", "adam_beta2": "beta2", "data_seed": "seed"}
+        for name, own in instead.items():
+            if getattr(self, name) not in (defaults[name], None):
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: give {own} in its place")
+        if self.lr_scheduler_type in _MEASURED_SCHEDULES:
+            raise ValueError(
+                f"lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r} follows measurements, and a schedule has to "
+                "be a function of the step, or else a run could not be continued: choose another, such as linear or cosine"
+            )

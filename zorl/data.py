@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,6 +205,15 @@ def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
             raise ValueError(f"the data set {name!r} has the splits {', '.join(loaded)}; choose one with split")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     return loaded
+
+
+def rows_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The SHA-256 of rows in their order. Of a value that JSON does not know, an image say, only the type counts."""
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str, *, training: bool = False) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,12 @@ class ForwardTrainer(Trainer):
             if "to be installed" not in str(error):  # a package that report_to needs
                 raise
             raise ImportError(str(error)) from error
+        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        if sets and self._needs_metric() and not any(self.metric.startswith(f"eval_{name}_") for name in sets):
+            raise ValueError(
+                f"eval_dataset has the sets {', '.join(map(str, sets))}: say whose score decides which step is the best, such as "
+                f"metric_for_best_model='{sets[0]}_reward'"
+            )
         # Trainer derives how it scales losses from the model's forward, which is not called here.
         self.model_accepts_loss_kwargs = False
         self.progress = Progress()
@@ -75,7 +82,22 @@ class ForwardTrainer(Trainer):
             self.pop_callback(ProgressCallback)
             self.add_callback(self.progress)
         if args.early_stopping_patience is not None or args.stop_below_gain is not None:
-            self.add_callback(Stopping(args.early_stopping_patience, args.stop_below_gain))
+            better = bool(args.greater_is_better)
+            stopping = Stopping(
+                args.early_stopping_patience, args.stop_below_gain, self.metric, greater_is_better=better
+            )
+            self.add_callback(stopping)
+
+    @property
+    def metric(self) -> str:
+        """The held-out score that decides which step is the best, by its name in the log."""
+        return f"eval_{str(self.args.metric_for_best_model or 'reward').removeprefix('eval_')}"
+
+    def _needs_metric(self) -> bool:
+        """Whether something depends on the best step, or its score was asked for by name."""
+        rules = (self.args.early_stopping_patience, self.args.stop_below_gain)
+        asked = self.args.metric_for_best_model not in (None, "reward")
+        return asked or self.args.load_best_model_at_end or any(rule is not None for rule in rules)
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
@@ -143,6 +165,8 @@ class ForwardTrainer(Trainer):
                 # This trainer has run before, and the trajectory is replayed onto the base weights.
                 self.folder.restore_base(header, self.model, self.tuned)  # type: ignore[arg-type]
                 self.mezo = None
+            if not exists and self.args.should_save:
+                self.folder.state.unlink(missing_ok=True)  # of a run whose trajectory was removed
             self.create_optimizer()
             assert self.mezo is not None
             if exists:
@@ -270,11 +294,32 @@ class ForwardTrainer(Trainer):
                 ) from None
             state.log_history = [entry for entry in state.log_history if entry.get("step", 0) <= step]
         state.global_step = step
+        self._find_best(state)
         state.train_batch_size = self._train_batch_size  # a run that was killed early has saved no state
         state.compute_steps(
             self.args, max(self.args.max_steps, 1)
         )  # evaluate and save as often as the present settings say
         return state
+
+    def _find_best(self, state: TrainerState) -> None:
+        """The best step by the evaluations in the log: the settings may name another metric now, or steps may be lost."""
+        sign = 1.0 if self.args.greater_is_better else -1.0
+        looks = [entry for entry in state.log_history if sign * entry.get(self.metric, math.nan) > -math.inf]  # nor NaN
+        best: dict[str, Any] = max(looks, key=lambda entry: sign * entry[self.metric], default={})
+        state.best_metric, state.best_global_step = best.get(self.metric), best.get("step")
+        # A path that was right elsewhere would not be found, and the last step taken for the best.
+        state.best_model_checkpoint = str(self.folder.path) if best else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Saves each evaluation at once: a run that is killed and continued knows its best step as if it had not been."""
+        if self.metric not in metrics and self._needs_metric():
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r}: the evaluation has no {self.metric}, but "
+                f"{', '.join(metrics) or 'no scores at all'}"
+            )
+        better = self.metric in metrics and super()._determine_best_metric(metrics, trial)
+        self._save_checkpoint(self.model, trial)
+        return better
 
     def _init_training_state(
         self,
@@ -291,25 +336,28 @@ class ForwardTrainer(Trainer):
             self.state.compute_steps(self.args, max_steps)  # intervals given as shares of all steps are known only now
             if self._evaluation_was_cut_off(num_update_steps_per_epoch):
                 self._determine_best_metric(self._evaluate(trial, None), trial)
-                self._save_checkpoint(self.model, trial)
         return begin
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
         if not skip_scheduler:
             return super()._evaluate(trial, ignore_keys_for_eval)
-        # Trainer skips the scheduler for `eval_on_start` alone. The start is a candidate for the best step like any other, and is
-        # saved at once: a run that is killed before its first checkpoint still knows it.
-        if self.state.global_step or any("eval_runtime" in entry for entry in self.state.log_history):
+        # Trainer skips the scheduler for `eval_on_start` alone. The start is a candidate for the best step like any other.
+        if self.state.global_step or self._evaluated(0):
             return {}  # the run continues; its start has been evaluated
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         self._determine_best_metric(metrics, trial)
-        self._save_checkpoint(self.model, trial)
         return metrics
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether the log has the evaluation of a step, on each data set."""
+        names = [f"eval_{name}" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else ["eval"]
+        found = {name for entry in self.state.log_history if entry.get("step") == step for name in entry}
+        return all(f"{name}_runtime" in found for name in names)
 
     def _evaluation_was_cut_off(self, steps_per_epoch: int) -> bool:
         """Whether the run was killed between a step and its evaluation. Done late, it gives the same best step."""
         step = self.state.global_step
-        if not step or any(e.get("step") == step and "eval_runtime" in e for e in self.state.log_history):
+        if not step or self._evaluated(step):
             return False
         if self.args.eval_strategy == IntervalStrategy.EPOCH:
             return step % steps_per_epoch == 0
@@ -338,7 +386,7 @@ class ForwardTrainer(Trainer):
         pass  # no global random state is used
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Syncs the trajectory and saves the log: a checkpoint of a few bytes."""
+        """Syncs the trajectory and saves the log: a checkpoint of a few bytes, after each evaluation as well."""
         if self.mezo is not None and self.mezo.trajectory is not None:
             self.mezo.trajectory.sync()
         self.state.best_model_checkpoint = str(self.folder.path)

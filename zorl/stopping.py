@@ -63,10 +63,16 @@ def outlook(forwards: Sequence[float], scores: Sequence[float], times: float) ->
     return Outlook(slope * ahead, (slope - width) * ahead, (slope + width) * ahead, len(looks))
 
 
-def looks_of(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """The forward passes and held-out scores of the evaluations in a Trainer's log."""
-    looks = [entry for entry in history if "eval_reward" in entry and "eval_forwards" in entry]
-    return [entry["eval_forwards"] for entry in looks], [entry["eval_reward"] for entry in looks]
+def looks_of(history: Sequence[Mapping[str, Any]], metric: str = "eval_reward") -> tuple[list[float], list[float]]:
+    """The forward passes and held-out scores of the evaluations in a Trainer's log.
+
+    Args:
+        history: the log.
+        metric: the score, by its name there.
+    """
+    looks = [(n, entry[metric]) for entry in history if metric in entry
+             for name, n in entry.items() if name.endswith("_forwards")]  # fmt: skip
+    return [n for n, _ in looks], [score for _, score in looks]
 
 
 class Stopping(TrainerCallback):
@@ -77,25 +83,37 @@ class Stopping(TrainerCallback):
         least_gain: stop once doubling the forward passes would raise the score by less than this, judged by the upper end of
             the interval after two evaluations in a row; None for no such rule. (The interval is that of a single look at
             independent errors. A curve that is looked at often, or whose errors hang together, is stopped wrongly more often.)
+        metric: the held-out score, by its name in the log.
+        greater_is_better: whether a higher score is the better one.
     """
 
-    def __init__(self, patience: int | None, least_gain: float | None) -> None:
+    def __init__(
+        self,
+        patience: int | None,
+        least_gain: float | None,
+        metric: str = "eval_reward",
+        *,
+        greater_is_better: bool = True,
+    ) -> None:
         self.patience = patience
         self.least_gain = least_gain
+        self.metric = metric
+        self.sign = 1.0 if greater_is_better else -1.0
 
     def reason(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """Why to stop now; None to continue."""
-        forwards, scores = looks_of(history)
+        forwards, values = looks_of(history, self.metric)
+        scores = [self.sign * value for value in values]
         if self.patience is not None and len(scores) > self.patience:
             best = max(range(len(scores)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)
             if len(scores) - 1 - best >= self.patience:
-                return f"none of the last {self.patience} evaluations did better than {scores[best]:.4g}"
+                return f"none of the last {self.patience} evaluations did better than {values[best]:.4g}"
         if self.least_gain is not None:
             found, before = outlook(forwards, scores, times=2.0), outlook(forwards[:-1], scores[:-1], times=2.0)
             # Twice, because the question is asked after every evaluation: sooner or later chance alone would answer it once.
             if found is not None and before is not None and max(found.high, before.high) < self.least_gain:
                 return (
-                    f"doubling the forward passes would change the held-out score by {found.gain:+.2g} "
+                    f"doubling the forward passes would improve the held-out score by {found.gain:+.2g} "
                     f"({CONFIDENCE:.0%}: {found.low:+.2g} to {found.high:+.2g})"
                 )
         return None

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
 from zorl import offload, processes
 from zorl.classifier_head import ClassifierHead
 from zorl.classifier_models import is_classifier, prepare_classifier
 from zorl.config import MeZOConfig
-from zorl.data import checked_rows
+from zorl.data import checked_rows, rows_sha256
 from zorl.directions import canonical_name, derive_seed
 from zorl.forward_gradient import DirectionalDerivative
 from zorl.forward_trainer import ForwardTrainer
@@ -294,6 +294,12 @@ class MeZOTrainer(ForwardTrainer):
             **args.answering,
             "rows_per_step": self.rows_per_step,
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
+            "rows_sha256": rows_sha256(self.train_dataset) if isinstance(self.train_dataset, list) else None,
+            "label_column": args.label_column,
+            "reward_weights": args.reward_weights,
+            "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
+            "lr_scheduler_kwargs": args.lr_scheduler_kwargs,
+            "warmup_steps": args.warmup_steps,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -340,6 +346,8 @@ class MeZOTrainer(ForwardTrainer):
         if dataset is None:
             raise ValueError("eval_dataset is needed to evaluate")
         rows = checked_rows(list(dataset), "eval_dataset", self.prompt, self.args.label_column)
+        if isinstance(self.objective, RewardObjective):
+            self.objective.trainer_state = self.state
         start = time.perf_counter()
         figures = self.objective.evaluate(rows)
         seconds = time.perf_counter() - start

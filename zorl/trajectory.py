@@ -41,6 +41,15 @@ from zorl.wording import counted
 SCHEMA = 1
 _MAGIC = b"ZORL"
 _STEPS_PER_BLOCK = 16
+# Settings that the headers of earlier versions lack: what they were is not known.
+_RECORDED_LATER = {
+    "rows_sha256",
+    "label_column",
+    "reward_weights",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+}
 _U32 = struct.Struct("<I")
 
 
@@ -257,6 +266,10 @@ def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> Non
 def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises TrajectoryError naming the settings in which a run differs from the one that it continues."""
     recorded = _in_present_terms(recorded)
+    unknown = {
+        key: expected[key] for key in _RECORDED_LATER & expected.keys()
+    }  # of a run that an earlier version began
+    recorded = unknown | recorded
     different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
     if different:
         found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
