@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zorl.adapters import save
 from zorl.apps.arguments import ReplayArguments
 from zorl.apps.command_line import build, parse
 from zorl.apps.commands import REPLAY
 from zorl.apps.inputs import check_model_folder, require, say
+from zorl.classifier_models import is_classifier, parameters_not_in_checkpoint
 from zorl.models import load_processing_class
 from zorl.output_bias import move_output_bias_to_generation_config
 from zorl.replay import replay
@@ -68,7 +70,7 @@ def run(argv: Sequence[str]) -> str:
         )
     if header.get("output_bias"):
         move_output_bias_to_generation_config(model)
-    model.save_pretrained(target)
+    save(model, target, parameters_not_in_checkpoint(model) if is_classifier(model) else ())
     load_processing_class(name).save_pretrained(target)
     remembered = {"prompt": header["prompt"], "objective": header["objective"], **settings}
     RunFolder(target).write_settings({**remembered, "step": len(records), "weights_sha256": digest})

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from zorl.directions import derive_seed
+from zorl.directions import canonical_name, derive_seed
 from zorl.offload import computing_device, is_offloaded
+from zorl.parameters import plain_parameters
 from zorl.quantization import is_quantized
+from zorl.whole_files import whole_file
 
 if TYPE_CHECKING:
     from zorl.config import MeZOConfig
@@ -107,6 +111,33 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
+
+
+def save(
+    model: Any, folder: Path, not_in_checkpoint: Collection[str], state_dict: dict[str, Any] | None = None
+) -> None:
+    """Writes a model to a folder: all of it, or its adapter and what else the base checkpoint does not hold, a classifier's head.
+
+    Both are in peft's own file, where it keeps a resized embedding too, so `PeftModel.from_pretrained` puts both back.
+
+    Args:
+        not_in_checkpoint: canonical names of the parameters that the base checkpoint does not hold.
+        state_dict: the model's, where it is not the one to save.
+    """
+    model.save_pretrained(folder, state_dict=state_dict)
+    if not not_in_checkpoint or not is_peft(model):
+        return
+    adapter = model.active_adapter
+    rest = {
+        name: values.detach().cpu().contiguous().clone()
+        for name, values in plain_parameters(model)
+        # what bears the adapter's name, a head that peft tunes among it, is saved already
+        if canonical_name(name) in not_in_checkpoint and adapter not in name.split(".")
+    }
+    if rest:
+        saved = (folder if adapter == "default" else folder / adapter) / "adapter_model.safetensors"
+        with whole_file(saved) as new:
+            save_file(load_file(saved) | rest, new, metadata={"format": "pt"})
 
 
 def add_lora(model: Any, rank: int, alpha: int, targets: list[str] | None, seed: int) -> Any:

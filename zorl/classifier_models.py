@@ -120,13 +120,12 @@ def parameters_not_in_checkpoint(model: nn.Module) -> set[str]:
             logging.set_verbosity(verbosity)
         missing = set(info["missing_keys"])
     head = last_linear(model, base.config.num_labels)
-    written = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return {
-        canonical_name(name)
-        for name, parameter in model.named_parameters()
-        # peft keeps the head as it was beside the one that it tunes
-        if id(parameter) in written or canonical_name(name).replace("original_module.", "") in missing
+    found = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    # peft keeps the head as it was beside the one that it tunes
+    found |= {
+        id(p) for name, p in base.named_parameters() if canonical_name(name).replace("original_module.", "") in missing
     }
+    return {canonical_name(name) for name, parameter in model.named_parameters() if id(parameter) in found}
 
 
 def unwrapped(model: nn.Module) -> Any:

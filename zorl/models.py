@@ -112,8 +112,17 @@ def _load_adapter(name: str, dtype: str, classes: Sequence[str] | None, quantize
             f"{Path(name) / ADAPTER} names no base model: it was made in memory, so load it in a script of your own"
         )
     model = load_model(base, dtype, classes=classes, quantize=quantize)
-    with quiet(), _sound_weights(name):
-        return PeftModel.from_pretrained(model, name)
+    try:
+        with quiet(), _sound_weights(name):
+            return PeftModel.from_pretrained(model, name)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        of = "" if classes is None else f" with {len(classes)} classes"
+        raise ValueError(
+            f"the weights of the adapter {name} have sizes other than those of {base}{of}: give the base model and the classes "
+            "that it was tuned with"
+        ) from error
 
 
 def _load_classifier(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
 from transformers.trainer_utils import PredictionOutput
 
 from zorl import offload, processes
+from zorl.adapters import save
 from zorl.classifier_head import ClassifierHead
 from zorl.classifier_models import is_classifier, prepare_classifier
 from zorl.config import MeZOConfig
@@ -310,7 +311,7 @@ class MeZOTrainer(ForwardTrainer):
             state_dict = offload.state_dict(self.model)
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            self.model.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+            save(self.model, target, self.tuned_model.not_in_checkpoint, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(target)
         RunFolder(target).write_settings(
