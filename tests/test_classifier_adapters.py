@@ -55,6 +55,7 @@ def scores(answering: MeZOTrainer | Predictor) -> torch.Tensor:
     [
         ("bert", "lora"), ("bert", "prefix"), ("gpt2", "lora"), ("llama", "prefix"), ("bert", OWN), ("roberta", OWN),
         ("bert", {**OWN, "task_type": "SEQ_CLS"}),
+        ("bert", {"r": 2, "target_modules": "all-linear"}),
     ],
 )  # fmt: skip
 def test_a_saved_adapter_answers_as_the_trainer_does(
@@ -77,6 +78,22 @@ def test_what_is_tuned_of_a_classifier_is_the_adapter_alone(tuned: Callable[...,
     trainer = tuned("bert", tune)
     assert all("lora_" in name or "prompt_encoder" in name for name in trainer.tuned)
     assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == trainer.tuned.numel
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_probe_writes_the_head_and_not_the_adapter_on_it(make: Callable[..., MeZOTrainer], rank: int) -> None:
+    """Even where the adapter's matrices have as many outputs as the head: B always, and A at a rank of two."""
+    options: dict[str, Any] = {"kind": "bert", "prompt": Prompt("{text}", classes=CLASSES)}
+    plain = make(**options)
+    adapted = make(**options, settings={"tune": "lora", "lora_targets": ["all-linear"], "lora_rank": rank})
+    first = adapted.tuned.sha256()
+    for trainer in (plain, adapted):
+        trainer.calibrate("probe")
+    head = adapted.model.get_base_model().classifier
+    torch.testing.assert_close(head.base_layer.weight, plain.model.classifier.weight)
+    assert adapted.tuned.sha256() == first
+    assert not head.lora_B["default"].weight.any()
+    torch.testing.assert_close(scores(adapted), scores(plain))
 
 
 @pytest.mark.parametrize("tune", ["lora", "prefix"])

@@ -136,6 +136,15 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def last_linear(module: nn.Module, outputs: int) -> nn.Linear | None:
-    """The last linear layer with this number of outputs: a head's, or peft's copy of it where there is one."""
-    found = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
+    """The last linear layer with this number of outputs: a head's, or peft's copy of it where there is one.
+
+    The matrices of an adapter on the head are none: they may have as many outputs.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # slow
+
+    adapted = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    parts = [part for layer in adapted for name, part in layer.named_children() if name != "base_layer"]
+    added = {id(inner) for part in parts for inner in part.modules()}
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear) and id(m) not in added]
+    found = [layer for layer in linear if layer.out_features == outputs]
     return found[-1] if found else None
