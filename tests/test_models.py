@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zorl.adapters import add_lora
 from zorl.apps.cli import main
@@ -142,6 +143,54 @@ def test_a_configuration_that_does_not_fit_the_weights_is_named(saved: Path, cla
 def test_memory_that_runs_out_while_weights_are_loaded_is_no_damage() -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"), _sound_weights("model"):
         torch.empty(1 << 50)  # more than any machine has
+
+
+# --- incomplete checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking"), [("bert", "cls.predictions.transform.dense.weight"), ("llama", "lm_head.weight")]
+)
+def test_a_model_without_a_language_model_s_head_is_only_made_a_classifier(
+    parts: Callable[[str], Any], tmp_path: Path, kind: str, lacking: str
+) -> None:
+    parts(kind).model.base_model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=f"^{tmp_path} is not a language model: of .* it lacks {lacking}, which would be random; choose",
+    ):
+        load_model(str(tmp_path))
+    first, again = (load_model(str(tmp_path), classes=("bad", "good")) for _ in range(2))
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+
+
+def test_the_command_line_names_what_the_model_lacks(
+    parts: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = parts("bert")
+    bert.model.base_model.save_pretrained(tmp_path / "bare")
+    bert.tokenizer.save_pretrained(tmp_path / "bare")
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "the film was great\t1\nthe film was bad\t0\n" * 8)
+    words = ["--prompt", "{text} it was {mask}", "--label_words", "0=bad", "1=great", "--reward", "f1"]
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert main(["train", "--model", str(tmp_path / "bare"), "--dataset", str(rows), *words, *out]) == 2
+    assert f"{tmp_path / 'bare'} is not a language model: of BertForMaskedLM it lacks cls" in capsys.readouterr().err
+
+
+def test_a_tied_head_and_a_bias_of_zeros_may_be_missing(parts: Callable[[str], Any], tmp_path: Path) -> None:
+    """Neither is random: the one is the embedding, and the other the same each time."""
+    gpt2, bert = parts("gpt2").model, parts("bert").model
+    gpt2.base_model.save_pretrained(tmp_path / "gpt2")
+    assert torch.equal(load_model(str(tmp_path / "gpt2")).lm_head.weight, gpt2.lm_head.weight)
+    bert.save_pretrained(tmp_path / "bert")
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
+    del weights["cls.predictions.bias"]
+    save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    assert not load_model(str(tmp_path / "bert")).cls.predictions.bias.any()
+
+
+# --- damaged tokenizers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

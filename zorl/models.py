@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ def load_model(
 
     Raises:
         ValueError: dtype or quantize is not one of these, the model is a classifier of another number of classes or needs code
-            of its own, nothing in the model can be quantised, the width of a layer does not suit the quantiser,
-            or its weights are damaged or do not fit its configuration.
+            of its own, a language model's weights are missing, nothing in the model can be quantised, the width of a layer does
+            not suit the quantiser, or its weights are damaged or do not fit its configuration.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -71,9 +71,15 @@ def load_model(
         return model
     loader: Any = AutoModelForMaskedLM if _reads_masks(config) else AutoModelForCausalLM
     with _sound_weights(name):
-        model = loader.from_pretrained(
-            name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
+        model, info = loader.from_pretrained(
+            name,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
+    _check_that_nothing_is_random(name, model, info["missing_keys"])
     check_layers(model)
     if quantize is not None and all(map(is_plain, model.parameters())):
         raise ValueError(
@@ -98,6 +104,21 @@ def trained_classes(name: str) -> tuple[str, ...] | None:
     """The classes of a checkpoint with a sequence-classification head (see `class_names`); None for other models."""
     config = _config(name)
     return class_names(config) if _architecture(config).endswith(_CLASSIFIER) else None
+
+
+def _check_that_nothing_is_random(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raises ValueError if matrices are missing in the checkpoint, which transformers draws anew at each load.
+
+    A missing vector is a bias or the weight of a norm: zeros or ones, the same each time.
+    """
+    random = sorted(key for key, parameter in model.named_parameters() if key in missing and parameter.ndim > 1)
+    if random:
+        more = f" and {len(random) - 3} more" if len(random) > 3 else ""
+        raise ValueError(
+            f"{name} is not a language model: of {type(model).__name__} it lacks {', '.join(random[:3])}{more}, which would be "
+            "random; choose a masked or causal language model, or make it a classifier (--head classifier, or a Prompt with "
+            "classes)"
+        )
 
 
 def _load_adapter(name: str, dtype: str, classes: Sequence[str] | None, quantize: str | None) -> Any:
