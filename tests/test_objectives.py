@@ -17,7 +17,7 @@ from zorl.probe import CENTRE, Choice, Point, Scores, Verdicts
 from zorl.prompts import Answer, Prompt
 from zorl.reward_functions import RewardFunctions
 from zorl.reward_objective import RewardObjective
-from zorl.rewards import accuracy
+from zorl.rewards import accuracy, f1
 from zorl.scoring import LabelWords
 
 PROMPT = Prompt("{text} it was {mask}", {"bad": "terrible", "good": "great"})
@@ -103,6 +103,29 @@ def test_a_collapsed_classifier_still_finds_a_difference(parts: Callable[[str], 
     assert flat.values[0].tolist() == flat.values[1].tolist()  # type: ignore[union-attr]
     steep = RewardObjective(collapsed, RewardFunctions(accuracy())).ask(ROWS, POINTS, 0).answers
     assert steep.values[0].mean() != steep.values[1].mean()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("reward", [accuracy(), f1()], ids=["of each answer", "of the set"])
+def test_a_point_whose_scores_are_nan_abstains(policy: LabelWords, reward: Any) -> None:
+    sound, broken = POINTS[0], Point(3, 1e30)
+    assert policy.scores(ROWS, [broken]).isnan().all()
+    objective = RewardObjective(policy, RewardFunctions(reward))
+    alone, both, neither = (objective.ask(ROWS, points, 0) for points in ([sound], [sound, broken], [broken, broken]))
+    values = both.answers.values  # type: ignore[union-attr]
+    assert torch.equal(values[0], alone.answers.values[0])  # type: ignore[union-attr]
+    assert values[0].isfinite().all()
+    assert values[1].isnan().all()
+    assert neither.answers.values.isnan().all()  # type: ignore[union-attr]
+    assert len(neither.answers.values) == 2  # type: ignore[union-attr]
+    assert both.figures == alone.figures, "what is logged is of the points that answered"
+
+
+def test_a_set_with_one_row_of_nan_scores_has_no_reward(policy: LabelWords, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = policy.scores(ROWS, POINTS)
+    scores[1, 2] = math.nan
+    monkeypatch.setattr(policy, "scores", lambda rows, points: scores)
+    values = RewardObjective(policy, RewardFunctions(f1())).ask(ROWS, POINTS, 0).answers.values  # type: ignore[union-attr]
+    assert values.isnan().flatten().tolist() == [False, True]
 
 
 def test_a_goal_of_labels_is_the_reward_as_a_function_of_answers(policy: LabelWords) -> None:

@@ -120,15 +120,24 @@ class RewardObjective:
     def _of_draws(
         self, rows: Sequence[Row], every: Sequence[Sequence[Answer]], scores: Tensor, noise_seed: int, draws: int
     ) -> Asked:
-        """The mean rewards of answers drawn from the labels' probabilities `(points, rows, labels)`."""
+        """The mean rewards of answers drawn from the labels' probabilities `(points, rows, labels)`.
+
+        A point with NaN among its scores answers nothing, so no function sees it, and it abstains.
+        """
         batch = self._batch(rows)
+        sound = ~scores.isnan().flatten(1).any(dim=1)  # (points,)
         values = [
             [self._score(self.rewards, batch, [of[i] for of, i in zip(every, at, strict=True)]) for at in draw]
-            for draw in sample_labels(scores, noise_seed, draws).tolist()  # [draw][point][row]
+            for draw in sample_labels(scores[sound], noise_seed, draws).tolist()  # [draw][sound point][row]
         ]
         every_value = [value for of_points in values for value in of_points]
-        totals = stack_totals(every_value).view(len(values), len(scores), -1)  # (draws, points, 1 or rows)
-        return Asked(Scores(totals.nanmean(dim=0)), self._means(every_value) | _logged(every_value))
+        means = self._means(every_value) | _logged(every_value)
+        if not every_value:
+            return Asked(Scores(torch.full((len(scores), 1), math.nan)), means)
+        totals = stack_totals(every_value)  # (draws · sound points, 1 or rows)
+        rewards = totals.new_full((len(scores), totals.shape[1]), math.nan)
+        rewards[sound] = totals.view(draws, -1, totals.shape[1]).nanmean(dim=0)
+        return Asked(Scores(rewards), means)
 
     def _means(self, values: Sequence[RewardValues]) -> dict[str, float]:
         means = [value.means() for value in values]
