@@ -36,7 +36,8 @@ def classifier(
             module), or a fitted scikit-learn estimator or pipeline over texts. zorl unpickles nothing, so load
             estimators yourself.
         label: the rewarded label, by name; or by number, if that is not a name. None for a model with a single logit.
-        output: probability, log_probability, or logit (scikit-learn: the decision function). A single logit is
+        output: probability, log_probability, or logit (scikit-learn: the decision function). The labels share a probability of
+            one, unless the model's `problem_type` is multi_label_classification: then each has its own. A single logit is
             returned as it is, whatever the choice.
         include_prompt: read prompt and completion as one text.
         processing_class: the model's tokenizer; by default the one saved with it.
@@ -71,6 +72,8 @@ class _TransformersReward:
         self.scorer = scorer
         self.output = output
         self.include_prompt = include_prompt
+        # A multi-label model gives every label a probability of its own, so they need not sum to one.
+        self.exclusive = scorer.config.problem_type != "multi_label_classification"
         labels = [str(scorer.config.id2label[i]) for i in range(scorer.config.num_labels)]
         self.index: int | None = None
         if len(labels) > 1:
@@ -88,7 +91,8 @@ class _TransformersReward:
         elif self.output == "logit":
             values = logits[:, self.index]
         else:
-            values = logits.log_softmax(dim=1)[:, self.index]
+            values = logits.log_softmax(dim=1) if self.exclusive else nn.functional.logsigmoid(logits)
+            values = values[:, self.index]
             values = values if self.output == "log_probability" else values.exp()
         return [float(value) for value in values]
 

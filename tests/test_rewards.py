@@ -351,6 +351,17 @@ def test_a_transformers_classifier_gives_a_labels_probability_or_its_logarithm_o
     )
 
 
+def test_a_label_of_a_multi_label_classifier_has_a_probability_of_its_own(tokenizer):
+    model = bert(tokenizer, ["toxic", "insult", "threat"])
+    model.config.problem_type = "multi_label_classification"
+    with torch.no_grad():
+        logits = model(**tokenizer(GOOD, return_tensors="pt", padding=True)).logits[:, 1]
+    expected = {"logit": logits, "probability": logits.sigmoid(), "log_probability": logits.sigmoid().log()}
+    for output, values in expected.items():
+        reward = classifier(model, "insult", output=output, processing_class=tokenizer)
+        assert reward(prompts=["p"] * 4, completions=GOOD) == pytest.approx(values.tolist(), abs=1e-5)
+
+
 def test_a_model_of_one_label_gives_its_logit(tokenizer):
     model = bert(tokenizer, ["score"])
     with torch.no_grad():
