@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import RobertaConfig, RobertaForCausalLM
 
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
@@ -49,6 +50,30 @@ def test_the_scores_are_those_of_whole_inputs(
     torch.testing.assert_close(shared, whole, atol=2e-4, rtol=1e-4)
     assert sum(tokens) < 0.7 * spent
     assert (whole[0] - whole[1]).abs().max() > 1e-3
+
+
+def scores_shared_and_whole(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The scores of the rows where a second forward always pays, and where it never does."""
+    found = []
+    for forward_tokens in (-(1 << 30), 1 << 30):
+        monkeypatch.setattr("zorl.shared_prefix.FORWARD_TOKENS", forward_tokens)
+        words = LabelWords(Scratch(model, ParameterSet(select(model)), "rank1"), tokenizer, PROMPT)
+        found.append(words.scores(ROWS, POINTS))
+    return found
+
+
+def test_a_model_that_numbers_positions_from_its_padding_token_reads_whole_inputs(
+    parts: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    tokenizer = parts("roberta").tokenizer
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=96, pad_token_id=tokenizer.pad_token_id, is_decoder=True, initializer_range=0.3,
+    )  # fmt: skip
+    shared, whole = scores_shared_and_whole(RobertaForCausalLM(config).eval(), tokenizer, monkeypatch)
+    torch.testing.assert_close(shared, whole, atol=2e-4, rtol=1e-4)
+    assert whole.std(dim=2).min() > 1e-2
 
 
 def test_short_prompts_are_not_worth_a_second_forward(parts: Callable[[str], Any]) -> None:

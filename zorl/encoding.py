@@ -245,13 +245,18 @@ def longest_input(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # rotary or none: may be absent
     limits = [sys.maxsize, tokenizer.model_max_length]
     if positions is not None and positions > 0:
-        # RoBERTa and its kin number positions from padding_idx + 1, so they read less than the length of their table.
-        tables = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
-        unused = max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
         # peft's prompt and prefix tuning put tokens of their own in front.
         virtual = getattr(getattr(module, "active_peft_config", None), "num_virtual_tokens", 0)
-        limits.append(positions - unused - virtual)
+        limits.append(positions - first_position(module) - virtual)
     return int(min(limits))
+
+
+def first_position(module: nn.Module) -> int:
+    """The position of an input's first token in the model's table: 0, but padding_idx + 1 in RoBERTa and its kin."""
+    config: Any = module.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tables = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
+    return max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int, overhead: int = FORWARD_TOKENS) -> list[list[int]]:

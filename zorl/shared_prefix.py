@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from zorl.encoding import FORWARD_TOKENS, Encoded, padded
+from zorl.encoding import FORWARD_TOKENS, Encoded, first_position, padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,11 @@ class SharedPrefix:
 
 
 def can_share(module: Any) -> bool:
-    """Whether a model can continue from a cache of padded prompts: from transformers, takes positions, uses full attention."""
+    """Whether a model can continue from a cache of padded prompts: from transformers, takes positions that are numbered from 0,
+    uses full attention."""
     if not isinstance(module, PreTrainedModel) or "position_ids" not in inspect.signature(module.forward).parameters:
+        return False
+    if first_position(module) > 0:
         return False
     config = module.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
