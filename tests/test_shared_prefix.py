@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import RobertaConfig, RobertaForCausalLM
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig, RemBertConfig, RobertaConfig
 
 from zorl.parameters import ParameterSet, select
 from zorl.perturbation import Scratch
@@ -62,16 +62,26 @@ def scores_shared_and_whole(model: Any, tokenizer: Any, monkeypatch: pytest.Monk
     return found
 
 
-def test_a_model_that_numbers_positions_from_its_padding_token_reads_whole_inputs(
-    parts: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "make_config",
+    [
+        lambda **shape: RobertaConfig(**shape, intermediate_size=48, is_decoder=True),
+        lambda **shape: OpenAIGPTConfig(**shape),
+        lambda **shape: RemBertConfig(**shape, intermediate_size=48, is_decoder=True),
+    ],
+    ids=["positions from padding_idx + 1", "no cache", "a cache of another kind"],
+)
+def test_a_model_whose_prompts_cannot_be_continued_reads_whole_inputs(
+    parts: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Any]
 ) -> None:
     torch.manual_seed(0)
     tokenizer = parts("roberta").tokenizer
-    config = RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=96, pad_token_id=tokenizer.pad_token_id, is_decoder=True, initializer_range=0.3,
+    config = make_config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
     )  # fmt: skip
-    shared, whole = scores_shared_and_whole(RobertaForCausalLM(config).eval(), tokenizer, monkeypatch)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    shared, whole = scores_shared_and_whole(model, tokenizer, monkeypatch)
     torch.testing.assert_close(shared, whole, atol=2e-4, rtol=1e-4)
     assert whole.std(dim=2).min() > 1e-2
 

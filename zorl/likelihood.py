@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import DynamicCache
 
 from zorl.encoding import Encoded, Options, length_buckets, padded
 from zorl.fitting_forwards import FittingForwards
@@ -121,8 +122,9 @@ class Likelihood:
 
     def _forward(self, batch: _Batch, label_rows: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
         """The log-likelihoods of a batch, `(copies, N)`; or logits, `(copies, R, L)`, and states, `(copies, R, H)`."""
-        if batch.shared is not None:
-            logits, states = self._shared_logits(batch.shared, copies), None
+        shared = None if batch.shared is None else self._shared_logits(batch.shared, copies)
+        if shared is not None:
+            logits, states = shared, None
         else:
             inputs = {name: t.repeat(copies, 1) if isinstance(t, Tensor) else t for name, t in batch.inputs.items()}
             _, logits, states = self.logits(inputs, batch.positions.repeat(copies, 1))
@@ -142,10 +144,19 @@ class Likelihood:
         )  # (copies, N, K)
         return (likelihood * batch.weights).sum(dim=2), None
 
-    def _shared_logits(self, shared: SharedPrefix, copies: int) -> Tensor:
-        """Logits of the options' first tokens, from the prompts, and of the rest, from the cache: `(copies·S, K, vocabulary)`."""
+    def _shared_logits(self, shared: SharedPrefix, copies: int) -> Tensor | None:
+        """Logits of the options' first tokens, from the prompts, and of the rest, from the cache: `(copies·S, K, vocabulary)`.
+
+        None if the model keeps no cache that can be continued, as only a forward shows; it is not asked again.
+        """
+        if not self._can_share:
+            return None
         output, first, _ = self.logits(*shared.first(copies))
-        inputs, positions, prompt_of = shared.second(copies, output.past_key_values)
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, DynamicCache):  # the first GPT has none, RemBERT's decoder one of another kind
+            self._can_share = False
+            return None
+        inputs, positions, prompt_of = shared.second(copies, cache)
         _, others, _ = self.logits(inputs, positions)
         return torch.cat([first[prompt_of], others], dim=1)
 
