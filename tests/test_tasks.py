@@ -366,6 +366,26 @@ def test_trec_s_numbers_mean_what_they_mean_in_files_and_on_the_hub(tmp_path: Pa
     assert task("trec").rows({"text": "How ?", "coarse_label": 0}) == [{"text": "How ?", "label": "ABBR"}]
 
 
+def test_snli_s_own_table_has_its_gold_label_in_front(tmp_path: Path) -> None:
+    header = ("gold_label", "sentence1", "sentence2", "pairID", *(f"label{i}" for i in range(1, 6)))
+    judged = ("entailment", "It rains.", "It is wet.", "4#r1e", "entailment", *["entailment"] * 3, "contradiction")
+    alone = ("neutral", "It rains.", "It is wet.", "5#r1n", "neutral", "", "", "", "")
+    undecided = (
+        "-",
+        "It rains.",
+        "It is wet.",
+        "6#r1n",
+        "neutral",
+        "neutral",
+        "entailment",
+        "entailment",
+        "contradiction",
+    )
+    table = "".join("\t".join(fields) + "\n" for fields in (header, judged, alone, undecided))
+    rows = task("snli").load("train", written(tmp_path, "snli_1.0_train.tsv", table))
+    assert rows == [{**NLI, "label": "entailment"}, {**NLI, "label": "neutral"}]
+
+
 def test_a_record_of_one_entity_is_no_question() -> None:
     record = {
         "passage": "p",

@@ -20,12 +20,13 @@ def rows(record: Record) -> list[Row]:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The published table. The last column is the gold label; pairs judged by five people have four more columns before it than
-    the header has."""
+    """The published tables. In GLUE's the last column is the gold label, and pairs judged by five people have four more columns
+    before it than the header has. In SNLI's own it is the first column."""
     lines = delimited_lines(path)
     _, header = next(lines)
     for _, fields in lines:
-        yield {**dict(zip(header, fields, strict=False)), "gold_label": fields[-1]}
+        record = dict(zip(header, fields, strict=False))
+        yield {**record, "gold_label": fields[-1]} if header[-1] == "gold_label" else record
 
 
 TASK = replace(mnli.TASK, name="snli", hub=Hub("stanfordnlp/snli"), rows=rows, readers={".tsv": read})
