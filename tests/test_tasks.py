@@ -403,8 +403,21 @@ def test_a_table_with_a_header_and_one_without_are_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("sst2", "a.tsv", "text\tlabel\ndull\t0\na joy\t1\n"),
+        ("sst5", "a.csv", 'label,sentence\n0,the worst\n3,"fine , if long"\n'),
+        ("trec", "a.csv", "text,coarse_label\nWhat is an atom ?,2\nWhat is the NASA ?,0\nWho is Galil\xe9o ?,3\n"),
+    ],
+)
+def test_a_header_may_have_any_names_that_the_task_accepts(name: str, file: str, content: str, tmp_path: Path) -> None:
+    assert task(name).load("train", written(tmp_path, file, content)) == EXAMPLES[name].rows
+
+
+@pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
+        ("sst2", "a.tsv", "review\tlabel\ndull\t0\n", r"row 1: no column 'sentence' or 'text' \(columns: 'review', 'label'\)"),
         ("sst2", "a.tsv", "sentence\tlabel\ndull\t0\nfun\t7\n", r"a\.tsv, row 2: 'label' holds '7'; expected one of 'neg"),
         ("sst2", "a.tsv", "sentence\tlabel\ndull\t-1\n", r"row 1: .*the row has no label"),
         ("rte", "a.jsonl", lines({"premise": "x", "label": 0}), r"row 1: no column 'hypothesis' or 'sentence2' \(columns"),

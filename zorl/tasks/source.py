@@ -93,7 +93,8 @@ def records_of(path: Path, bare_columns: Sequence[str], readers: Mapping[str, Re
     """The rows of a file.
 
     Args:
-        bare_columns: the names of a CSV or TSV file's columns, in order, if its first line does not give them.
+        bare_columns: the names of a CSV or TSV file's columns, in order, if its first line does not give them. A first line with
+            any of these names is a header: its other columns may have other names, which the task accepts as well or reports.
         readers: ending → reader, for files in the data set's own format; `zorl.tables` reads the others.
 
     Raises:
@@ -105,7 +106,7 @@ def records_of(path: Path, bare_columns: Sequence[str], readers: Mapping[str, Re
         return readers[kind](path)
     if bare_columns and kind in (".csv", ".tsv"):
         _, head = next(delimited_lines(path), (1, []))
-        if not set(bare_columns) <= set(head):
+        if set(bare_columns).isdisjoint(head):
             positions = [str(position) for position in range(len(bare_columns))]
             records: list[Record] = read_table(path, positions, bare_columns)[0].to_pylist()
             return records
