@@ -464,6 +464,46 @@ def test_the_file_of_a_split_is_known_by_its_name(tmp_path: Path) -> None:
         task("sst2").load("validation", tmp_path)
 
 
+UNLABELLED, FIRST_LETTER = {"question": "q", "answers": [{"text": "a"}]}, {"start": 0, "end": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("sst2", "test.tsv", "index\tsentence\n0\tuneasy\n"),
+        ("rte", "test.tsv", "index\tsentence1\tsentence2\n0\tIt rains.\tIt is wet.\n"),
+        ("boolq", "test.jsonl", lines({"question": "is it wet", "passage": "It rains.", "idx": 0})),
+        ("cb", "test.jsonl", lines({**NLI, "label": -1}, {**NLI, "label": -1})),
+        ("multirc", "test.jsonl", lines({"passage": {"text": "p", "questions": [UNLABELLED]}})),
+        ("record", "test.jsonl", lines({"passage": {"text": "p", "entities": [FIRST_LETTER]}, "qas": [{"query": "q"}]})),
+    ],
+    ids=lambda value: value if value in EXAMPLES else "",
+)  # fmt: skip
+def test_a_test_file_as_published_without_labels_is_passed_over(
+    name: str, file: str, content: str, tmp_path: Path
+) -> None:
+    example = EXAMPLES[name]
+    written(tmp_path, example.file.replace("train", "dev"), example.content)
+    test = written(tmp_path, file, content)
+    assert task(name).load("test", tmp_path) == example.rows
+    with pytest.raises(ValueError, match=rf"{re.escape(file)}, row 1: "):
+        task(name).load("test", test)
+
+
+@pytest.mark.parametrize("damage", ["fun\t-1", "fun\t7", "\t1"])
+def test_a_test_file_with_labels_is_not_passed_over_for_a_damaged_row(damage: str, tmp_path: Path) -> None:
+    written(tmp_path, "dev.tsv", "sentence\tlabel\ndull\t0\n")
+    written(tmp_path, "test.tsv", f"sentence\tlabel\n{damage}\na joy\t1\n")
+    with pytest.raises(ValueError, match=r"test\.tsv, row 1: "):
+        task("sst2").load("test", tmp_path)
+
+
+def test_a_test_file_with_labels_is_used(tmp_path: Path) -> None:
+    written(tmp_path, "dev.tsv", "sentence\tlabel\ndull\t0\n")
+    written(tmp_path, "test.tsv", "sentence\tlabel\na joy\t1\n")
+    assert task("sst2").load("test", tmp_path) == [{"text": "a joy", "label": "positive"}]
+
+
 def test_a_wrong_split_task_or_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no task 'sst'; did you mean .*'sst2'.*tasks: boolq, "):
         task("sst")

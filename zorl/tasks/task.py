@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from zorl.prompts import Prompt
 from zorl.suggestions import did_you_mean
+from zorl.tasks.fields import UnlabelledError
 from zorl.tasks.source import Hub, Reader, Record, SplitName, file_of, records_of
 
 Kind = Literal["classification", "multiple_choice", "generation"]
@@ -71,7 +72,7 @@ class Task:
 
         Args:
             split: train, validation or test. Where the labels of the test split are not public, test is the validation
-                split.
+                split, unless a folder has a test file with labels.
             source: a file, whatever its split, or a folder with a file for each; None for the hub.
 
         Raises:
@@ -89,9 +90,7 @@ class Task:
         else:
             path = Path(source).expanduser()
             if path.is_dir():
-                path = file_of(
-                    path, split, unlabelled_test=self.hub is not None and self.hub.test == self.hub.validation
-                )
+                path = self._file(path, split)
             name, records = str(path), records_of(path, self.bare_columns, self.readers)
         rows: list[Row] = []
         for number, record in enumerate(records, 1):
@@ -108,3 +107,23 @@ class Task:
         if not rows:
             raise ValueError(f"{name} holds no rows of the task {self.name!r}")
         return rows
+
+    def _file(self, folder: Path, split: SplitName) -> Path:
+        """The file of a split in a folder. GLUE and SuperGLUE publish their test files without labels, k-shot folders with."""
+        unlabelled_test = self.hub is not None and self.hub.test == self.hub.validation
+        path = file_of(folder, split, unlabelled_test=unlabelled_test)
+        if split == "test" and unlabelled_test and not self._has_labels(path):
+            return file_of(folder, "validation", unlabelled_test=True)
+        return path
+
+    def _has_labels(self, path: Path) -> bool:
+        """Whether any record of a file is labelled; one that is wrong in another way counts, for loading the file to report."""
+        for record in records_of(path, self.bare_columns, self.readers):
+            try:
+                list(self.rows(record))
+            except UnlabelledError:
+                continue
+            except (ValueError, LookupError, TypeError, AttributeError):
+                pass
+            return True
+        return False
