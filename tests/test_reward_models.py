@@ -104,6 +104,14 @@ def test_texts_are_cut_at_the_tokenizers_limit(bert_tokenizer):
     torch.testing.assert_close(scorer.logits([long]), scorer.logits(["great " * 6]), atol=1e-6, rtol=0)
 
 
+def test_texts_are_cut_to_what_the_model_reads_where_the_tokenizer_has_no_limit(bert_tokenizer):
+    model = bert(bert_tokenizer, 2)  # of 64 positions
+    scorer = SequenceClassifier(model, bert_tokenizer)
+    assert bert_tokenizer.model_max_length > 10**9
+    expected = scorer.logits(["great " * 62])  # between [CLS] and [SEP]
+    torch.testing.assert_close(scorer.logits(["great " * 200]), expected, atol=1e-6, rtol=0)
+
+
 def test_a_path_is_loaded_with_its_tokenizer_in_float32(saved, bert_tokenizer):
     halved = bert(bert_tokenizer, 1).bfloat16()
     halved.save_pretrained(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zorl.devices import best_device
+from zorl.encoding import longest_input
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -50,6 +52,8 @@ class SequenceClassifier:
         self.config = config
         self.batch_size = batch_size
         self.module = module.eval()
+        limit = self.tokenizer.model_max_length if config is None else longest_input(module, self.tokenizer)
+        self._longest = limit if limit < sys.maxsize else None  # transformers' "unknown" is 1e30
 
     def logits(self, texts: Sequence[str], *, special_tokens: bool = True, truncation: bool = True) -> Tensor:
         """Scores every text.
@@ -57,7 +61,7 @@ class SequenceClassifier:
         Args:
             texts: any number of them, at least one.
             special_tokens: let the tokenizer add its own ([CLS], …); off for text that a chat template wrote.
-            truncation: cut texts at the tokenizer's `model_max_length`.
+            truncation: cut texts to the longest input that the model and its tokenizer allow.
 
         Returns:
             float32 tensor on the CPU, shape `(texts, labels)`.
@@ -74,7 +78,8 @@ class SequenceClassifier:
                 return_tensors="pt",
                 padding=True,
                 padding_side="right",
-                truncation=truncation and self.tokenizer.model_max_length < 10**9,  # transformers' "unknown" is 1e30
+                truncation=truncation and self._longest is not None,
+                max_length=self._longest if truncation else None,
                 add_special_tokens=special_tokens,
             )
             with torch.no_grad():
