@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertModel,
+    DebertaConfig,
+    DebertaV2Config,
     GPT2LMHeadModel,
     MobileBertConfig,
     MobileBertForMaskedLM,
@@ -225,6 +227,28 @@ def test_a_head_that_never_calls_the_output_embedding_is_read_all_the_same(parts
     for row, score in zip(ROWS, scores[0], strict=True):
         expected = masked_reference(part, f"{row['text']} it was [MASK].", tokens)
         torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [DebertaConfig, DebertaV2Config])
+def test_a_head_whose_output_embedding_is_another_layer_is_read_in_full(parts, config):
+    """DeBERTa with `legacy=False` calls its hidden-to-hidden layer so."""
+    tokenizer = parts("bert").tokenizer
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(
+        config(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            initializer_range=0.3, legacy=False,
+        )
+    ).eval()  # fmt: skip
+    assert model.get_output_embeddings().weight.shape == (32, 32)
+    part = type(parts("bert"))(model, Scratch(model, ParameterSet(model.named_parameters())), tokenizer)
+    tokens = [ids_behind(part, " " + word)[0] for word in ("terrible", "great", "odd")]
+    moved, centre = policy(part).scores(ROWS, [Point(3, 0.05), CENTRE])
+    for row, score in zip(ROWS, centre, strict=True):
+        expected = masked_reference(part, f"{row['text']} it was [MASK].", tokens)
+        torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+    assert (moved - centre).abs().max() > 1e-3
+    assert policy(part).words_and_states(ROWS)[1] is None
 
 
 class HeadByKeyword(GPT2LMHeadModel):

@@ -350,9 +350,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def output_embedding(module: nn.Module) -> nn.Module | None:
-    """The module that holds a language model's output embedding; None for other models."""
-    find = getattr(module, "get_output_embeddings", None)  # as transformers' models have
-    return find() if find is not None else None
+    """The module that holds a language model's output embedding, one row per token of the vocabulary; None for other models.
+
+    None also where what the model calls so is another layer of its head, as in DeBERTa with `legacy=False`.
+    """
+    find: Any = getattr(module, "get_output_embeddings", None)  # as transformers' models have
+    output: Any = None if find is None else find()
+    if output is None:
+        return None
+    model: Any = module
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return output if getattr(output, "out_features", vocabulary) == vocabulary else None
 
 
 def gives_rows(head: nn.Module) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zorl.perturbation import output_embedding
+
 
 class PositionLogits:
     """Runs a masked or causal language model and reads its logits at given positions.
@@ -29,12 +31,12 @@ class PositionLogits:
             )
         self._module = module
         self._head = _head(module)
-        self._output = module.get_output_embeddings()
+        self._output = output_embedding(module)
 
     @property
     def width(self) -> int:
         """The width of the states that the output embedding reads."""
-        return int(self._output.weight.shape[1])
+        return int(self._module.get_output_embeddings().weight.shape[1])
 
     def __call__(self, inputs: dict[str, Any], positions: Tensor) -> tuple[Any, Tensor, Tensor | None]:
         """Runs the model.
@@ -66,7 +68,9 @@ class PositionLogits:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             read.append(args[0] if args else next(iter(kwargs.values())))
 
-        handles = [self._output.register_forward_pre_hook(note, with_kwargs=True)]
+        handles = []
+        if self._output is not None:
+            handles.append(self._output.register_forward_pre_hook(note, with_kwargs=True))
         if self._head is not None:
             handles.append(self._head.register_forward_pre_hook(narrow, prepend=True))
         try:
