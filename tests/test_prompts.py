@@ -90,6 +90,12 @@ def test_a_template_that_does_not_fit_its_label_words_says_why(template, words, 
         Prompt(template, words)
 
 
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "continue_final_message"])
+def test_what_follows_from_the_conversation_is_no_option_of_its_chat_template(name):
+    with pytest.raises(ValueError, match=f"chat_template_kwargs has '{name}', which is set for each conversation"):
+        Prompt("{t}", chat=True, chat_template_kwargs={"enable_thinking": False, name: False})
+
+
 CHOICE = Prompt("{premise} {mask}", options="choices")
 
 

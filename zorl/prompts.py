@@ -17,6 +17,10 @@ from zorl.suggestions import did_you_mean
 
 MASK = "mask"  # a reserved field: the place of the label word
 SEPARATOR = "sep"  # the other one: the beginning of a pair's second text
+# What a chat template is given anyway: the conversation, and whether a reply is to begin or to be continued.
+_SET_FOR_CHATS = (
+    "conversation", "conversations", "messages", "tokenize", "add_generation_prompt", "continue_final_message",
+)  # fmt: skip
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
 
@@ -82,7 +86,8 @@ class Prompt:
             The template decides on the space before the word, so spaces around words do not count.
         chat: apply the tokenizer's chat template to the text.
         system: a system message for the chat; implies `chat`.
-        chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`.
+        chat_template_kwargs: passed on to the chat template, such as `{"enable_thinking": False}`; not what follows from the
+            conversation, such as `add_generation_prompt`.
         label_head: a fitted layer that is added to the labels' log-probabilities (see `zorl.label_head`).
         classes: the labels of a sequence-classification model, in the order of its logits, instead of label words. The text then
             needs no `{mask}`; a `{sep}` splits it into two texts, which the tokenizer encodes as a pair.
@@ -121,6 +126,10 @@ class Prompt:
             raise ValueError(
                 f"label_head is for {len(self.label_head.bias)} labels, and there are {len(self.label_words or ())}"
                 " label_words"
+            )
+        if taken := [name for name in _SET_FOR_CHATS if name in (self.chat_template_kwargs or {})]:
+            raise ValueError(
+                f"chat_template_kwargs has {taken[0]!r}, which is set for each conversation from its messages: leave it out"
             )
         self._check_classes()
         if self.label_words is not None and self.options is not None:
