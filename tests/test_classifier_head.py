@@ -180,6 +180,21 @@ def test_names_of_classes(classifier: Callable[[str], Classifier], tmp_path: Pat
         load_model(str(tmp_path), classes=("a", "b"))
 
 
+def test_a_classifiers_own_classes_in_another_order_are_refused(
+    classifier: Callable[[str], Classifier], tmp_path: Path
+):
+    made = classifier("bert")
+    made.model.save_pretrained(tmp_path)
+    other = ("good", "odd", "bad")
+    with pytest.raises(ValueError, match="in another order than its outputs have: give them as 'bad', 'odd', 'good'"):
+        load_model(str(tmp_path), classes=other)
+    with pytest.raises(ValueError, match="the classes 'good', 'odd', 'bad' are the model's own in another order"):
+        prepare_classifier(made.model, replace(PROMPT, classes=other), made.tokenizer)
+    assert class_names(made.model.config) == PROMPT.labels
+    renamed = load_model(str(tmp_path), classes=("poor", "strange", "fine"))
+    assert class_names(renamed.config) == ("poor", "strange", "fine")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

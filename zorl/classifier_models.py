@@ -64,7 +64,7 @@ def prepare_classifier(
         labels: those of the training rows, for a new head whose classes have no names yet.
 
     Raises:
-        ValueError: the model has another number of classes, or the prompt has label words.
+        ValueError: the model has another number of classes, or the same in another order; or the prompt has label words.
     """
     base = unwrapped(model)
     config: Any = base.config
@@ -78,6 +78,7 @@ def prepare_classifier(
         check_number(names, config)
         prompt = replace(prompt, classes=names)
     check_number(prompt.labels, config)
+    check_order(prompt.labels, config)
     config.id2label = dict(enumerate(prompt.labels))
     config.label2id = {name: i for i, name in enumerate(prompt.labels)}
     if config.get_text_config().pad_token_id is None:
@@ -91,6 +92,16 @@ def check_number(classes: Sequence[str], config: PreTrainedConfig) -> None:
         raise ValueError(
             f"the model's head has {config.num_labels} outputs, and there are {len(classes)} classes "
             f"({', '.join(map(repr, classes[:5]))}); give one name for each output, and at least two"
+        )
+
+
+def check_order(classes: Sequence[str], config: Any) -> None:
+    """Raises ValueError if these are the model's own classes in another order, which would give each output another's name."""
+    named = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    if tuple(classes) != named and sorted(classes) == sorted(named):
+        raise ValueError(
+            f"the classes {', '.join(map(repr, classes))} are the model's own in another order than its outputs have: give them "
+            f"as {', '.join(map(repr, named))}, or leave them out"
         )
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from zorl.classifier_models import class_names
+from zorl.classifier_models import check_order, class_names
 from zorl.quantization import check_layers, is_plain, quantization_config
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -50,9 +50,10 @@ def load_model(
         options: passed on to `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: dtype or quantize is not one of these, the model is a classifier of another number of classes or needs code
-            of its own, a language model's weights are missing, nothing in the model can be quantised, the width of a layer does
-            not suit the quantiser, or its weights are damaged or do not fit its configuration.
+        ValueError: dtype or quantize is not one of these, the model is a classifier of another number of classes, or of the same
+            in another order, or needs code of its own, a language model's weights are missing, nothing in the model can be
+            quantised, the width of a layer does not suit the quantiser, or its weights are damaged or do not fit its
+            configuration.
         ImportError: the package that quantises is not installed.
         OSError: there is no such model, or only pickled weights.
     """
@@ -154,6 +155,7 @@ def _load_classifier(
             raise ValueError(
                 f"the model {name!r} is a classifier of {config.num_labels} classes, and {len(classes)} are asked for"
             )
+        check_order(classes, config)
         options = {**options, "id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     with torch.random.fork_rng(devices=[]), _sound_weights(name):
         torch.manual_seed(0)
