@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zorl import MeZOTrainer, Predictor
 from zorl.adapters import add_lora, prepare
 from zorl.apps.cli import main
 from zorl.config import MeZOConfig
@@ -24,7 +25,7 @@ from zorl.perturbation import Scratch
 from zorl.probe import CENTRE, Choice, Point
 from zorl.prompts import Prompt
 from zorl.quantization import PACKAGES, is_plain, is_quantized, quantization_config
-from zorl.rewards import LanguageModelJudge
+from zorl.rewards import LanguageModelJudge, accuracy
 from zorl.scoring import LabelWords
 from zorl.twin import Twin
 
@@ -46,6 +47,7 @@ each_kind = pytest.mark.parametrize(
     ],
 )
 WORDS = Prompt("{text} it was {mask}", {"bad": "terrible", "good": "great"})
+WORDS_OF_ROWS = ["film", "plot", "story"] * 8
 ROWS = [{"text": text} for text in ("the film", "an odd ending, and a great story", "it")]
 POINTS = [Point(3, 0.05), Point(3, -0.05), CENTRE]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -99,6 +101,23 @@ def test_points_are_stacked_on_quantised_weights_that_are_only_called(
 
 
 @each_kind
+def test_a_new_head_on_quantised_weights_is_fitted_tuned_and_saved(base: str, kind: str, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"the {w} was {('terrible', 'great')[i % 2]}", "label": str(i % 2)}
+        for i, w in enumerate(WORDS_OF_ROWS)
+    ]
+    trainer = MeZOTrainer(
+        base, accuracy(), args=settings(tmp_path, tune="lora", quantize=kind, max_steps=2, save_strategy="no"),
+        train_dataset=rows, eval_dataset=rows, prompt=Prompt("{text}", classes=("0", "1")),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    predict = Predictor.load(str(tmp_path / "out"))
+    assert predict(rows) == trainer.predict(rows).predictions
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+
+
+@each_kind
 def test_tuning_the_weights_of_a_quantised_model_is_refused(base: str, kind: str, tmp_path: Path) -> None:
     for tune in ("full", "head"):
         with pytest.raises(
@@ -109,9 +128,7 @@ def test_tuning_the_weights_of_a_quantised_model_is_refused(base: str, kind: str
 
 @each_kind
 def test_a_run_on_quantised_weights_is_resumed_replayed_and_used(base: str, kind: str, tmp_path: Path) -> None:
-    lines = [
-        f"the {w} was {('terrible', 'great')[i % 2]}\t{i % 2}" for i, w in enumerate(["film", "plot", "story"] * 8)
-    ]
+    lines = [f"the {w} was {('terrible', 'great')[i % 2]}\t{i % 2}" for i, w in enumerate(WORDS_OF_ROWS)]
     rows = tmp_path / "rows.tsv"
     rows.write_text("\n".join(["text\tlabel", *lines]) + "\n")
     train = ["train", "--model", base, "--dataset", str(rows), "--eval_dataset", str(rows), "--loss", "cross_entropy"]

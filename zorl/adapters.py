@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zorl.directions import canonical_name, derive_seed
 from zorl.offload import computing_device, is_offloaded
 from zorl.parameters import plain_parameters
+from zorl.perturbation import output_embedding
 from zorl.quantization import is_quantized
 from zorl.whole_files import whole_file
 
@@ -259,7 +260,7 @@ def head_alone(model: Any) -> Any:
     Raises:
         ValueError: the model has no output embedding.
     """
-    if model.get_output_embeddings() is None:
+    if output_embedding(model) is None:
         raise ValueError(f"{type(model).__name__} has no output embedding to tune: tune='head' is for language models")
     untie_output_embedding(model)
     head = model.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -117,10 +118,13 @@ def parameters_not_in_checkpoint(model: nn.Module) -> set[str]:
     if has_new_head(base) and base.config._name_or_path:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it said so when the model was loaded
+        config = copy.deepcopy(base.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # its values are of no interest here, and would be quantised
         try:
             _, info = type(base).from_pretrained(
                 base.config._name_or_path,
-                config=base.config,
+                config=config,
                 use_safetensors=True,
                 output_loading_info=True,
                 device_map="meta",
