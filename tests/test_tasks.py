@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 
+from zorl import Prompt
 from zorl.tasks import Hub, Task, names, task
 from zorl.tasks.fields import label, text, texts
+from zorl.verbalizer import Verbalizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -571,3 +574,16 @@ def test_the_document_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_hub_s_name_says_which_part_it_is() -> None:
     assert Hub("nyu-mll/glue", "sst2").name == "nyu-mll/glue, sst2"
     assert Hub("SetFit/sst5").name == "SetFit/sst5"
+
+
+def test_a_word_at_the_beginning_is_the_one_behind_a_space(parts: Callable[[str], Any]):
+    """As LM-BFF's code has it for RoBERTa, wherever the word stands."""
+    tokenizer = parts("roberta").tokenizer
+    prompt = Prompt(str(task("trec").masked), {"bad": "terrible", "good": "great"})
+    verbalizer = Verbalizer(tokenizer, prompt, masked=True)
+    assert [tokenizer.convert_ids_to_tokens(list(ids)) for ids in verbalizer.options.tokens] == [
+        ["Ġterrible"],
+        ["Ġgreat"],
+    ]
+    encoded = verbalizer([prompt.render({"text": "the film"})])[0]
+    assert encoded.ids.tolist() == tokenizer("<mask>: the film")["input_ids"]

@@ -43,7 +43,7 @@ TASK = Task(
     metric="accuracy",
     rows=rows,
     causal="{text}\nDescription, Entity, Expression, Human, Location, or Number?\n{mask}",
-    masked="{mask}: {text}",
+    masked=" {mask}: {text}",  # behind a space, so that RoBERTa's word is " Description", as in LM-BFF's code
     hub=Hub("CogComp/trec", validation=None),
     label_words=WORDS,
     bare_columns=("label", "text"),
