@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from zorl.apps import compare_report
 from zorl.apps.arguments import CompareArguments
-from zorl.apps.compare_cells import Cell, Comparison
+from zorl.apps.compare_cells import ROWS, Cell, Comparison
 from zorl.apps.compare_methods import METHODS, STANDARD
 from zorl.apps.compare_processes import in_processes
 from zorl.apps.inputs import say
@@ -45,6 +45,8 @@ def run(argv: Sequence[str]) -> str:
     arguments, folder = comparison.arguments, comparison.folder
     methods = _chosen(arguments)
     same = json.loads(json.dumps({name: getattr(arguments, name) for name in SAME}))
+    _check_same(folder, same)
+    same |= comparison.contents()
     _check_same(folder, same)
     cells = [Cell(seed, name) for seed in arguments.seeds for name in methods]
     todo = [cell for cell in cells if not comparison.path(cell).exists()]
@@ -120,9 +122,14 @@ def _check_same(folder: Path, same: dict[str, Any]) -> None:
     if not note.exists() or not any((folder / "cells").glob("*.json")):
         return
     before = read_json(note, "remove the folder, and the same command starts afresh")
-    changed = [name for name in same if same[name] != before.get(name)]
+    changed = [name for name in same if same[name] != before.get(name, None if name in SAME else same[name])]
     if changed:
         name = changed[0]
+        if name not in SAME:
+            raise ValueError(
+                f"{folder} holds a comparison, and {name} {'have' if name == ROWS else 'has'} changed since: one table cannot "
+                "hold the results of both; choose another --output_dir"
+            )
         raise ValueError(
             f"{folder} holds a comparison with --{name} {before.get(name)!r}, not {same[name]!r}: one table cannot hold "
             "the results of both; choose another --output_dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -34,12 +35,14 @@ from zorl.apps.inputs import (
 )
 from zorl.apps.memory import peak_memory
 from zorl.baselines.problem import NotApplicable, Problem
-from zorl.data import hold_out
+from zorl.data import hold_out, rows_sha256
 from zorl.prompts import Prompt
 from zorl.reward_functions import RewardFunctions
 from zorl.rewards import load_reward
 from zorl.tasks import Task
 from zorl.whole_files import write_json
+
+ROWS = "its rows"  # in messages, and in the note on what cells have in common
 
 
 class Cell(NamedTuple):
@@ -103,6 +106,14 @@ class Comparison:
             )  # fmt: skip
             self._drawn = problem, rows.test
         return self._drawn
+
+    def contents(self) -> dict[str, str]:
+        """The SHA-256 of the rows, as a seed of no cell draws them, and of the files of rewards and the task, by name."""
+        rows, _ = _draw(self.arguments, self.prompt, self.task, seed=0)
+        named = [reward.rpartition(":")[0] for reward in self._rewards] + [str(self.arguments.task)]
+        files = sorted({name for name in named if name.endswith(".py")})
+        read = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+        return {ROWS: rows_sha256([*rows.train, *rows.dev, *rows.test]), **read}
 
     def path(self, cell: Cell) -> Path:
         """Where a cell's results are, once it has run."""

@@ -171,7 +171,7 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
     unit = found.gradient if measured_in_weights(result["update"]) else 1.0
     undefined = "not defined for this estimator"
     lemma = undefined if found.lemma_2 is None else f"{found.lemma_2:.4g}"
-    rate = undefined if found.corollary_1 is None else f"{found.corollary_1 * unit:.1e}"
+    rate = undefined if found.corollary_1 is None else f"{found.corollary_1 * unit:.1e}".replace("inf", "no limit")
     best = choose_try(found.tries)
     rows = [
         ("gradient, squared norm", _shown(of.gradient_squared), "Slope of the loss at θ, on one batch."),
@@ -213,6 +213,8 @@ def _table(found: Diagnosis, result: Mapping[str, Any]) -> str:
 
 
 def _about_the_middle_rate(found: Diagnosis) -> str:
+    if found.corollary_1 == math.inf:
+        return "Corollary 1 sets no limit, because nothing curves upwards: the middle rate moves weights by epsilon per step.\n"
     if found.predicted_fall is None:
         return "The middle rate is Corollary 1's for estimator=spsa, but moves weights by at most epsilon per step.\n"
     return (

@@ -81,6 +81,9 @@ def run_eval(argv: Sequence[str]) -> str:
     if prompt.chooses:
         result["accuracy"] = statistics.fmean(accuracy(column)(**keywords))
     if prompt.labels:
+        absent = [label for label in prompt.labels if label not in {str(row[column]).strip() for row in rows}]
+        if absent:
+            say(f"no row has the label {' or '.join(map(repr, absent))}: macro_f1 is the mean over the others")
         result["macro_f1"] = f1(column=column)(**keywords)
         result["f1"] = {label: f1(column=column, pos_label=label)(**keywords) for label in prompt.labels}
     if asked:

@@ -99,7 +99,7 @@ def source_of(arguments: InputArguments, task: Task | None) -> str:
 def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = None, task: Task | None = None) -> Prompt:
     """The prompt that the flags describe. What they leave out is taken from the saved prompt of the model, or from the task.
 
-    The saved label head is kept only if the prompt is the saved one: it means nothing for another.
+    It has no label head: `Predictor.load` takes the saved one along where it belongs to the prompt.
 
     Raises:
         ValueError: template and label words do not fit together, a label word is not given as label=word, or the task does
@@ -119,7 +119,7 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
     if words is None and options is None and (template is None or "{mask}" in template):
         words = None if base.label_words is None else dict(base.label_words)
         options = base.options
-    asked = replace(
+    return replace(
         base,
         template=base.template if template is None else template,
         label_words=words,
@@ -128,7 +128,6 @@ def make_prompt(arguments: InputArguments, saved: Mapping[str, Any] | None = Non
         label_head=None,
         options=options,
     )
-    return base if asked == replace(base, label_head=None) else asked
 
 
 def stop_of(stop: str | None, task: Task | None) -> str | None:

@@ -43,6 +43,7 @@ from zorl.classifier_models import sorted_labels
 from zorl.data import hold_out
 from zorl.interrupts import terminated_as_interrupted
 from zorl.prompts import Prompt
+from zorl.reward_functions import RewardError
 from zorl.rewards import load_judge
 from zorl.run_folder import RunFolder
 from zorl.stopping import CONFIDENCE, looks_of, outlook
@@ -181,7 +182,12 @@ def _rows(
     elif given.get("eval_strategy") != "no" and (arguments.judge is None or arguments.metrics):
         train_rows, eval_rows = shots or hold_out(train_rows, classes)
         how = "stratified by label" if classes else "drawn at random"
+        absent = set(prompt.labels) - ({str(label) for label in eval_rows[classes]} if classes else set(prompt.labels))
         say(f"no --eval_dataset: {len(eval_rows)} of {len(loaded.dataset)} rows are held out to evaluate on, {how}")
+        if absent:
+            say(
+                f"none of them has the label {' or '.join(map(repr, sorted(absent)))}, so scores on them say nothing about it"
+            )
     say(f"{source}: {describe(train_rows, classes)} to train on")
     return train_rows, eval_rows, label_column, prompt
 
@@ -237,6 +243,11 @@ def _train(trainer: MeZOTrainer, resuming: bool, begin: Begin) -> dict[str, Any]
         raise KeyboardInterrupt(
             f"stopped after step {trainer.mezo.steps}; nothing is lost: the same command continues from there"
         ) from None
+    except RewardError as error:
+        if trainer.mezo is None or not trainer.mezo.steps:
+            raise
+        kept = counted(trainer.mezo.steps, "step is", "steps are")
+        raise RewardError(f"{error}; {kept} kept, and the same command continues from there") from error
     seconds = elapsed.seconds
     assert trainer.mezo is not None
     stored = folder / "result.json"
@@ -297,12 +308,16 @@ def _table(result: dict[str, Any]) -> str:
     for name in names:
         before, after = result.get(f"start_{name}"), result[f"eval_{name}"]
         lines.append(f"{name:<{width}}  {_shown(before):>8}  {_shown(after):>9}")
-    if names and not result["saved_step"]:
+    share = result["informative_share"]
+    if share == 0.0:
+        lines.append(
+            "No direction made a difference to what is optimised, so the model is as it was: try a larger --epsilon."
+        )
+    elif names and not result["saved_step"]:
         lines.append(
             "No step did better on the held-out rows than the start, so the start is what was saved: train longer or with larger "
             "batches."
         )
-    share = result["informative_share"]
     figures = [
         counted(result["steps"], "step", "steps"),
         f"{counted(result['forwards'], 'forward pass', 'forward passes')} of a batch",

@@ -106,7 +106,7 @@ def test_a_replay_writes_the_head_as_well(tuned: Callable[..., MeZOTrainer], tmp
 def test_a_trained_head_that_a_probe_has_changed_is_saved(
     make: Callable[..., MeZOTrainer], tuned: Callable[..., MeZOTrainer], tmp_path: Path
 ) -> None:
-    first = make("first", kind="bert", settings={"max_steps": 1}, prompt=Prompt("{text}", classes=CLASSES[::-1]))
+    first = make("first", kind="bert", settings={"max_steps": 1}, prompt=Prompt("{text}", classes=CLASSES))
     first.train()
     first.save_model()
     trainer = tuned("bert", "lora", str(tmp_path / "first"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from tiny_runs import EVAL, TRAIN
@@ -33,6 +34,25 @@ def test_a_loaded_model_answers_as_the_trainer_does(make: Callable[..., MeZOTrai
     found = torch.tensor([list(row.values()) for row in predictor.probabilities(EVAL)])
     torch.testing.assert_close(found, scores.exp())
     assert list(predictor.probabilities(EVAL)[0]) == list(trainer.prompt.labels)
+
+
+def test_the_label_head_stays_where_only_a_column_has_another_name(make: Callable[..., MeZOTrainer], tmp_path: Path):
+    trainer = make(reward_funcs=accuracy(), settings={"calibration": "head", "max_steps": 1})
+    trainer.train()
+    trainer.save_model()
+    words = dict(trainer.prompt.label_words or {})
+    renamed = Predictor.load(tmp_path / "out", prompt=Prompt("{review} It was {mask}.", words))
+    rows = [{"review": row["text"]} for row in EVAL]
+    expected = Predictor.load(tmp_path / "out")
+    assert renamed.probabilities(rows) == expected.probabilities(EVAL)
+    assert renamed(pandas.DataFrame(rows)) == renamed(iter(rows)) == expected(EVAL)
+    for other in (Prompt("{text} is {mask}.", words), Prompt("{text} It was {mask}.", {**words, "bad": "odd"})):
+        with pytest.warns(UserWarning, match="the label head of .*out, which may be .* is left out with"):
+            assert Predictor.load(tmp_path / "out", prompt=other).policy.prompt.label_head is None
+    with pytest.raises(
+        ValueError, match="rows takes rows, as a list of dictionaries or a data set, and got one row: put it"
+    ):
+        expected({"text": "odd"})  # type: ignore[arg-type]
 
 
 def test_text_is_generated_with_the_settings_of_the_run(make: Callable[..., MeZOTrainer], tmp_path: Path):

@@ -155,6 +155,13 @@ def test_an_empty_cell_is_named(hole):
         SENTIMENT.render({"text": hole, "label": 1})
 
 
+def test_an_object_in_a_cell_is_no_text():
+    with pytest.raises(
+        ValueError, match="the column 'data' holds an object with the fields 'text', 'id', and a template takes"
+    ):
+        Prompt("{data} it was").render({"data": {"text": "a film", "id": 3}})
+
+
 def test_a_label_without_a_word_is_named_and_counted():
     SENTIMENT.check_labels(["negative", "positive"])
     with pytest.raises(

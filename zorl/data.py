@@ -207,6 +207,29 @@ def load_from_hub(name: str, split: str | None, config: str | None) -> Dataset:
     return loaded
 
 
+def as_rows(dataset: Any, name: str) -> list[dict[str, Any]]:
+    """A data set, a table of pandas or any iterable of dictionaries as a list of rows.
+
+    Raises:
+        ValueError: it is something else; `name` is that of the argument.
+    """
+    if isinstance(dataset, str | Path | Mapping):
+        what = "one row" if isinstance(dataset, Mapping) else f"the text {str(dataset)!r}"
+        load = "put it into a list" if isinstance(dataset, Mapping) else "datasets.load_dataset reads files and the hub"
+        raise ValueError(f"{name} takes rows, as a list of dictionaries or a data set, and got {what}: {load}")
+    if isinstance(dataset, Dataset):
+        return dataset.to_list()
+    if hasattr(dataset, "columns") and hasattr(dataset, "to_dict"):  # of pandas, which need not be imported for this
+        return list(dataset.to_dict("records"))
+    rows = list(dataset)
+    wrong = next((number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{name}, row {wrong}: expected a dictionary from columns to values, got {type(rows[wrong - 1]).__name__}"
+        )
+    return rows
+
+
 def rows_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
     """The SHA-256 of rows in their order. Of a value that JSON does not know, an image say, only the type counts."""
     digest = hashlib.sha256()
@@ -229,11 +252,14 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str, *, 
         ValueError: it is empty, lacks a column, has a label without a label word or one that is not among the row's options, or
             has a single class to train on.
     """
+    if isinstance(dataset, dict) and training:
+        splits = [repr(split) for split in dataset]
+        raise ValueError(f"{name} is a dictionary, of {', '.join(splits) or 'nothing'}: give the rows of one split")
     if isinstance(dataset, dict):
         return {key: checked_rows(part, f"{name}[{key!r}]", prompt, label_column) for key, part in dataset.items()}
     if dataset is None or isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
         return dataset
-    rows = dataset.to_list() if isinstance(dataset, Dataset) else list(dataset)
+    rows = as_rows(dataset, name)
     if not rows:
         raise ValueError(f"{name} is empty")
     prompt.check_columns(rows[0])
@@ -245,6 +271,9 @@ def checked_rows(dataset: Any, name: str, prompt: Prompt, label_column: str, *, 
                 f"{list(options)}; it must be the text of the right one"
             )
     if prompt.labels and label_column in rows[0]:
+        bare = next((number for number, row in enumerate(rows, 1) if label_column not in row), None)
+        if bare is not None:
+            raise ValueError(f"{name}, row {bare}: there is no column {label_column!r}, which the first row has")
         labels = [row[label_column] for row in rows]
         prompt.check_labels(labels, label_column)
         if training and len(set(map(str, labels))) == 1:

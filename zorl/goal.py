@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from zorl import processes
 from zorl.choosing import Choosing
@@ -72,6 +75,19 @@ class Goal:
             args = copy.copy(args)
             args.temperature = 0.0  # taught token by token, nothing is sampled
         return args
+
+    def sha256(self) -> str:
+        """The SHA-256 of the source of what the run follows and records; of what has none, its type's name."""
+        functions = [function for of in (self.rewards, self.metrics) if of is not None for function in of.funcs]
+        functions += [part for part in (self.judge, self.loss) if callable(part)]
+        digest = hashlib.sha256()
+        for function in functions:
+            code: Any = function if inspect.isroutine(function) else type(function)
+            try:
+                digest.update(inspect.getsource(code).encode())
+            except (OSError, TypeError):  # made at a prompt, or compiled
+                digest.update(code.__qualname__.encode())
+        return digest.hexdigest()
 
     def objective(
         self, policy: Policy, *, label_column: str = "label", label_reward: LabelReward = "expected"

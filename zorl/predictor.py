@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from zorl.choosing import Choosing
 from zorl.classifier_models import prepare_classifier
 from zorl.config import ANSWERING, MeZOConfig
+from zorl.data import as_rows
 from zorl.models import load_model, load_processing_class
 from zorl.parameters import ParameterSet, plain_parameters
 from zorl.perturbation import Scratch
@@ -39,7 +41,7 @@ class Predictor:
 
         Args:
             model: the folder that `MeZOTrainer.save_model` or `zorl train` wrote, or any model's name or path.
-            prompt: by default the one that the model was tuned with.
+            prompt: by default the one that the model was tuned with. Its label head is kept if only the columns have other names.
             dtype: of the weights, such as "bfloat16"; by default that of the run, or for another model float32.
             settings: other fields of `MeZOConfig`, such as `temperature=0.0`, `forward_batch_size=32` or `use_cpu=True`. Those
                 that decide how prompts are read and answered are by default the run's.
@@ -53,6 +55,15 @@ class Predictor:
             if not saved:
                 raise ValueError(f"{str(model)!r} was not saved by zorl, so it has no prompt: give one")
             prompt = Prompt.from_dict(saved["prompt"])
+        elif saved:
+            tuned = Prompt.from_dict(saved["prompt"])
+            prompt = prompt.with_head_of(tuned)
+            if prompt.label_head is None and tuned.label_head is not None and prompt.labels:
+                warnings.warn(
+                    f"the label head of {model}, which may be most of what its run learned, belongs to the prompt "
+                    f"{tuned.template!r} and its label words: it is left out with {prompt.template!r}",
+                    stacklevel=2,
+                )
         remembered = {name: saved[name] for name in ANSWERING if saved.get(name) is not None}
         args = MeZOConfig(**{**remembered, **settings})
         dtype = dtype or saved.get("dtype") or ("auto" if saved else "float32")
@@ -64,16 +75,23 @@ class Predictor:
         evaluator = Scratch(module, ParameterSet(plain_parameters(module)))
         return cls(make_policy(evaluator, tokenizer, prompt, args))
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
-        """The answer to each row, with its tokens."""
-        (answers,) = self.policy.answers(rows, [CENTRE])
+    def answers(self, rows: Iterable[Mapping[str, Any]]) -> list[Answer]:
+        """The answer to each row, with its tokens.
+
+        Args:
+            rows: dictionaries with the prompt's columns, a data set, or a table of pandas.
+
+        Raises:
+            ValueError: they are something else, or a row does not suit the prompt.
+        """
+        (answers,) = self.policy.answers(as_rows(rows, "rows"), [CENTRE])
         return answers
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The completion of each row: its label, its best option, or generated text."""
+    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """The completion of each row, as for `answers`: its label, its best option, or generated text."""
         return [answer.completion for answer in self.answers(rows)]
 
-    def probabilities(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    def probabilities(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
         """How likely each answer to choose from is, by its text, for each row; they sum to 1.
 
         Raises:
@@ -83,7 +101,8 @@ class Predictor:
             raise ValueError(
                 f"the prompt {self.policy.prompt.template!r} is answered with generated text, not with a choice"
             )
-        every, (scores,) = self.policy.every_answer(rows), self.policy.scores(rows, [CENTRE])
+        listed = as_rows(rows, "rows")
+        every, (scores,) = self.policy.every_answer(listed), self.policy.scores(listed, [CENTRE])
         return [
             {str(answer.completion): value for answer, value in zip(choices, values, strict=False)}
             for choices, values in zip(every, scores.exp().tolist(), strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from zorl.label_head import LabelHead
@@ -208,6 +208,22 @@ class Prompt:
         names = [name for _, name in self._parts]
         return tuple(n for n in names[names.index(MASK) + 1 :] if n is not None) if MASK in names else ()
 
+    def with_head_of(self, other: Prompt) -> Prompt:
+        """This prompt with the other's label head, if it asks the same: at most the names of columns differ.
+
+        A head means nothing for another prompt, so otherwise this one is returned as it is.
+        """
+        same = self._shape == other._shape and all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("label_words", "chat", "system", "chat_template_kwargs")
+        )
+        return replace(self, label_head=other.label_head) if same and self.label_head is None else self
+
+    @property
+    def _shape(self) -> list[tuple[str, Any]]:
+        """The template with numbers for the names of its columns."""
+        return [(literal, self.fields.index(name) if name in self.fields else name) for literal, name in self._parts]
+
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raises:
         ValueError: the template uses a column that is not among `columns`, or the options are in none of them.
@@ -290,6 +306,11 @@ class Prompt:
                 elif _is_conversation(value):
                     rendered = self._render_conversation(name, value, limit, keep)
                     return rendered._replace(options=self._stripped_options(row))
+                elif isinstance(value, Mapping):
+                    raise ValueError(
+                        f"the column {name!r} holds an object with the fields {', '.join(map(repr, value)) or 'of none'}, and a "
+                        "template takes texts and numbers: make columns of its fields"
+                    )
                 elif value is None or value != value:  # NaN stands for a missing value in tables
                     raise ValueError(f"the column {name!r} is empty ({value}) in the row {_shortened(row)}")
                 else:

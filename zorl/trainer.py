@@ -45,6 +45,7 @@ from zorl.reward_functions import RewardError, RewardFunctions
 from zorl.reward_objective import RewardObjective
 from zorl.run_folder import RunFolder
 from zorl.starting_point import StartingPoint
+from zorl.trajectory import read
 from zorl.tuned_model import TunedModel
 from zorl.twin import Twin, twin_or_scratch
 from zorl.whole_files import writing
@@ -251,7 +252,7 @@ class MeZOTrainer(ForwardTrainer):
     def _make_optimizer(self, not_in_base: Sequence[str]) -> MeZO:
         args = self.args
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        return MeZO(
+        mezo = MeZO(
             self.tuned.items(),
             lr=args.needed_learning_rate(),
             epsilon=args.epsilon_value,
@@ -272,6 +273,13 @@ class MeZOTrainer(ForwardTrainer):
             writes=processes.index() == 0,
             header=self._header(not_in_base),
         )
+        if mezo.steps and read(self.folder.trajectory, until=0)[0].get("goal_sha256") not in (None, self.goal.sha256()):
+            warnings.warn(
+                f"{self.objective_name} or a metric has changed since the run began: scores before and after may not be "
+                "comparable; for a run on the present ones alone, choose another output_dir",
+                stacklevel=2,
+            )
+        return mezo
 
     def _header(self, not_in_base: Sequence[str]) -> dict[str, Any]:
         """The settings that decide where a run goes, and how its base is rebuilt.
@@ -296,6 +304,8 @@ class MeZOTrainer(ForwardTrainer):
             "rows_per_step": self.rows_per_step,
             "rows": len(self.train_dataset) if isinstance(self.train_dataset, list) else None,
             "rows_sha256": rows_sha256(self.train_dataset) if isinstance(self.train_dataset, list) else None,
+            **({"eval_rows_sha256": rows_sha256(self.eval_dataset)} if isinstance(self.eval_dataset, list) else {}),
+            "goal_sha256": self.goal.sha256(),
             "label_column": args.label_column,
             "reward_weights": args.reward_weights,
             "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,

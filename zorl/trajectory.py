@@ -44,6 +44,7 @@ _STEPS_PER_BLOCK = 16
 # Settings that the headers of earlier versions lack: what they were is not known.
 _RECORDED_LATER = {
     "rows_sha256",
+    "eval_rows_sha256",
     "label_column",
     "reward_weights",
     "lr_scheduler_type",
@@ -270,9 +271,15 @@ def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> No
         key: expected[key] for key in _RECORDED_LATER & expected.keys()
     }  # of a run that an earlier version began
     recorded = unknown | recorded
-    different = [key for key in expected if recorded.get(key) != expected[key] and key != "parameters"]
+    # A reward may be mended and the run continued; the trainer says so.
+    ignored = ("parameters", "goal_sha256")
+    different = [key for key in expected if recorded.get(key) != expected[key] and key not in ignored]
     if different:
-        found = "; ".join(f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}" for key in different)
+        rows = {"rows_sha256": "the training rows", "eval_rows_sha256": "the evaluation rows"}
+        found = "; ".join(
+            f"{rows[key]} have changed" if key in rows else f"{key} was {recorded.get(key)!r}, is now {expected[key]!r}"
+            for key in different
+        )
         raise TrajectoryError(f"the trajectory was recorded with other settings: {found}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_cells_of_other_settings_are_not_put_in_one_table(
 
     assert main(words(files, out, "--methods", "zero_shot", "--seeds", "1", "--text_column", "0")) == 2
     assert "holds a comparison with --text_column" in capsys.readouterr().err
+
+
+def test_cells_of_other_rows_or_another_reward_are_not_put_in_one_table(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, out = tmp_path / "files", tmp_path / "out"
+    shutil.copytree(files, folder)
+    command = words(
+        folder, out, "--methods", "zero_shot", "--seeds", "1", "--metrics", f"{folder / 'rewards.py'}:right"
+    )
+    assert main(command) == 0
+    for name, before, after in (("rewards.py", "float(c == str(t))", "float(c != str(t))"), ("test.tsv", "\t1", "\t0")):
+        whole = (folder / name).read_text()
+        assert before in whole
+        (folder / name).write_text(whole.replace(before, after, 1))
+        capsys.readouterr()
+        assert main(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        changed = f"{folder / name} has changed" if name.endswith(".py") else "its rows have changed"
+        assert f"{out} holds a comparison, and {changed} since: one table cannot hold the results of both" in said
+        (folder / name).write_text(whole)
+    assert main(command) == 0
 
 
 def test_the_learning_rates_of_the_published_recipe_can_be_given(
