@@ -249,10 +249,22 @@ class MeZOTrainer(ForwardTrainer):
         """The evaluations of a batch for the calibration."""
         return self.starting_point.forwards
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        continues = self.mezo is None and self.folder.trajectory.exists()
+        optimizer = super().create_optimizer(model)
+        recorded = read(self.folder.trajectory, until=0)[0].get("goal_sha256") if continues else None
+        if recorded not in (None, self.goal.sha256()):
+            warnings.warn(
+                f"{self.objective_name} or a metric has changed since the run began: scores before and after may not be "
+                "comparable; for a run on the present ones alone, choose another output_dir",
+                stacklevel=2,
+            )
+        return optimizer
+
     def _make_optimizer(self, not_in_base: Sequence[str]) -> MeZO:
         args = self.args
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        mezo = MeZO(
+        return MeZO(
             self.tuned.items(),
             lr=args.needed_learning_rate(),
             epsilon=args.epsilon_value,
@@ -273,13 +285,6 @@ class MeZOTrainer(ForwardTrainer):
             writes=processes.index() == 0,
             header=self._header(not_in_base),
         )
-        if mezo.steps and read(self.folder.trajectory, until=0)[0].get("goal_sha256") not in (None, self.goal.sha256()):
-            warnings.warn(
-                f"{self.objective_name} or a metric has changed since the run began: scores before and after may not be "
-                "comparable; for a run on the present ones alone, choose another output_dir",
-                stacklevel=2,
-            )
-        return mezo
 
     def _header(self, not_in_base: Sequence[str]) -> dict[str, Any]:
         """The settings that decide where a run goes, and how its base is rebuilt.
