@@ -81,7 +81,8 @@ def run_eval(argv: Sequence[str]) -> str:
     if prompt.chooses:
         result["accuracy"] = statistics.fmean(accuracy(column)(**keywords))
     if prompt.labels:
-        absent = [label for label in prompt.labels if label not in {str(row[column]).strip() for row in rows}]
+        found = {str(row[column]).strip() for row in rows}
+        absent = [label for label in prompt.labels if label not in found]
         if absent:
             say(f"no row has the label {' or '.join(map(repr, absent))}: macro_f1 is the mean over the others")
         result["macro_f1"] = f1(column=column)(**keywords)

@@ -308,7 +308,7 @@ class Prompt:
                     return rendered._replace(options=self._stripped_options(row))
                 elif isinstance(value, Mapping):
                     raise ValueError(
-                        f"the column {name!r} holds an object with the fields {', '.join(map(repr, value)) or 'of none'}, and a "
+                        f"the column {name!r} holds an object with the fields {', '.join(map(repr, value))}, and a "
                         "template takes texts and numbers: make columns of its fields"
                     )
                 elif value is None or value != value:  # NaN stands for a missing value in tables

@@ -267,9 +267,8 @@ def check_parameters(header: Mapping[str, Any], parameters: ParameterSet) -> Non
 def check_header(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises TrajectoryError naming the settings in which a run differs from the one that it continues."""
     recorded = _in_present_terms(recorded)
-    unknown = {
-        key: expected[key] for key in _RECORDED_LATER & expected.keys()
-    }  # of a run that an earlier version began
+    # Of a run that an earlier version began.
+    unknown = {key: expected[key] for key in _RECORDED_LATER & expected.keys()}
     recorded = unknown | recorded
     # A reward may be mended and the run continued; the trainer says so.
     ignored = ("parameters", "goal_sha256")
