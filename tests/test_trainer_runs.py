@@ -396,6 +396,16 @@ def test_the_best_step_is_by_the_metric_that_is_asked_for_now(make: Callable[...
     assert (again.step, again.state.best_metric) == (0, 0.0)
 
 
+def test_without_a_metric_for_the_best_step_a_reward_that_rises_does_not_end_a_run(make: Callable[..., MeZOTrainer]):
+    def rising(completions: list[str], trainer_state: Any = None, **columns: Any) -> float:
+        return float(trainer_state.global_step)
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 1, "metric_for_best_model": None}
+    trainer = make(reward_funcs=rising, eval_dataset=EVAL, settings=settings)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 def test_the_log_of_a_run_whose_trajectory_was_removed_is_no_part_of_the_next(
     make: Callable[..., MeZOTrainer], tmp_path: Path
 ):

@@ -82,7 +82,7 @@ class ForwardTrainer(Trainer):
             self.pop_callback(ProgressCallback)
             self.add_callback(self.progress)
         if args.early_stopping_patience is not None or args.stop_below_gain is not None:
-            better = bool(args.greater_is_better)
+            better = args.greater_is_better is not False  # None where no metric is named
             stopping = Stopping(
                 args.early_stopping_patience, args.stop_below_gain, self.metric, greater_is_better=better
             )
@@ -303,7 +303,7 @@ class ForwardTrainer(Trainer):
 
     def _find_best(self, state: TrainerState) -> None:
         """The best step by the evaluations in the log: the settings may name another metric now, or steps may be lost."""
-        sign = 1.0 if self.args.greater_is_better else -1.0
+        sign = -1.0 if self.args.greater_is_better is False else 1.0
         looks = [entry for entry in state.log_history if sign * entry.get(self.metric, math.nan) > -math.inf]  # nor NaN
         best: dict[str, Any] = max(looks, key=lambda entry: sign * entry[self.metric], default={})
         state.best_metric, state.best_global_step = best.get(self.metric), best.get("step")
